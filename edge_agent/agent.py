@@ -1,0 +1,537 @@
+"""The agent's loop: poll, verify, fetch, train, upload; through restarts, pauses and lost answers.
+
+The base model is loaded once and stays; adapters are swapped. All state that matters is in the
+journal, so the process is disposable: killed at any moment and started again, it goes on with the
+same part in the same round.
+"""
+
+import hashlib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from edge_agent.chain import check_change, check_releases, check_round
+from edge_agent.config import AgentSettings
+from edge_agent.data.reading import read_records
+from edge_agent.data.records import ReadReport
+from edge_agent.data.tokens import TokenizedData, tokenize
+from edge_agent.errors import (
+    AgentError,
+    DataError,
+    JournalError,
+    OutOfMemoryError,
+    RefusedError,
+    TrainingError,
+    TrainingStoppedError,
+    TrustError,
+)
+from edge_agent.home import AgentHome
+from edge_agent.journal import Journal, Membership, Part, SentItem
+from edge_agent.politeness import OwnersWishes
+from edge_agent.sampling import ShuffledBatches
+from edge_agent.training import LocalTrainer, RoundRecipe, TrainerOptions, TrainingProgress
+from edge_agent.transport import Outgoing, Transport
+from protocol.clock import Clock
+from protocol.limits import LONG_POLL_S, PART_BYTES
+from protocol.manifest import FederationManifest, Release, RoundManifest, Weighting
+from protocol.messages import (
+    TrainTask,
+    UploadHeader,
+    UploadState,
+    WaitReason,
+    WaitTask,
+    Withdrawal,
+    WithdrawalReason,
+)
+from protocol.phases import AgentEvent, AgentPhase
+from protocol.problems import Advice, ProblemType
+from protocol.signing import Signed, Signer, sign
+from protocol.wire import domain_hash, sha256
+from quant.adapter import (
+    AdapterArrays,
+    adapter_shapes,
+    from_safetensors,
+    model_card,
+    peft_config,
+    sent_layout,
+    to_safetensors,
+    vector_to_bytes,
+    write_folder,
+)
+from quant.base_model import LoadedBase, limit_device_memory, load_base, set_threads
+from quant.lora import AdaptedModel
+
+_GB: Final = 1_000_000_000
+_MAX_UPLOAD_TRIES: Final = 5
+_WAIT_SLICE_S: Final = 0.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Member:
+    """An enrolled agent on its machine; whoever works with it holds the home's lock."""
+
+    home: AgentHome
+    journal: Journal
+    membership: Membership
+    signer: Signer
+
+
+@dataclass(frozen=True, kw_only=True)
+class AgentEventReport:
+    """Something that the owner may want to see; never sent anywhere."""
+
+    kind: str
+    text: str
+    progress: TrainingProgress | None = None
+
+
+def load_membership_base(membership: Membership, settings: AgentSettings) -> LoadedBase:
+    """Load the federation's base with the owner's limits, and prove that it is the same.
+
+    Raises:
+        BaseModelError: It cannot be loaded.
+        FingerprintError: It is another base.
+    """
+    import torch  # noqa: PLC0415 - the light commands must not wait for it
+
+    if settings.threads is not None:
+        set_threads(settings.threads)
+    block = membership.federation.body.base
+    device = None if settings.device is None else torch.device(settings.device)
+    base = load_base(
+        settings.base or block.model,
+        revision=None if settings.base else block.revision,
+        device=device,
+        expected=block,
+    )
+    if settings.max_vram_gb is not None:
+        limit_device_memory(int(settings.max_vram_gb * _GB), base.device)
+    return base
+
+
+def load_data(
+    source: str, manifest: FederationManifest, base: LoadedBase, settings: AgentSettings
+) -> tuple[TokenizedData, ReadReport]:
+    """Read and tokenise the owner's records as the manifest says.
+
+    Raises:
+        DataError: The source cannot be read, or holds nothing to train on.
+    """
+    records, report = read_records(source, on_malformed=settings.on_malformed)
+    block = manifest.training
+    data = tokenize(
+        records,
+        base.tokenizer,
+        template=block.template,
+        loss_on=block.loss_on,
+        max_length=block.max_length,
+        on_malformed=settings.on_malformed,
+    )
+    return data, report
+
+
+class Agent:
+    """One membership at work.
+
+    Guarantees:
+        1. A finished update and its signed header are journalled before a byte of them leaves;
+           after a restart the same bytes are sent under the same attempt.
+        2. Nothing is trained on an adapter, a release or a round whose checks failed.
+        3. An update that is zero or not finite is never sent.
+
+    Args:
+        member: Home, journal, what the owner agreed to, and the agent's identity.
+        transport: To the server; addressed to the federation.
+        base: The federation's base, its fingerprint checked.
+        data: The owner's examples.
+        wishes: Pause, hours, stop.
+        clock: Time.
+        on_event: Told what happens.
+
+    Raises:
+        JournalError: The membership has no credential.
+        TrustError: The manifest's layout is not the one of this base.
+    """
+
+    def __init__(
+        self,
+        *,
+        member: Member,
+        transport: Transport,
+        base: LoadedBase,
+        data: TokenizedData,
+        wishes: OwnersWishes,
+        clock: Clock,
+        on_event: Callable[[AgentEventReport], None],
+    ) -> None:
+        """Put the parts together; nothing is sent yet."""
+        if member.membership.credential is None:
+            msg = "the enrolment was not finished; run `join` again"
+            raise JournalError(msg)
+        self._home = member.home
+        self._journal = member.journal
+        self._manifest = member.membership.federation.body
+        self._signer = member.signer
+        self._transport = transport
+        self._data = data
+        self._wishes = wishes
+        self._clock = clock
+        self._on_event = on_event
+        self._shapes = adapter_shapes(base.description, self._manifest.lora)
+        self._layout = sent_layout(self._shapes, self._manifest.lora.sent)
+        if self._layout.digest() != self._manifest.layout:
+            msg = "the manifest's layout is not the one of its base and adapter; nothing is trained"
+            raise TrustError(msg)
+        self._adapted = AdaptedModel(base, self._manifest.lora)
+        self._accepted: tuple[int, AdapterArrays] | None = None
+
+    def run(self, *, until_finished: bool = False) -> None:
+        """Take part until the owner stops it.
+
+        Args:
+            until_finished: Also end when the federation has made its last release.
+
+        Raises:
+            AgentError: Something that only the owner can mend; what was done so far is journalled.
+        """
+        while not self._wishes.stopping():
+            reason = self._wishes.reason_to_wait()
+            if reason is not None:
+                self._say("waiting", reason)
+                self._clock.sleep(_WAIT_SLICE_S)
+                continue
+            try:
+                if self._turn() and until_finished:
+                    return
+            except TrainingStoppedError:
+                return
+            except RefusedError as error:
+                if self._wishes.stopping():
+                    return
+                self._after_refusal(error)
+
+    def _turn(self) -> bool:
+        """One turn of the loop; returns whether the federation is finished."""
+        part = self._journal.open_part()
+        if part is not None and part.phase is AgentPhase.TRAINED:
+            self._upload(part)
+            return False
+        reply = self._transport.task(after=self._journal.last_ended_round(), wait_s=LONG_POLL_S)
+        self._follow_chain(reply.newest_release)
+        match reply.task:
+            case TrainTask(round=manifest):
+                self._take_part(manifest)
+            case WaitTask(reason=WaitReason.FINISHED):
+                self._abandon_open_part("the federation ended")
+                self._say("finished", "the federation made its last release")
+                self._wait(reply.task.retry_after_s)
+                return True
+            case WaitTask(reason=reason, retry_after_s=retry_after_s):
+                self._say("waiting", reason.value.replace("-", " "))
+                self._wait(retry_after_s)
+        return False
+
+    def _wait(self, duration_s: float) -> None:
+        until = self._clock.monotonic() + duration_s
+        while not self._wishes.stopping() and self._clock.monotonic() < until:
+            self._clock.sleep(min(_WAIT_SLICE_S, max(0.0, until - self._clock.monotonic())))
+
+    def _after_refusal(self, error: RefusedError) -> None:
+        if error.document.advice is Advice.DISCARD:
+            self._abandon_open_part(error.document.title)
+            return
+        raise error
+
+    def _abandon_open_part(self, note: str) -> None:
+        part = self._journal.open_part()
+        if part is None:
+            return
+        self._journal.move_part(part, AgentEvent.ABANDON, now=self._clock.now(), note=note)
+        self._discard_files(part)
+        self._say("abandoned", f"round {part.round}: {note}")
+
+    # The chain and the global adapter
+
+    def _follow_chain(self, newest: int) -> None:
+        """Fetch and verify the releases between the last verified one and `newest`."""
+        last = self._journal.newest_release()
+        while last is None or last.number < newest:
+            page = self._transport.releases(after=-1 if last is None else last.number)
+            verified = check_releases(self._manifest, last, page.releases)
+            if not verified:
+                msg = f"the server speaks of release {newest} but does not show it"
+                raise TrustError(msg)
+            for release, signed in zip(verified, page.releases, strict=True):
+                self._journal.add_release(release.number, signed)
+            last = verified[-1]
+
+    def global_adapter(self) -> tuple[Release, AdapterArrays]:
+        """The newest verified release with its arrays, fetched and checked.
+
+        Raises:
+            TrustError: The bytes are not the released ones, or moved too far.
+            AgentError: It cannot be fetched, or there is no release yet.
+        """
+        release = self._journal.newest_release()
+        if release is None:
+            msg = "no release has been seen yet"
+            raise JournalError(msg)
+        number, before = self._accepted or self._last_accepted()
+        if number == release.number:
+            self._accepted = (number, before)
+            return release, before
+        arrays = self._arrays_of(release)
+        check_change(
+            before,
+            arrays,
+            max_tensor_change_norm=self._manifest.change_limits.max_tensor_change_norm,
+            n_releases=release.number - number,
+        )
+        self._accepted = (release.number, arrays)
+        self._prune_cache(release)
+        return release, arrays
+
+    def _last_accepted(self) -> tuple[int, AdapterArrays]:
+        """The adapter that this agent last trained from, or release 0."""
+        parts = self._journal.parts()
+        number = parts[-1].manifest.body.release if parts else 0
+        release = self._journal.release(number)
+        if release is None:  # cannot be: the chain was followed from release 0 on
+            msg = f"release {number} is not in the verified chain"
+            raise TrustError(msg)
+        return number, self._arrays_of(release)
+
+    def _prune_cache(self, newest: Release) -> None:
+        """Keep the newest release and the frozen factors; the rest can be fetched again."""
+        first = self._journal.release(0)
+        kept = {newest.sent.sha256.hex()}
+        if first is not None:
+            kept.add(first.adapter.sha256.hex())
+        for path in self._home.cache.iterdir():
+            if path.name not in kept:
+                path.unlink()
+
+    def _arrays_of(self, release: Release) -> AdapterArrays:
+        path = self._transport.fetch(release.sent, self._home.cache)
+        if release.sent == release.adapter:
+            return from_safetensors(path.read_bytes(), self._shapes)
+        sent_shapes = {slot.name: slot.shape for slot in self._layout.slots}
+        arrays = dict(from_safetensors(path.read_bytes(), sent_shapes))
+        first = self._journal.release(0)
+        if first is None:  # cannot be: the chain begins with release 0
+            msg = "the chain does not begin with release 0"
+            raise TrustError(msg)
+        frozen = self._transport.fetch(first.adapter, self._home.cache)
+        whole = from_safetensors(frozen.read_bytes(), self._shapes)
+        arrays |= {name: array for name, array in whole.items() if name not in sent_shapes}
+        if sha256(to_safetensors(arrays)) != release.adapter.sha256:
+            msg = f"release {release.number} does not hold what its signature promises"
+            raise TrustError(msg)
+        return arrays
+
+    def export(self, folder: Path) -> Release:
+        """Write the newest release as a PEFT folder that stock peft loads.
+
+        Args:
+            folder: Made when missing.
+        """
+        self._follow_chain(self._transport.releases(after=-1).newest)
+        release, arrays = self.global_adapter()
+        write_folder(
+            folder,
+            weights=to_safetensors(arrays),
+            config=peft_config(self._manifest.base, self._manifest.lora),
+            card=model_card(self._manifest, release),
+        )
+        return release
+
+    # A round
+
+    def _take_part(self, signed: Signed[RoundManifest]) -> None:
+        newest = self._journal.newest_release()
+        if newest is None:  # cannot be: `_turn` followed the chain up to the round's release
+            msg = "a round before the first release"
+            raise TrustError(msg)
+        round_manifest = check_round(
+            signed,
+            self._manifest,
+            newest,
+            self._layout,
+            last_round=self._journal.last_ended_round(),
+        )
+        open_part = self._journal.open_part()
+        if open_part is not None and open_part.round != round_manifest.round:
+            self._abandon_open_part(f"round {round_manifest.round} began")
+        part = self._journal.begin_part(signed, now=self._clock.now())
+        try:
+            self._train(part)
+        except TrainingStoppedError:
+            self._say("stopped", f"round {part.round} is kept and goes on at the next start")
+            raise
+        except (TrainingError, DataError) as error:
+            self._withdraw(part, error)
+            raise
+
+    def _train(self, part: Part) -> None:
+        round_manifest = part.manifest.body
+        release, start = self.global_adapter()
+        self._say("training", f"round {part.round} from release {release.number}")
+        block = self._manifest.training
+        n_examples = len(self._data.examples)
+        trainer = LocalTrainer(
+            self._adapted,
+            self._data.examples,
+            RoundRecipe(
+                training=block,
+                schedule_start=round_manifest.schedule_start,
+                schedule_end=round_manifest.schedule_end,
+                seed=self._seed(round_manifest, "dropout"),
+            ),
+            sampler=ShuffledBatches(
+                n_examples=n_examples,
+                batch_size=block.batch_size,
+                seed=self._seed(round_manifest, "batches"),
+            ),
+            clock=self._clock,
+            options=TrainerOptions(
+                control=self._wishes,
+                on_progress=self._show_progress,
+                state_path=self._home.training_state,
+            ),
+        )
+        result = trainer.run(start, self._layout, weight=self._weight(n_examples))
+        body = vector_to_bytes(result.update.vector)
+        header = UploadHeader(
+            federation=self._manifest.federation,
+            round=part.round,
+            attempt=part.attempt,
+            agent=self._signer.identity,
+            round_digest=round_manifest.digest(),
+            layout=self._layout.digest(),
+            weight=result.update.weight,
+            body_sha256=sha256(body),
+            body_n_bytes=len(body),
+        )
+        _write_durably(self._body_path(part), body)
+        signed = sign(self._signer, "upload", header).signed
+        part = self._journal.move_part(
+            part, AgentEvent.TRAINING_DONE, now=self._clock.now(), header=signed
+        )
+        self._home.training_state.unlink(missing_ok=True)
+        self._upload(part)
+
+    def _weight(self, n_examples: int) -> int:
+        block = self._manifest.aggregation
+        if block.weighting is Weighting.UNIFORM:
+            return 1
+        return min(n_examples, block.max_weight)
+
+    def _seed(self, manifest: RoundManifest, purpose: str) -> int:
+        # From the private key, so that nobody else can tell the order of the owner's examples; the
+        # same after a restart, so that training resumes exactly.
+        material = self._signer.private_bytes() + domain_hash(purpose, manifest.as_json())
+        return int.from_bytes(hashlib.sha256(material).digest()[:8], "big")
+
+    def _withdraw(self, part: Part, error: AgentError) -> None:
+        reason = WithdrawalReason.TRAINING_FAILED
+        if isinstance(error, OutOfMemoryError):
+            reason = WithdrawalReason.OUT_OF_MEMORY
+        withdrawal = Withdrawal(
+            federation=self._manifest.federation,
+            round=part.round,
+            agent=self._signer.identity,
+            reason=reason,
+        )
+        self._journal.move_part(part, AgentEvent.ABANDON, now=self._clock.now(), note=str(error))
+        self._discard_files(part)
+        self._transport.withdraw(sign(self._signer, "withdrawal", withdrawal).signed)
+
+    # The upload
+
+    def _body_path(self, part: Part) -> Path:
+        return self._home.updates / f"{part.round}-{part.attempt}.f32"
+
+    def _discard_files(self, part: Part) -> None:
+        self._body_path(part).unlink(missing_ok=True)
+        self._home.training_state.unlink(missing_ok=True)
+
+    def _upload(self, part: Part) -> None:
+        if part.header is None:  # cannot be: a part is TRAINED only together with its header
+            msg = f"round {part.round} has no signed header"
+            raise JournalError(msg)
+        header = part.header.body
+        self._say("uploading", f"round {part.round}: {header.body_n_bytes} bytes")
+        for _ in range(_MAX_UPLOAD_TRIES):
+            if self._upload_once(part, part.header):
+                self._journal.move_part(
+                    part, AgentEvent.UPLOAD_ACCEPTED, now=self._clock.now(), note="accepted"
+                )
+                self._discard_files(part)
+                self._say("uploaded", f"round {part.round} was accepted")
+                return
+        self._abandon_open_part(f"the server did not take it in {_MAX_UPLOAD_TRIES} tries")
+
+    def _upload_once(self, part: Part, signed: Signed[UploadHeader]) -> bool:
+        header = signed.body
+        status = self._transport.begin_upload(signed)
+        if status.state is UploadState.ACCEPTED:
+            return True
+        try:
+            with self._body_path(part).open("rb") as file:
+                for index in status.missing:
+                    file.seek(index * PART_BYTES)
+                    self._transport.put_part(header, index, file.read(PART_BYTES))
+            status = self._transport.complete(header)
+        except OSError as error:
+            msg = f"the finished update of round {part.round} cannot be read: {error}"
+            raise JournalError(msg) from error
+        except RefusedError as error:
+            mendable = {ProblemType.INCOMPLETE, ProblemType.DIGEST_MISMATCH}
+            if error.document.problem_type in mendable:
+                return False
+            raise
+        return status.state is UploadState.ACCEPTED
+
+    # What the owner sees
+
+    def _show_progress(self, progress: TrainingProgress) -> None:
+        text = f"step {progress.step} of {progress.n_steps}"
+        self._on_event(AgentEventReport(kind="progress", text=text, progress=progress))
+
+    def _say(self, kind: str, text: str) -> None:
+        self._journal.set_activity(kind=kind, text=text, at=self._clock.now(), pid=os.getpid())
+        self._on_event(AgentEventReport(kind=kind, text=text))
+
+
+def record_outgoing(journal: Journal, clock: Clock) -> Callable[[Outgoing], None]:
+    """What to give `Transport` so that every body that leaves is in the journal first."""
+
+    def note(outgoing: Outgoing) -> None:
+        journal.add_sent(
+            SentItem(
+                at=clock.now(),
+                host=outgoing.host,
+                what=outgoing.what,
+                round=outgoing.round,
+                n_bytes=len(outgoing.body),
+                sha256=sha256(outgoing.body),
+            )
+        )
+
+    return note
+
+
+def _write_durably(path: Path, data: bytes) -> None:
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with partial.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        msg = f"cannot keep the finished update at {path}: {error}; free some space"
+        raise JournalError(msg) from error

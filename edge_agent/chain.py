@@ -1,0 +1,173 @@
+"""What the agent checks of a federation, its releases and its rounds before it trusts them.
+
+Every function either returns something whose checks ran or raises `TrustError`, which is logged,
+shown to the owner, and ends the matter: nothing secret is sent.
+"""
+
+from collections.abc import Iterable
+from typing import TypeVar
+
+import numpy as np
+
+from edge_agent.errors import TrustError
+from protocol.errors import ProtocolError
+from protocol.layout import VectorLayout
+from protocol.manifest import FederationManifest, Release, RoundManifest
+from protocol.messages import Credential, Discovery
+from protocol.signing import Invite, Signed, fingerprint, format_fingerprint, verify
+from quant.adapter import AdapterArrays
+
+BodyT = TypeVar("BodyT", FederationManifest, Credential, Release, RoundManifest)
+
+
+def check_discovery(discovery: Discovery, invite: Invite | None) -> FederationManifest:
+    """The federation manifest, signed by the server that it names.
+
+    Args:
+        discovery: What the server sent.
+        invite: The owner's invite; the server's key must match its fingerprint. Without one the
+            key is trusted on first use and pinned.
+
+    Raises:
+        TrustError: The signature or the fingerprint does not hold.
+    """
+    server = discovery.federation.body.server
+    if invite is not None and fingerprint(server) != invite.server_fingerprint:
+        msg = (
+            f"this server's key is {format_fingerprint(server)}, but the invite is for another "
+            "server; check the address with whoever invited you"
+        )
+        raise TrustError(msg)
+    return _verified(discovery.federation, "federation", server)
+
+
+def check_credential(
+    credential: Signed[Credential], manifest: FederationManifest, agent: bytes
+) -> None:
+    """Check (PROTOCOL, "Identities") that the registrar vouches for this agent here.
+
+    Raises:
+        TrustError: Signed by another key, or for another agent or federation.
+    """
+    body = _verified(credential, "credential", manifest.registrar)
+    if body.agent != agent or body.federation != manifest.federation:
+        msg = "the credential is for another agent or federation"
+        raise TrustError(msg)
+
+
+def check_releases(
+    manifest: FederationManifest, last: Release | None, releases: Iterable[Signed[Release]]
+) -> list[Release]:
+    """Verify that releases continue the chain (PROTOCOL, check 1).
+
+    Guarantees:
+        1. Numbers rise by one, each release names the digest of the one before, all are signed by
+           the pinned key for this federation.
+
+    Args:
+        manifest: The pinned federation.
+        last: The newest release already verified, or None.
+        releases: What the server sent, oldest first.
+
+    Raises:
+        TrustError: The chain is broken.
+    """
+    verified = []
+    for signed in releases:
+        release = _verified(signed, "release", manifest.server)
+        expected = 0 if last is None else last.number + 1
+        previous = None if last is None else last.digest()
+        if release.number != expected or release.previous != previous:
+            msg = (
+                f"the chain of releases is broken: after release {expected - 1} came "
+                f"{release.number}, which does not continue it"
+            )
+            raise TrustError(msg)
+        if (
+            release.federation != manifest.federation
+            or release.federation_digest != manifest.digest()
+        ):
+            msg = f"release {release.number} belongs to another federation"
+            raise TrustError(msg)
+        verified.append(release)
+        last = release
+    return verified
+
+
+def check_round(
+    signed: Signed[RoundManifest],
+    manifest: FederationManifest,
+    newest: Release,
+    layout: VectorLayout,
+    *,
+    last_round: int,
+) -> RoundManifest:
+    """Check a round manifest against all that the agent has verified (PROTOCOL, checks 1 and 2).
+
+    Args:
+        signed: What the server sent.
+        manifest: The pinned federation.
+        newest: The end of the verified chain.
+        layout: Computed by this agent from its own base.
+        last_round: The last round with nothing left to do.
+
+    Raises:
+        TrustError: Signed by another key; another federation, release or layout; or a round number
+            that does not rise.
+    """
+    body = _verified(signed, "round", manifest.server)
+    faults = {
+        "it belongs to another federation": body.federation != manifest.federation
+        or body.federation_digest != manifest.digest(),
+        f"its number does not rise above {last_round}": body.round <= last_round,
+        f"it does not start from the newest release, {newest.number}": (
+            body.release != newest.number
+            or body.release_digest != newest.digest()
+            or body.sent != newest.sent
+        ),
+        f"it asks for {body.update_n_bytes} bytes, the layout has {layout.n_bytes}": (
+            body.update_n_bytes != layout.n_bytes
+        ),
+    }
+    for fault, found in faults.items():
+        if found:
+            msg = f"round {body.round} is refused: {fault}"
+            raise TrustError(msg)
+    return body
+
+
+def check_change(
+    before: AdapterArrays,
+    after: AdapterArrays,
+    *,
+    max_tensor_change_norm: float,
+    n_releases: int,
+) -> None:
+    """Refuse a global adapter that moved further than the owner accepted (PROTOCOL, check 17).
+
+    Args:
+        before: The adapter that was last accepted.
+        after: The one received; its values are finite already.
+        max_tensor_change_norm: L2 norm allowed for one tensor and one release.
+        n_releases: How many releases lie between the two, at least 1.
+
+    Raises:
+        TrustError: A tensor moved further; nothing is trained on it.
+    """
+    limit = max_tensor_change_norm * n_releases
+    for name, array in after.items():
+        change = float(np.linalg.norm((array - before[name]).astype(np.float64)))
+        if change > limit:
+            msg = (
+                f"the received adapter changed {name!r} by {change:.3g}, above the limit of "
+                f"{limit:.3g} that was accepted at enrolment"
+            )
+            raise TrustError(msg)
+
+
+def _verified(signed: Signed[BodyT], name: str, key: bytes) -> BodyT:
+    try:
+        return verify(signed, name, key=key).body
+    except ProtocolError as error:
+        msg = f"the server's {name} document is refused: {error}"
+        raise TrustError(msg) from error

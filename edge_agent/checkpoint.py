@@ -1,0 +1,82 @@
+"""The trainer's state file: one atomic safetensors file, never pickle.
+
+It holds the trained factors, the moments of Adam, and as metadata the step, the micro-batch budget,
+the loss scale and the digest of everything that the run depends on. A file of another run is
+refused, so a state is never resumed with other data, another recipe or another starting adapter.
+"""
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError, safe_open
+
+from edge_agent.errors import CheckpointError
+
+_METADATA_KEY = "sheepfold"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """Where a run stands, apart from its tensors."""
+
+    run: str
+    """Hexadecimal digest of what the run depends on."""
+    step: int
+    """Optimiser steps done."""
+    micro_tokens: int
+    checkpointing: bool
+    loss_scale: float
+
+
+def save_state(path: Path, progress: Progress, tensors: dict[str, torch.Tensor]) -> None:
+    """Write a state file: either the old one or the new one exists, whatever happens.
+
+    Args:
+        path: The file; its folder must exist.
+        progress: Where the run stands.
+        tensors: What to keep, by name; copied to the CPU.
+
+    Raises:
+        CheckpointError: It cannot be written, for instance because the disk is full; the old file
+            is untouched.
+    """
+    partial = path.with_name(path.name + ".partial")
+    data = safetensors.torch.save(
+        {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()},
+        metadata={_METADATA_KEY: json.dumps(asdict(progress))},
+    )
+    try:
+        with partial.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        msg = f"cannot save the training state to {path}: {error}; free some space"
+        raise CheckpointError(msg) from error
+
+
+def load_state(path: Path, *, run: str) -> tuple[Progress, dict[str, torch.Tensor]] | None:
+    """Read a state file of this run.
+
+    Args:
+        path: The file.
+        run: The run's digest.
+
+    Returns:
+        The progress and the tensors, or None when there is no file, it belongs to another run, or
+        it cannot be read: then training begins anew, which loses time but nothing else.
+    """
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            progress = Progress(**json.loads(file.metadata()[_METADATA_KEY]))
+            if progress.run != run:
+                return None
+            return progress, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError):
+        return None

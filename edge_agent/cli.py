@@ -1,0 +1,390 @@
+"""`sheepfold-agent`: what a volunteer types."""
+
+import json
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any, Final
+
+import typer
+from rich.console import Console
+from rich.panel import Panel
+from rich.table import Table
+
+from edge_agent.config import AgentSettings, default_home, load_settings, save_settings
+from edge_agent.data.records import OnMalformed
+from edge_agent.errors import AgentError, JournalError, TransportError
+from edge_agent.home import AgentHome
+from protocol.clock import SystemClock
+from protocol.errors import ProtocolError
+from quant.errors import QuantError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    help="""Lend your GPU to a federation that trains on your data without taking it.
+
+Your records never leave this machine; what does, `join` tells before it asks.
+
+**First time:** `sheepfold-agent join https://server --data my-records.jsonl --invite CODE`
+
+**After a reboot:** `sheepfold-agent run`
+""",
+)
+console: Final = Console(stderr=True)
+
+_JOIN_PATIENCE_S: Final = 30.0
+_MB: Final = 1_000_000
+
+HomeOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--home",
+        envvar="SHEEPFOLD_AGENT_HOME",
+        help="Where key, journal and cache lie. One home for each federation.",
+    ),
+]
+JsonOption = Annotated[
+    str | None, typer.Option("--json", metavar="PATH", help="Write JSON here; `-` for stdout.")
+]
+BaseOption = Annotated[
+    str | None,
+    typer.Option(help="Folder with the base model; default: fetch the one the federation names."),
+]
+DeviceOption = Annotated[str | None, typer.Option(help="`cpu`, `cuda` or `cuda:1`.")]
+ThreadsOption = Annotated[int | None, typer.Option(help="CPU threads to use.", min=1)]
+VramOption = Annotated[
+    float | None, typer.Option("--max-vram", help="Most GPU memory to use, in GB.", min=0.1)
+]
+HoursOption = Annotated[
+    str | None, typer.Option(help="Hours of the day to train in, such as `22-07`.")
+]
+MalformedOption = Annotated[
+    OnMalformed | None, typer.Option(help="What to do with a record that cannot be used.")
+]
+YesOption = Annotated[bool, typer.Option("--yes", help="Agree without being asked.")]
+
+
+def main() -> None:
+    """Run the command line; errors of ours are one sentence and exit code 1."""
+    try:
+        app()
+    except (AgentError, QuantError, ProtocolError) as error:
+        console.print(f"[bold red]Error:[/] {_escaped(str(error))}", highlight=False)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(1)
+
+
+def _escaped(text: str) -> str:
+    return text.replace("[", r"\[")
+
+
+def write_json(target: str, value: object) -> None:
+    """Write JSON to a path, or to standard output for `-`; NaN and infinity are refused."""
+    text = json.dumps(value, indent=2, allow_nan=False) + "\n"
+    if target == "-":
+        sys.stdout.write(text)
+    else:
+        Path(target).write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def _opened(home: Path | None) -> Iterator[tuple[AgentHome, Any]]:
+    from edge_agent.journal import Journal
+
+    agent_home = AgentHome(home or default_home())
+    if not agent_home.journal_path.exists():
+        msg = f"no federation was joined in {agent_home.root}; begin with `sheepfold-agent join`"
+        raise JournalError(msg)
+    journal = Journal(agent_home.journal_path)
+    try:
+        yield agent_home, journal
+    finally:
+        journal.close()
+
+
+@app.command()
+def join(
+    url: Annotated[str, typer.Argument(help="The server, such as `https://example.org`.")],
+    data: Annotated[str, typer.Option(help="Your records: JSON, JSONL, CSV, Parquet, hub:ID.")],
+    *,
+    invite: Annotated[str | None, typer.Option(help="The code that you were given.")] = None,
+    home: HomeOption = None,
+    yes: YesOption = False,
+    no_run: Annotated[bool, typer.Option("--no-run", help="Join, but do not train yet.")] = False,
+    until_finished: Annotated[
+        bool, typer.Option("--until-finished", help="End with the federation's last release.")
+    ] = False,
+    base: BaseOption = None,
+    device: DeviceOption = None,
+    threads: ThreadsOption = None,
+    max_vram: VramOption = None,
+    hours: HoursOption = None,
+    on_malformed: MalformedOption = None,
+) -> None:
+    """Join a federation: shows what will leave this machine, asks, enrols, and trains.
+
+    Example: `sheepfold-agent join https://example.org --data notes.jsonl --invite sheepfold1-…`
+    """
+    from edge_agent import membership
+
+    agent_home = AgentHome(home or default_home())
+    flags = {
+        "base": base,
+        "device": device,
+        "threads": threads,
+        "max_vram_gb": max_vram,
+        "hours": hours,
+        "on_malformed": on_malformed,
+    }
+    settings = load_settings(agent_home.root, flags)
+    console.print(f"Looking at {_escaped(url)} …", highlight=False)
+    offer = membership.look(
+        url, invite, data, settings, clock=SystemClock(), patience_s=_JOIN_PATIENCE_S
+    )
+    _show_offer(offer)
+    if not yes and not typer.confirm("Join this federation?", default=False, err=True):
+        console.print("Nothing was sent, nothing was kept.")
+        raise typer.Exit(1)
+    membership.enrol(offer, agent_home, clock=SystemClock(), patience_s=_JOIN_PATIENCE_S)
+    save_settings(agent_home.root, settings)
+    console.print(f"Joined. Key and journal are in {agent_home.root}", highlight=False)
+    if no_run:
+        console.print("Start training with `sheepfold-agent run`.")
+        return
+    _work(agent_home, settings, until_finished=until_finished)
+
+
+def _show_offer(offer: Any) -> None:  # noqa: ANN401 - a type behind a lazy import
+    manifest, disclosure = offer.manifest, offer.disclosure
+    lines = [
+        f"[bold]{_escaped(manifest.name)}[/]",
+        *([_escaped(manifest.description)] if manifest.description else []),
+        f"Base model: {_escaped(manifest.base.model)}; {manifest.rounds.n_rounds} rounds",
+        f"Your data: {offer.n_records} records from {_escaped(offer.data)}"
+        + (f" ({offer.n_malformed} cannot be used)" if offer.n_malformed else ""),
+        *(f"  {_escaped(line)}" for line in offer.malformed_reasons),
+        "",
+        "[bold]What leaves this machine[/]",
+        *(f"• {_escaped(line)}" for line in disclosure.what_leaves),
+        "",
+        "[bold]Who is contacted[/]",
+        *(f"• {_escaped(line)}" for line in disclosure.hosts),
+        "",
+        "[bold]What is not promised[/]",
+        *(f"• {_escaped(line)}" for line in disclosure.warnings),
+    ]
+    console.print(Panel("\n".join(lines), title="Before you join", highlight=False))
+
+
+@app.command()
+def run(
+    *,
+    home: HomeOption = None,
+    data: Annotated[str | None, typer.Option(help="Use other records from now on.")] = None,
+    until_finished: Annotated[
+        bool, typer.Option("--until-finished", help="End with the federation's last release.")
+    ] = False,
+    base: BaseOption = None,
+    device: DeviceOption = None,
+    threads: ThreadsOption = None,
+    max_vram: VramOption = None,
+    hours: HoursOption = None,
+    on_malformed: MalformedOption = None,
+) -> None:
+    """Take part in the federation that was joined, until Ctrl-C. Goes on where it was."""
+    agent_home = AgentHome(home or default_home())
+    flags = {
+        "base": base,
+        "device": device,
+        "threads": threads,
+        "max_vram_gb": max_vram,
+        "hours": hours,
+        "on_malformed": on_malformed,
+    }
+    settings = load_settings(agent_home.root, flags)
+    if data is not None:
+        with _opened(home) as (_, journal):
+            journal.set_data(data)
+    _work(agent_home, settings, until_finished=until_finished)
+
+
+def _work(agent_home: AgentHome, settings: AgentSettings, *, until_finished: bool) -> None:
+    from edge_agent import membership
+    from edge_agent.display import Display
+
+    with _opened(agent_home.root) as (_, journal), Display(console) as display:
+        worker = membership.prepare(
+            agent_home, journal, settings, clock=SystemClock(), on_event=display.show
+        )
+
+        def stop(*_: object) -> None:
+            worker.wishes.stop()
+
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, stop)
+        with worker:
+            worker.agent.run(until_finished=until_finished)
+
+
+@app.command()
+def status(*, home: HomeOption = None, json_path: JsonOption = None) -> None:
+    """What the agent is doing, and what it has done."""
+    from edge_agent import membership
+
+    with _opened(home) as (agent_home, journal):
+        found = membership.describe(agent_home, journal, clock=SystemClock())
+    if json_path is not None:
+        write_json(json_path, found)
+        return
+    table = Table(show_header=False, box=None)
+    for key, value in found.items():
+        table.add_row(f"[bold]{key.replace('_', ' ')}[/]", _escaped(str(value)))
+    Console().print(table)
+
+
+@app.command()
+def pause(*, home: HomeOption = None) -> None:
+    """Pause at the next micro-batch; nothing is lost."""
+    with _opened(home) as (_, journal):
+        journal.set_paused(paused=True)
+    console.print("Paused. `sheepfold-agent resume` continues.")
+
+
+@app.command()
+def resume(*, home: HomeOption = None) -> None:
+    """Continue after a pause."""
+    with _opened(home) as (_, journal):
+        journal.set_paused(paused=False)
+    console.print("Resumed.")
+
+
+@app.command()
+def sent(*, home: HomeOption = None, json_path: JsonOption = None) -> None:
+    """Everything that left this machine: when, what, where to, how many bytes, digest."""
+    with _opened(home) as (_, journal):
+        items = journal.sent()
+    if json_path is not None:
+        write_json(json_path, [{**asdict(item), "sha256": item.sha256.hex()} for item in items])
+        return
+    table = Table("when (UTC)", "what", "round", "bytes", "to", "SHA-256")
+    for item in items:
+        table.add_row(
+            datetime.fromtimestamp(item.at, tz=UTC).strftime("%Y-%m-%d %H:%M:%S"),
+            item.what,
+            "" if item.round is None else str(item.round),
+            f"{item.n_bytes:,}",
+            item.host,
+            item.sha256.hex()[:16] + "…",
+        )
+    output = Console()
+    output.print(table)
+    total = sum(item.n_bytes for item in items)
+    output.print(f"{len(items)} bodies, {total / _MB:.2f} MB. Polls carry no body.")
+
+
+@app.command()
+def leave(*, home: HomeOption = None, yes: YesOption = False) -> None:
+    """Revoke the membership; says what cannot be recalled."""
+    from edge_agent import membership
+
+    with _opened(home) as (agent_home, journal):
+        n_accepted = membership.n_accepted(journal)
+        console.print(
+            f"{n_accepted} update(s) of yours are part of published releases. They cannot be "
+            "recalled: whoever has the releases has them. From now on nothing more leaves this "
+            "machine."
+        )
+        if not yes and not typer.confirm("Leave the federation?", default=False, err=True):
+            raise typer.Exit(1)
+        try:
+            membership.leave(agent_home, journal, clock=SystemClock(), patience_s=_JOIN_PATIENCE_S)
+        except TransportError as error:
+            console.print(
+                f"[yellow]The server was not told ({_escaped(str(error))}); try again later. This "
+                "agent no longer takes part.[/]",
+                highlight=False,
+            )
+            raise typer.Exit(1) from None
+    console.print("Left. `sheepfold-agent forget` removes key, cache and journal.")
+
+
+@app.command()
+def forget(*, home: HomeOption = None, yes: YesOption = False) -> None:
+    """Remove key, cache and journal from this machine."""
+    agent_home = AgentHome(home or default_home())
+    if not agent_home.root.exists():
+        console.print(f"There is nothing in {agent_home.root}.", highlight=False)
+        return
+    with _opened(home) as (_, journal):
+        membership = journal.membership()
+    if membership is not None and membership.left_at is None:
+        console.print("You are still a member: `sheepfold-agent leave` first tells the server.")
+    question = f"Remove everything in {agent_home.root}?"
+    if not yes and not typer.confirm(question, default=False, err=True):
+        raise typer.Exit(1)
+    agent_home.lock().release()
+    for path in agent_home.forget():
+        console.print(f"removed {path}", highlight=False)
+
+
+@app.command()
+def export(
+    folder: Annotated[Path, typer.Argument(help="Where the PEFT folder goes.")],
+    *,
+    home: HomeOption = None,
+) -> None:
+    """Write the newest adapter as a folder that stock peft loads."""
+    from edge_agent import membership
+
+    with _opened(home) as (agent_home, journal):
+        settings = load_settings(agent_home.root, {})
+        release = membership.export(
+            agent_home, journal, settings, folder, clock=SystemClock(), patience_s=_JOIN_PATIENCE_S
+        )
+    console.print(f"Release {release.number} is in {folder}", highlight=False)
+
+
+@app.command("describe-base")
+def describe_base(
+    model: Annotated[str, typer.Argument(help="`embedded:tiny`, a hub id, or a folder.")],
+    *,
+    out: Annotated[Path, typer.Option(help="Where the description goes.")] = Path("base.json"),
+    revision: Annotated[str | None, typer.Option(help="Commit or tag of a hub model.")] = None,
+    name: Annotated[
+        str | None, typer.Option(help="The name that volunteers fetch it by, if not MODEL.")
+    ] = None,
+) -> None:
+    """For operators: write what the server must know of a base model (it never loads it)."""
+    from quant.base_model import load_base
+
+    console.print(f"Loading {_escaped(model)} in NF4 …", highlight=False)
+    description = load_base(model, revision=revision).description
+    if name is not None:
+        block = description.base.model_copy(update={"model": name})
+        description = description.model_copy(update={"base": block})
+    out.write_bytes(description.canonical() + b"\n")
+    console.print(
+        f"{out}: {description.architecture}, {description.n_parameters:,} parameters, "
+        f"fingerprint {description.base.fingerprint.hex()[:16]}…",
+        highlight=False,
+    )
+
+
+@app.command("install-service")
+def install_service(*, home: HomeOption = None) -> None:
+    """Print a systemd user unit that runs the agent after a reboot."""
+    from edge_agent.service import systemd_unit
+
+    agent_home = AgentHome((home or default_home()).absolute())
+    sys.stdout.write(systemd_unit(agent_home.root))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,81 @@
+"""What `join` tells the owner before anything happens, in plain words."""
+
+import os
+from dataclasses import dataclass
+from typing import Final
+from urllib.parse import urlsplit
+
+from protocol.layout import VectorLayout
+from protocol.manifest import FederationManifest, Weighting
+from protocol.signing import format_fingerprint
+from quant.base_model import EMBEDDED_NAME
+
+_DEFAULT_HUB: Final = "https://huggingface.co"
+_MB: Final = 1_000_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Disclosure:
+    """The three things an owner must know: what leaves, who is contacted, what is not promised."""
+
+    what_leaves: tuple[str, ...]
+    hosts: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+
+def hub_host() -> str:
+    """The host of the model hub, as the environment sets it."""
+    return urlsplit(os.environ.get("HF_ENDPOINT", _DEFAULT_HUB)).netloc
+
+
+def disclose(
+    manifest: FederationManifest,
+    *,
+    server_host: str,
+    base_folder: str | None,
+    layout: VectorLayout | None = None,
+) -> Disclosure:
+    """Put a federation's manifest into words.
+
+    Args:
+        manifest: Its checks have run.
+        server_host: Host and port of the server.
+        base_folder: The owner's copy of the base; None: it is fetched from the hub.
+        layout: When known, the size of an update is told.
+    """
+    factors = " and ".join(manifest.lora.sent)
+    size = "" if layout is None else f" ({layout.n_bytes / _MB:.1f} MB)"
+    leaves = [
+        (
+            f"In each round that draws you: an adapter update{size}, which is the change that "
+            f"training on your data makes to the factors {factors} of a LoRA adapter of rank "
+            f"{manifest.lora.rank}."
+        ),
+        "Your agent's public key and signatures.",
+        "When your agent polls, trains and uploads, and your network address.",
+    ]
+    if manifest.aggregation.weighting is Weighting.N_EXAMPLES:
+        leaves.append(
+            "The number of your examples (at most "
+            f"{manifest.aggregation.max_weight} is said), as the weight of your update."
+        )
+    leaves.append("Never: your records, your prompts, your losses, your files' names.")
+    hosts = [server_host]
+    if base_folder is None and manifest.base.model != EMBEDDED_NAME:
+        hosts.append(f"{hub_host()} (to download the base model {manifest.base.model})")
+    warnings = [
+        (
+            "Differential privacy is off (profile P0): ε = ∞. An update can reveal parts of the "
+            "data that it was trained on to whoever sees it."
+        ),
+        "Masking is off: the server sees your update by itself.",
+    ]
+    if manifest.registrar_held_by_server:
+        warnings.append(
+            "The server itself decides who is a member, so nothing here protects you from a "
+            "dishonest server."
+        )
+    warnings.append(
+        f"The server's key is {format_fingerprint(manifest.server)}; it is pinned from now on."
+    )
+    return Disclosure(what_leaves=tuple(leaves), hosts=tuple(hosts), warnings=tuple(warnings))

@@ -1,0 +1,127 @@
+"""The agent's home folder: key, journal, cache, training state, finished updates.
+
+Everything that the agent keeps lies here, so `forget` can remove it whole. One process at a time
+may work in a home.
+"""
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from edge_agent.config import SETTINGS_NAME
+from edge_agent.errors import JournalError
+from protocol.signing import Signer
+from protocol.wire import b64u_decode, b64u_encode
+
+_PRIVATE_FOLDER = 0o700
+_PRIVATE_FILE = 0o600
+
+
+@dataclass(frozen=True)
+class AgentHome:
+    """Paths below one folder."""
+
+    root: Path
+
+    @property
+    def key_path(self) -> Path:
+        """The agent's private key, mode 0600."""
+        return self.root / "agent.key"
+
+    @property
+    def journal_path(self) -> Path:
+        """The SQLite journal."""
+        return self.root / "journal.sqlite"
+
+    @property
+    def cache(self) -> Path:
+        """Downloaded adapters, by SHA-256."""
+        return self.root / "cache"
+
+    @property
+    def training_state(self) -> Path:
+        """The trainer's state file."""
+        return self.root / "training.safetensors"
+
+    @property
+    def updates(self) -> Path:
+        """Finished updates until they are accepted."""
+        return self.root / "updates"
+
+    def create(self) -> None:
+        """Make the folders, readable by the owner alone."""
+        for folder in (self.root, self.cache, self.updates):
+            folder.mkdir(parents=True, exist_ok=True)
+            folder.chmod(_PRIVATE_FOLDER)
+
+    def lock(self) -> FileLock:
+        """Hold the home for one working process.
+
+        Raises:
+            JournalError: Another process works here.
+        """
+        lock = FileLock(self.root / "agent.lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            msg = (
+                f"another agent already works in {self.root}; see `sheepfold-agent status`, or "
+                "use another --home"
+            )
+            raise JournalError(msg) from None
+        return lock
+
+    def load_or_create_signer(self) -> Signer:
+        """The agent's identity; made here, on this device, at the first call.
+
+        Raises:
+            JournalError: The key file is damaged.
+        """
+        if self.key_path.exists():
+            try:
+                return Signer.from_private_bytes(
+                    b64u_decode(self.key_path.read_text(encoding="ascii").strip(), n_bytes=32)
+                )
+            except Exception as error:
+                msg = f"the key file {self.key_path} is damaged; `forget` and join again"
+                raise JournalError(msg) from error
+        signer = Signer.generate()
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+        descriptor = os.open(self.key_path, flags, _PRIVATE_FILE)
+        with os.fdopen(descriptor, "w", encoding="ascii") as file:
+            file.write(b64u_encode(signer.private_bytes()) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        return signer
+
+    def forget(self) -> list[Path]:
+        """Remove everything that the agent keeps; files it did not make stay.
+
+        Returns:
+            What was removed.
+        """
+        removed: list[Path] = []
+        for folder in (self.cache, self.updates):
+            if folder.exists():
+                shutil.rmtree(folder)
+                removed.append(folder)
+        journal = self.journal_path
+        own = [
+            self.key_path,
+            *(journal.with_name(journal.name + suffix) for suffix in ("", "-wal", "-shm")),
+            self.training_state,
+            self.training_state.with_name(self.training_state.name + ".partial"),
+            self.root / SETTINGS_NAME,
+            self.root / "agent.lock",
+        ]
+        for path in own:
+            if path.exists():
+                path.unlink()
+                removed.append(path)
+        if self.root.exists() and not any(self.root.iterdir()):
+            self.root.rmdir()
+            removed.append(self.root)
+        return removed

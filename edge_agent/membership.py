@@ -1,0 +1,354 @@
+"""From an address to a working agent: look, enrol, prepare, leave. The commands call these."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final, Self
+
+from edge_agent.agent import (
+    Agent,
+    AgentEventReport,
+    Member,
+    load_data,
+    load_membership_base,
+    record_outgoing,
+)
+from edge_agent.chain import check_credential, check_discovery
+from edge_agent.config import AgentSettings
+from edge_agent.consent import Disclosure, disclose
+from edge_agent.data.reading import read_records
+from edge_agent.errors import JournalError, RefusedError
+from edge_agent.home import AgentHome
+from edge_agent.journal import Journal, Membership
+from edge_agent.politeness import OwnersWishes
+from edge_agent.transport import Transport
+from protocol.clock import Clock
+from protocol.manifest import FederationManifest, Release
+from protocol.messages import Enrolment, Revocation
+from protocol.phases import AgentPhase
+from protocol.problems import Advice
+from protocol.signing import Invite, Signed, format_fingerprint, prove_invite, sign
+
+_N_REASONS_SHOWN: Final = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Offer:
+    """What an owner decides about; nothing has left the machine but one question to the server."""
+
+    url: str
+    federation: Signed[FederationManifest]
+    invite: Invite | None
+    data: str
+    n_records: int
+    n_malformed: int
+    malformed_reasons: tuple[str, ...]
+    disclosure: Disclosure
+
+    @property
+    def manifest(self) -> FederationManifest:
+        """The manifest, its checks done."""
+        return self.federation.body
+
+
+def look(
+    url: str,
+    invite: str | None,
+    data: str,
+    settings: AgentSettings,
+    *,
+    clock: Clock,
+    patience_s: float,
+) -> Offer:
+    """Ask a server what it offers, and look at the owner's data; nothing is kept.
+
+    Raises:
+        InviteError: The invite cannot be read.
+        TransportError: The server cannot be reached.
+        ManifestError: The federation wants something that this version cannot honour.
+        TrustError: The server is not the one of the invite.
+        DataError: The records cannot be used.
+    """
+    parsed = None if invite is None else Invite.parse(invite)
+    local = None if data.startswith("hub:") else str(Path(data).expanduser().absolute())
+    records, report = read_records(local or data, on_malformed=settings.on_malformed)
+    transport = Transport(url, clock=clock, patience_s=patience_s)
+    try:
+        discovery = transport.discover()
+        manifest = check_discovery(discovery, parsed)
+        disclosure = disclose(manifest, server_host=transport.host, base_folder=settings.base)
+    finally:
+        transport.close()
+    if discovery.enrolment == "invite" and parsed is None:
+        msg = f"{url} takes members by invite only; add --invite CODE"
+        raise JournalError(msg)
+    reasons = tuple(f"{item.location}: {item.reason}" for item in report.malformed)
+    return Offer(
+        url=transport.url,
+        federation=discovery.federation,
+        invite=parsed,
+        data=local or data,
+        n_records=len(records),
+        n_malformed=report.n_malformed,
+        malformed_reasons=reasons[:_N_REASONS_SHOWN],
+        disclosure=disclosure,
+    )
+
+
+def enrol(offer: Offer, home: AgentHome, *, clock: Clock, patience_s: float) -> None:
+    """Make a key, note what the owner agreed to, and enrol.
+
+    Raises:
+        JournalError: The home belongs to another federation.
+        RefusedError: The server refuses the invite.
+        TransportError: It cannot be reached; `join` may be repeated.
+        TrustError: Its credential does not hold.
+    """
+    home.create()
+    journal = Journal(home.journal_path)
+    lock = home.lock()
+    try:
+        before = journal.membership()
+        if before is not None and before.federation.body.federation != offer.manifest.federation:
+            msg = (
+                f"{home.root} belongs to the federation {before.federation.body.name!r}; use "
+                "another --home, or `forget` first"
+            )
+            raise JournalError(msg)
+        signer = home.load_or_create_signer()
+        journal.join(url=offer.url, federation=offer.federation, data=offer.data, now=clock.now())
+        proof = None
+        if offer.invite is not None:
+            proof = prove_invite(
+                offer.invite.code, agent=signer.identity, server=offer.manifest.server
+            )
+        enrolment = Enrolment(
+            federation=offer.manifest.federation,
+            federation_digest=offer.manifest.digest(),
+            agent=signer.identity,
+            invite=proof,
+        )
+        transport = Transport(
+            offer.url,
+            clock=clock,
+            signer=signer,
+            on_outgoing=record_outgoing(journal, clock),
+            patience_s=patience_s,
+        )
+        transport.use_federation(offer.manifest)
+        try:
+            credential = transport.enrol(sign(signer, "enrolment", enrolment).signed)
+        finally:
+            transport.close()
+        check_credential(credential, offer.manifest, signer.identity)
+        journal.set_credential(credential)
+    finally:
+        journal.close()
+        lock.release()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Worker:
+    """A prepared agent; as a context it holds the home's lock and the connections."""
+
+    agent: Agent
+    wishes: OwnersWishes
+    transport: Transport
+    release_lock: Callable[[], None]
+
+    def __enter__(self) -> Self:
+        """Begin to work."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Give lock and connections back."""
+        self.transport.close()
+        self.release_lock()
+
+
+def prepare(
+    home: AgentHome,
+    journal: Journal,
+    settings: AgentSettings,
+    *,
+    clock: Clock,
+    on_event: Callable[[AgentEventReport], None],
+    patience_s: float | None = None,
+) -> Worker:
+    """Load base and data, and put a working agent together.
+
+    Args:
+        home: Its lock is taken, and given back when the worker's context ends.
+        journal: Of the home; stays the caller's.
+        settings: What the owner allows.
+        clock: Time.
+        on_event: Told what happens.
+        patience_s: Give up on an unreachable server after this long; None: never.
+
+    Raises:
+        JournalError: Never joined, already left, or another process works here.
+        QuantError: The base cannot be used, or is another one.
+        DataError: The data cannot be used.
+    """
+    member = _active_membership(journal)
+    lock = home.lock()
+    try:
+        signer = home.load_or_create_signer()
+        wishes = OwnersWishes(journal, clock, settings.allowed_hours)
+
+        def tell_retry(reason: str, pause_s: float) -> None:
+            text = f"{reason}; again in {pause_s:.0f} s"
+            on_event(AgentEventReport(kind="retrying", text=text))
+
+        transport = Transport(
+            member.url,
+            clock=clock,
+            signer=signer,
+            on_outgoing=record_outgoing(journal, clock),
+            on_retry=tell_retry,
+            stopped=wishes.stopping,
+            patience_s=patience_s,
+        )
+        manifest = member.federation.body
+        transport.use_federation(manifest)
+        on_event(AgentEventReport(kind="loading", text=f"base model {manifest.base.model}"))
+        base = load_membership_base(member, settings)
+        data, report = load_data(member.data, manifest, base, settings)
+        on_event(
+            AgentEventReport(
+                kind="data",
+                text=f"{len(data.examples)} examples; {report.n_malformed} records malformed, "
+                f"{data.report.n_truncated} cut to {manifest.training.max_length} tokens",
+            )
+        )
+        agent = Agent(
+            member=Member(home=home, journal=journal, membership=member, signer=signer),
+            transport=transport,
+            base=base,
+            data=data,
+            wishes=wishes,
+            clock=clock,
+            on_event=on_event,
+        )
+    except BaseException:
+        lock.release()
+        raise
+    return Worker(agent=agent, wishes=wishes, transport=transport, release_lock=lock.release)
+
+
+def _active_membership(journal: Journal) -> Membership:
+    member = journal.membership()
+    if member is None:
+        msg = "no federation was joined here; begin with `sheepfold-agent join`"
+        raise JournalError(msg)
+    if member.left_at is not None:
+        msg = "this membership was revoked by `leave`; `join` again to take part"
+        raise JournalError(msg)
+    return member
+
+
+def export(
+    home: AgentHome,
+    journal: Journal,
+    settings: AgentSettings,
+    folder: Path,
+    *,
+    clock: Clock,
+    patience_s: float,
+) -> Release:
+    """Write the newest release as a PEFT folder.
+
+    Raises:
+        AgentError: As `prepare`, or the server cannot be reached.
+    """
+    worker = prepare(
+        home, journal, settings, clock=clock, on_event=lambda _: None, patience_s=patience_s
+    )
+    with worker:
+        return worker.agent.export(folder)
+
+
+def leave(home: AgentHome, journal: Journal, *, clock: Clock, patience_s: float) -> None:
+    """Revoke the membership. Noted first, so that nothing more leaves even if nobody answers.
+
+    Raises:
+        JournalError: Never joined.
+        TransportError: The server could not be told; `leave` may be repeated.
+    """
+    member = journal.membership()
+    if member is None:
+        msg = "no federation was joined here"
+        raise JournalError(msg)
+    signer = home.load_or_create_signer()
+    journal.leave(clock.now())
+    transport = Transport(
+        member.url,
+        clock=clock,
+        signer=signer,
+        on_outgoing=record_outgoing(journal, clock),
+        patience_s=patience_s,
+    )
+    transport.use_federation(member.federation.body)
+    body = Revocation(federation=member.federation.body.federation, agent=signer.identity)
+    try:
+        transport.revoke(sign(signer, "revocation", body).signed)
+    except RefusedError as error:
+        if error.document.advice is not Advice.RE_ENROL:  # no longer a member is what was wanted
+            raise
+    finally:
+        transport.close()
+
+
+def n_accepted(journal: Journal) -> int:
+    """How many updates of this agent were accepted."""
+    return sum(part.phase is AgentPhase.UPLOADED for part in journal.parts())
+
+
+def describe(home: AgentHome, journal: Journal, *, clock: Clock) -> dict[str, Any]:
+    """What `status` shows: membership, activity, rounds, bytes, privacy."""
+    member = journal.membership()
+    parts = journal.parts()
+    sent = journal.sent()
+    activity = journal.activity()
+    newest = journal.newest_release()
+    found: dict[str, Any] = {"home": str(home.root)}
+    if member is None:
+        return found
+    manifest = member.federation.body
+    found |= {
+        "federation": manifest.name,
+        "server": member.url,
+        "server_key": format_fingerprint(manifest.server),
+        "member": "left" if member.left_at else "yes",
+        "data": member.data,
+        "running": _is_running(activity.get("pid")),
+        "paused": journal.paused(),
+        "activity": activity.get("text", ""),
+        "activity_age_s": round(clock.now() - float(activity["at"]), 1) if activity else None,
+        "newest_release": None if newest is None else newest.number,
+        "rounds_taken_part": len({part.round for part in parts}),
+        "updates_accepted": n_accepted(journal),
+        "last_round": f"{parts[-1].round}: {parts[-1].phase}" if parts else None,
+        "bytes_sent": sum(item.n_bytes for item in sent),
+        "profile": manifest.privacy.profile,
+        "epsilon": None,
+        "masked": manifest.masking.mode != "off",
+    }
+    return found
+
+
+def _is_running(pid: str | float | None) -> bool:
+    if pid is None:
+        return False
+    try:
+        os.kill(int(pid), 0)
+    except (OSError, ValueError):
+        return False
+    return True

@@ -1,0 +1,473 @@
+"""The step engine: local training of one round on a 4-bit base.
+
+It knows no HTTP, no journal and no globals: the adapter's numbers, the examples, the recipe, the
+sampler, the clock and the owner's wishes all come in, an update comes out. The agent, the demo and
+the laboratory run this same code.
+
+One step: draw a logical batch, cut it into micro-batches by token budget, add up their gradients
+in buffers of our own, transform the mean gradient (clip, …), step AdamW at the learning rate that
+the federation's schedule has at this point. Weights change only at the end of a step, so a pause, a
+stop or a crash anywhere in it loses at most that step's work and never changes the result.
+"""
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Final, Protocol, cast
+
+import numpy as np
+import torch
+
+from edge_agent.checkpoint import Progress, load_state, save_state
+from edge_agent.data.batches import collate
+from edge_agent.data.tokens import Example
+from edge_agent.errors import OutOfMemoryError, TrainingError, TrainingStoppedError
+from edge_agent.sampling import BatchSampler
+from privacy.updates import PlainUpdate
+from protocol.clock import Clock
+from protocol.layout import VectorLayout
+from protocol.manifest import Schedule, TrainingBlock
+from protocol.wire import canonical_json
+from quant.adapter import AdapterArrays, flatten
+from quant.lora import AdaptedModel, example_losses
+
+DEFAULT_MICRO_TOKENS: Final = 4096
+"""Tokens of one micro-batch, padding included: on a GPU each pays a full dequantisation."""
+
+SAVE_EVERY_STEPS: Final = 10
+_PAUSE_POLL_S: Final = 0.5
+_NORM_EPS: Final = 1e-6
+_FIRST_FP16_LOSS_SCALE: Final = 2.0**12
+
+Gradients = dict[str, torch.Tensor]
+
+
+class Wish(StrEnum):
+    """What the owner wants of a running training."""
+
+    GO = "go"
+    PAUSE = "pause"
+    STOP = "stop"
+
+
+class Control(Protocol):
+    """Asked before every micro-batch."""
+
+    def wish(self) -> Wish:
+        """What the owner wants now."""
+        ...
+
+
+class Unattended:
+    """A control that never interferes."""
+
+    def wish(self) -> Wish:
+        """Go on."""
+        return Wish.GO
+
+
+class GradientTransform(Protocol):
+    """A step of the list that a logical batch's mean gradient goes through: clip, add noise."""
+
+    def __call__(self, gradients: Gradients, *, step: int) -> None:
+        """Change the gradients in place."""
+        ...
+
+
+@dataclass(frozen=True)
+class ClipNorm:
+    """Scales the mean gradient down to an L2 norm of at most `max_norm` over all tensors."""
+
+    max_norm: float
+
+    def __call__(self, gradients: Gradients, *, step: int) -> None:  # noqa: ARG002 - interface
+        """Clip in place."""
+        norms = [torch.linalg.vector_norm(tensor) for tensor in gradients.values()]
+        factor = self.max_norm / (torch.linalg.vector_norm(torch.stack(norms)) + _NORM_EPS)
+        for tensor in gradients.values():
+            tensor.mul_(factor.clamp(max=1.0))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingProgress:
+    """An event of a running training. The loss stays on this machine: agents never send it."""
+
+    step: int
+    n_steps: int
+    loss: float
+    learning_rate: float
+    n_tokens: int
+    """Useful tokens of this step."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundRecipe:
+    """What one round of local training needs to know.
+
+    `schedule_start` and `schedule_end` are the fractions of the whole federation between which
+    this round lies, so that the learning rate continues across rounds.
+    """
+
+    training: TrainingBlock
+    schedule_start: float
+    schedule_end: float
+    seed: int
+    """Of dropout; the sampler has its own."""
+
+    def learning_rate(self, step: int, n_steps: int) -> float:
+        """The learning rate of step `step` (from 0) of `n_steps`.
+
+        Source: TRAINING, "The stack", 6 and trap 11; the published code of arXiv 2305.05644
+        restarts the schedule at every visit.
+        """
+        span = self.schedule_end - self.schedule_start
+        done = self.schedule_start + span * step / n_steps
+        peak, final = self.training.learning_rate, self.training.final_frac
+        match self.training.schedule:
+            case Schedule.CONSTANT:
+                return peak
+            case Schedule.LINEAR:
+                return peak * (1.0 - (1.0 - final) * done)
+            case Schedule.COSINE:
+                return peak * (final + (1.0 - final) * 0.5 * (1.0 + math.cos(math.pi * done)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingResult:
+    """A finished round: the update to send and what the owner may see of it."""
+
+    update: PlainUpdate
+    n_steps: int
+    n_examples: int
+    first_loss: float
+    last_loss: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainerOptions:
+    """How a run is watched and kept; nothing here changes the update, but for `transforms`.
+
+    Attributes:
+        control: The owner's wishes.
+        transforms: Applied to each mean gradient in order; None: the recipe's clipping.
+        on_progress: Told after every step.
+        state_path: Where to keep the state; None: nothing is kept.
+        save_every_steps: How often.
+        micro_tokens: Token budget of a micro-batch to begin with.
+    """
+
+    control: Control = field(default_factory=Unattended)
+    transforms: tuple[GradientTransform, ...] | None = None
+    on_progress: Callable[[TrainingProgress], None] | None = None
+    state_path: Path | None = None
+    save_every_steps: int = SAVE_EVERY_STEPS
+    micro_tokens: int = DEFAULT_MICRO_TOKENS
+
+
+class LocalTrainer:
+    """Trains one adapter on one owner's examples for one round.
+
+    Guarantees:
+        1. A run that is killed at any moment and started again gives the same weights, bit for
+           bit, as an uninterrupted one on the same machine with the same thread count.
+        2. The gradient does not depend on how a batch is cut into micro-batches, up to float32
+           rounding: each example's loss is its own mean, and the batch's loss is their mean.
+        3. The update is finite and not zero, or `TrainingError` is raised (PROTOCOL, check 18).
+
+    Args:
+        adapted: The model; its adapter is replaced by `start`.
+        examples: The owner's examples; at least one with loss tokens.
+        recipe: The round's recipe.
+        sampler: Which examples make up a batch.
+        clock: For pauses.
+        options: How the run is watched and kept.
+
+    Raises:
+        TrainingError: No example has a token to learn.
+    """
+
+    def __init__(
+        self,
+        adapted: AdaptedModel,
+        examples: Sequence[Example],
+        recipe: RoundRecipe,
+        *,
+        sampler: BatchSampler,
+        clock: Clock,
+        options: TrainerOptions | None = None,
+    ) -> None:
+        """Take the parts; nothing is trained yet."""
+        if not any(example.loss_mask[1:].any() for example in examples):
+            msg = f"none of the {len(examples)} examples has a token to learn; check the data"
+            raise TrainingError(msg)
+        self._adapted = adapted
+        self._examples = examples
+        self._recipe = recipe
+        self._sampler = sampler
+        self._clock = clock
+        self._options = options or TrainerOptions()
+        max_norm = recipe.training.max_grad_norm
+        default = () if max_norm is None else (ClipNorm(max_norm),)
+        transforms = self._options.transforms
+        self._transforms = default if transforms is None else transforms
+        self._micro_tokens = self._options.micro_tokens
+        self._checkpointing = False
+        fp16 = adapted.base.compute_dtype is torch.float16
+        self._loss_scale = _FIRST_FP16_LOSS_SCALE if fp16 else 1.0
+
+    def run(self, start: AdapterArrays, layout: VectorLayout, *, weight: int) -> TrainingResult:
+        """Train one round from the global adapter.
+
+        Args:
+            start: The global adapter, all tensors.
+            layout: The order of the update's values.
+            weight: The update's FedAvg weight.
+
+        Raises:
+            TrainingStoppedError: The owner stopped it; the state file holds the progress.
+            OutOfMemoryError: Not even one example fits, with activations recomputed.
+            TrainingError: The update is zero or not finite.
+            CheckpointError: The state cannot be written.
+        """
+        block = self._recipe.training
+        n_steps = self._sampler.n_steps(
+            local_steps=block.local_steps, local_epochs=block.local_epochs
+        )
+        self._adapted.load(start)
+        optimizer = torch.optim.AdamW(
+            list(self._adapted.trainable.values()),
+            lr=block.learning_rate,
+            betas=(block.beta1, block.beta2),
+            eps=block.eps,
+            weight_decay=block.weight_decay,
+        )
+        run = self._run_digest(start)
+        done = self._resume(run, optimizer)
+        first_loss = last_loss = math.nan
+        self._adapted.model.train()
+        for step in range(done, n_steps):
+            last_loss = self._step(optimizer, step, n_steps, run)
+            first_loss = last_loss if math.isnan(first_loss) else first_loss
+            if (step + 1) % self._options.save_every_steps == 0:
+                self._save(run, optimizer, step + 1)
+        update = self._update(start, layout, weight)
+        return TrainingResult(
+            update=update,
+            n_steps=n_steps,
+            n_examples=len(self._examples),
+            first_loss=first_loss,
+            last_loss=last_loss,
+        )
+
+    def _step(self, optimizer: torch.optim.AdamW, step: int, n_steps: int, run: str) -> float:
+        indices = self._sampler.indices(step)
+        batch = [self._examples[int(index)] for index in indices]
+        gradients: Gradients = {
+            name: torch.zeros_like(factor) for name, factor in self._adapted.trainable.items()
+        }
+        loss_sum = 0.0
+        pending = self._cut(batch)
+        position = 0
+        while pending:
+            self._obey(optimizer, step, run)
+            micro = pending.pop(0)
+            seed = _mix(self._recipe.seed, step, position)
+            try:
+                loss_sum += self._accumulate(micro, gradients, seed)
+            except torch.OutOfMemoryError as error:
+                pending = self._shrink(micro, error) + pending
+            else:
+                position += 1
+        mean = {name: tensor / max(1, len(batch)) for name, tensor in gradients.items()}
+        for transform in self._transforms:
+            transform(mean, step=step)
+        learning_rate = self._recipe.learning_rate(step, n_steps)
+        self._apply(optimizer, mean, learning_rate)
+        loss = loss_sum / max(1, len(batch))
+        if self._options.on_progress is not None:
+            event = TrainingProgress(
+                step=step + 1,
+                n_steps=n_steps,
+                loss=loss,
+                learning_rate=learning_rate,
+                n_tokens=sum(len(example.input_ids) for example in batch),
+            )
+            self._options.on_progress(event)
+        return loss
+
+    def _cut(self, batch: list[Example]) -> list[list[Example]]:
+        """Micro-batches of similar length within the token budget, longest first."""
+        ordered = sorted(batch, key=lambda example: -len(example.input_ids))
+        return list(_by_budget(ordered, self._micro_tokens))
+
+    def _accumulate(self, micro: list[Example], gradients: Gradients, seed: int) -> float:
+        """Add a micro-batch's gradient sum; on failure `gradients` is as it was."""
+        adapted = self._adapted
+        device = adapted.base.device
+        batch = collate(micro, pad_id=_pad_id(adapted))
+        adapted.state.dropout_seed = seed
+        for factor in adapted.trainable.values():
+            factor.grad = None
+        losses = example_losses(
+            adapted,
+            input_ids=batch.input_ids.to(device),
+            attention_mask=batch.attention_mask.to(device),
+            loss_mask=batch.loss_mask.to(device),
+        )
+        total = losses.sum()
+        (total * self._loss_scale).backward()
+        found = {
+            name: factor.grad / self._loss_scale
+            for name, factor in adapted.trainable.items()
+            if factor.grad is not None
+        }
+        if self._loss_scale > 1.0 and not all(bool(g.isfinite().all()) for g in found.values()):
+            # float16 overflowed: the same examples again at half the scale, so none is skipped.
+            self._loss_scale /= 2.0
+            return self._accumulate(micro, gradients, seed)
+        for name, gradient in found.items():
+            gradients[name] += gradient
+        return float(total.detach())
+
+    def _shrink(self, micro: list[Example], error: torch.OutOfMemoryError) -> list[list[Example]]:
+        """Halve the micro-batch that did not fit; the last resort is to recompute activations."""
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        longest = len(micro[0].input_ids)
+        if len(micro) > 1:
+            self._micro_tokens = max(longest, longest * len(micro) // 2)
+            return list(_by_budget(micro, self._micro_tokens))
+        if not self._checkpointing:
+            self._set_checkpointing(enabled=True)
+            return [micro]
+        msg = (
+            f"one example of {longest} tokens does not fit into the memory that is allowed, even "
+            "with activations recomputed; raise --max-vram or join with a smaller max_length"
+        )
+        raise OutOfMemoryError(msg) from error
+
+    def _set_checkpointing(self, *, enabled: bool) -> None:
+        self._checkpointing = enabled
+        self._adapted.checkpoint_activations(enabled=enabled)
+
+    def _apply(
+        self, optimizer: torch.optim.AdamW, gradients: Gradients, learning_rate: float
+    ) -> None:
+        for name, factor in self._adapted.trainable.items():
+            factor.grad = gradients[name]
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    def _obey(self, optimizer: torch.optim.AdamW, step: int, run: str) -> None:
+        """Wait out a pause; leave on a stop. Both keep the weights of the last whole step."""
+        wish = self._options.control.wish()
+        if wish is Wish.GO:
+            return
+        self._save(run, optimizer, step)
+        while wish is Wish.PAUSE:
+            self._clock.sleep(_PAUSE_POLL_S)
+            wish = self._options.control.wish()
+        if wish is Wish.STOP:
+            msg = f"stopped by the owner after {step} steps; it continues from there"
+            raise TrainingStoppedError(msg)
+
+    def _run_digest(self, start: AdapterArrays) -> str:
+        digest = hashlib.sha256()
+        recipe = self._recipe
+        digest.update(
+            canonical_json(
+                [
+                    recipe.training.as_json(),
+                    recipe.schedule_start,
+                    recipe.schedule_end,
+                    str(recipe.seed),
+                    repr(self._sampler),
+                    repr(self._transforms),
+                ]
+            )
+        )
+        for name in sorted(start):
+            digest.update(name.encode())
+            digest.update(start[name].tobytes())
+        for example in self._examples:
+            digest.update(example.input_ids.tobytes())
+            digest.update(example.loss_mask.tobytes())
+        return digest.hexdigest()
+
+    def _resume(self, run: str, optimizer: torch.optim.AdamW) -> int:
+        self._set_checkpointing(enabled=False)
+        found = (
+            None
+            if self._options.state_path is None
+            else load_state(self._options.state_path, run=run)
+        )
+        if found is None:
+            return 0
+        progress, tensors = found
+        self._micro_tokens = progress.micro_tokens
+        self._loss_scale = progress.loss_scale
+        self._set_checkpointing(enabled=progress.checkpointing)
+        if progress.step == 0:
+            return 0
+        with torch.no_grad():
+            for name, factor in self._adapted.trainable.items():
+                factor.copy_(tensors["factor/" + name])
+                optimizer.state[factor] = {
+                    "step": tensors["step"].clone(),
+                    "exp_avg": tensors["exp_avg/" + name].to(factor.device),
+                    "exp_avg_sq": tensors["exp_avg_sq/" + name].to(factor.device),
+                }
+        return progress.step
+
+    def _save(self, run: str, optimizer: torch.optim.AdamW, step: int) -> None:
+        if self._options.state_path is None:
+            return
+        tensors = {"step": torch.tensor(float(step))}
+        for name, factor in self._adapted.trainable.items():
+            tensors["factor/" + name] = factor
+            moments = cast("Mapping[str, torch.Tensor]", optimizer.state.get(factor, {}))
+            for moment in ("exp_avg", "exp_avg_sq"):
+                if moment in moments:
+                    tensors[f"{moment}/{name}"] = moments[moment]
+        progress = Progress(
+            run=run,
+            step=step,
+            micro_tokens=self._micro_tokens,
+            checkpointing=self._checkpointing,
+            loss_scale=self._loss_scale,
+        )
+        save_state(self._options.state_path, progress, tensors)
+
+    def _update(self, start: AdapterArrays, layout: VectorLayout, weight: int) -> PlainUpdate:
+        vector = flatten(self._adapted.arrays(), layout) - flatten(start, layout)
+        if not np.isfinite(vector).all():
+            msg = "training diverged: the update has values that are not finite; nothing is sent"
+            raise TrainingError(msg)
+        if not vector.any():
+            msg = "training moved no weight: the update is exactly zero; nothing is sent"
+            raise TrainingError(msg)
+        return PlainUpdate(vector=vector, weight=weight)
+
+
+def _by_budget(ordered: list[Example], micro_tokens: int) -> Iterator[list[Example]]:
+    position = 0
+    while position < len(ordered):
+        longest = len(ordered[position].input_ids)
+        n_examples = max(1, micro_tokens // max(1, longest))
+        yield ordered[position : position + n_examples]
+        position += n_examples
+
+
+def _pad_id(adapted: AdaptedModel) -> int:
+    tokenizer = adapted.base.tokenizer
+    pad_id = tokenizer.pad_token_id
+    return cast("int", tokenizer.eos_token_id if pad_id is None else pad_id)
+
+
+def _mix(seed: int, step: int, position: int) -> int:
+    return int(np.random.SeedSequence([seed, step, position]).generate_state(1, np.uint64)[0])

@@ -1,0 +1,452 @@
+"""The only module that speaks HTTP: outbound requests to one server, signed, retried, resumable.
+
+Each try carries a transport signature of its own; the body stays the same bytes. What can be mended
+by trying again (no answer, a restart, a full disk, a clock that is off) is tried again with growing
+pauses; everything else is a typed error. Plain http is refused except on loopback.
+"""
+
+import contextlib
+import hashlib
+import ipaddress
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, TypeVar
+from urllib.parse import urlsplit
+
+import requests
+import tenacity
+from pydantic import BaseModel
+
+from edge_agent.errors import RefusedError, TransportError, UnreachableError
+from protocol import limits
+from protocol.clock import Clock
+from protocol.errors import ProtocolError
+from protocol.manifest import BlobRef, FederationManifest
+from protocol.messages import (
+    Acknowledged,
+    Credential,
+    Discovery,
+    Enrolment,
+    FederationStatus,
+    ReleasePage,
+    Revocation,
+    TaskReply,
+    UploadHeader,
+    UploadStatus,
+    Withdrawal,
+)
+from protocol.problems import CONTENT_TYPE, Advice, ProblemDocument, ProblemType
+from protocol.signing import Signed, Signer
+from protocol.transport_signing import sign_request
+from protocol.wire import b64u_encode, parse
+
+ReplyT = TypeVar("ReplyT", bound=BaseModel)
+
+_CONNECT_TIMEOUT_S: Final = 10.0
+_READ_TIMEOUT_S: Final = 60.0
+_CHUNK_BYTES: Final = 256 * 1024
+_FIRST_PAUSE_S: Final = 0.5
+_LONGEST_PAUSE_S: Final = 60.0
+_RETRIED: Final = frozenset({Advice.RETRY, Advice.RE_SIGN})
+_PARTIAL_CONTENT: Final = 206
+_FIRST_ERROR: Final = 400
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outgoing:
+    """A body that is about to leave the machine."""
+
+    host: str
+    what: str
+    round: int | None
+    body: bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Request:
+    """One request, whatever the number of tries."""
+
+    what: str
+    method: str
+    path: str
+    body: bytes = b""
+    round: int | None = None
+    signed: bool = True
+    timeout_s: float = _READ_TIMEOUT_S
+    content_type: str = "application/json"
+    final: frozenset[ProblemType] = frozenset()
+    """Refusals that the caller handles, though their advice is to try again."""
+
+
+def check_url(url: str) -> str:
+    """The server's address without a trailing slash.
+
+    Args:
+        url: `https://host[:port]`; http is accepted on loopback only.
+
+    Raises:
+        TransportError: Another scheme, a path, or http to another machine.
+    """
+    parts = urlsplit(url.rstrip("/"))
+    if parts.scheme not in {"http", "https"} or not parts.hostname:
+        msg = f"the server's address must look like https://host[:port], not {url!r}"
+        raise TransportError(msg)
+    if parts.path or parts.query or parts.fragment or parts.username:
+        msg = f"the server's address must have no path, query or user: {url!r}"
+        raise TransportError(msg)
+    if parts.scheme == "http" and not _is_loopback(parts.hostname):
+        msg = f"{url!r} is not encrypted; use https (http is accepted on this machine only)"
+        raise TransportError(msg)
+    return f"{parts.scheme}://{parts.netloc}"
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+class Transport:
+    """Requests to one server.
+
+    Guarantees:
+        1. Every try of a request sends the same body; only the transport signature is new.
+        2. `on_outgoing` is told of every body before its first byte leaves.
+        3. A download is handed over only when its SHA-256 is the expected one.
+
+    Args:
+        url: The server's address.
+        clock: Time for signatures and pauses.
+        signer: The agent's identity; None: only unsigned requests work.
+        on_outgoing: Told of every body that leaves.
+        on_retry: Told why a request is tried again, and after how many seconds.
+        stopped: When true, no further try is made.
+        patience_s: Give up on an unreachable server after this long; None: never.
+
+    Raises:
+        TransportError: The address is refused.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        clock: Clock,
+        signer: Signer | None = None,
+        on_outgoing: Callable[[Outgoing], None] | None = None,
+        on_retry: Callable[[str, float], None] | None = None,
+        stopped: Callable[[], bool] = lambda: False,
+        patience_s: float | None = None,
+    ) -> None:
+        """Check the address; nothing is sent yet."""
+        self.url = check_url(url)
+        self.host = urlsplit(self.url).netloc
+        self._clock = clock
+        self._signer = signer
+        self._on_outgoing = on_outgoing
+        self._on_retry = on_retry
+        self._stopped = stopped
+        self._patience_s = patience_s
+        self._clock_offset_s = 0.0
+        self._session = requests.Session()
+        self._prefix = ""
+        self.bytes_received = 0
+
+    def use_federation(self, manifest: FederationManifest) -> None:
+        """Address one federation from now on."""
+        self._prefix = f"/v1/federations/{b64u_encode(manifest.federation)}"
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._session.close()
+
+    # The calls of PROTOCOL, one method each
+
+    def discover(self) -> Discovery:
+        """What federation is served here."""
+        request = _Request(what="discovery", method="GET", path="/v1/federation", signed=False)
+        return self._ask(request, Discovery)
+
+    def enrol(self, enrolment: Signed[Enrolment]) -> Signed[Credential]:
+        """Ask to join."""
+        return self._post("enrolment", "/enrolments", enrolment, Signed[Credential])
+
+    def revoke(self, revocation: Signed[Revocation]) -> Acknowledged:
+        """Leave."""
+        return self._post("revocation", "/enrolments/revoke", revocation, Acknowledged)
+
+    def task(self, *, after: int, wait_s: float) -> TaskReply:
+        """What to do after round `after`; the server holds the answer for up to `wait_s`."""
+        path = f"{self._prefix}/task?after={after}&wait={wait_s:g}"
+        timeout_s = wait_s + _READ_TIMEOUT_S
+        request = _Request(what="poll", method="GET", path=path, timeout_s=timeout_s)
+        return self._ask(request, TaskReply)
+
+    def releases(self, *, after: int) -> ReleasePage:
+        """The releases after number `after` (-1: from the first), oldest first."""
+        path = f"{self._prefix}/releases?after={after}"
+        return self._ask(
+            _Request(what="releases", method="GET", path=path, signed=False), ReleasePage
+        )
+
+    def status(self) -> FederationStatus:
+        """The federation as anyone may see it."""
+        path = f"{self._prefix}/status"
+        return self._ask(
+            _Request(what="status", method="GET", path=path, signed=False), FederationStatus
+        )
+
+    def begin_upload(self, header: Signed[UploadHeader]) -> UploadStatus:
+        """Announce an upload; the answer names the parts that are missing."""
+        return self._post("upload-header", "/uploads", header, UploadStatus, header.body.round)
+
+    def put_part(self, header: UploadHeader, part: int, data: bytes) -> UploadStatus:
+        """Send one part."""
+        request = _Request(
+            what=f"update part {part + 1} of {header.n_parts}",
+            method="PUT",
+            path=f"{self._prefix}/uploads/{header.round}/{header.attempt}/parts/{part}",
+            body=data,
+            round=header.round,
+            content_type="application/octet-stream",
+        )
+        return self._ask(request, UploadStatus)
+
+    def complete(self, header: UploadHeader) -> UploadStatus:
+        """Ask the server to check the whole and accept it.
+
+        Raises:
+            RefusedError: Also with `incomplete` or `digest-mismatch`: announce the upload again,
+                and send what is missing then.
+        """
+        request = _Request(
+            what="upload-complete",
+            method="POST",
+            path=f"{self._prefix}/uploads/{header.round}/{header.attempt}/complete",
+            round=header.round,
+            final=frozenset({ProblemType.INCOMPLETE, ProblemType.DIGEST_MISMATCH}),
+        )
+        return self._ask(request, UploadStatus)
+
+    def withdraw(self, withdrawal: Signed[Withdrawal]) -> Acknowledged:
+        """Give this agent's place in a round to another."""
+        return self._post(
+            "withdrawal", "/withdrawals", withdrawal, Acknowledged, withdrawal.body.round
+        )
+
+    def fetch(self, ref: BlobRef, folder: Path) -> Path:
+        """Download a blob into a folder, or find it there.
+
+        A transfer that breaks goes on where it was, also after a restart of either side.
+
+        Args:
+            ref: What to fetch.
+            folder: Files are named by their SHA-256.
+
+        Returns:
+            The file, whose SHA-256 was checked.
+
+        Raises:
+            TransportError: The server sends other bytes than promised.
+            RefusedError: It does not have the blob.
+        """
+        path = folder / ref.sha256.hex()
+        if path.exists() and _sha256_of(path) == ref.sha256:
+            return path
+        partial = path.with_name(path.name + ".partial")
+        for attempt in range(2):
+            self._tries(frozenset())(self._fetch_rest, ref, partial)
+            if partial.stat().st_size == ref.n_bytes and _sha256_of(partial) == ref.sha256:
+                partial.replace(path)
+                return path
+            partial.unlink()
+            if attempt == 0 and self._on_retry is not None:
+                self._on_retry("a download did not match its digest; once more", 0.0)
+        msg = f"the server sends other bytes than {ref.sha256.hex()}; nothing of them is used"
+        raise TransportError(msg)
+
+    # One try and many
+
+    def _post(
+        self,
+        what: str,
+        path: str,
+        body: BaseModel,
+        reply: type[ReplyT],
+        round_number: int | None = None,
+    ) -> ReplyT:
+        # Every body is a WireModel; its canonical form is what was signed and journalled.
+        data = body.canonical() if isinstance(body, Signed) else b""
+        request = _Request(
+            what=what, method="POST", path=self._prefix + path, body=data, round=round_number
+        )
+        return self._ask(request, reply)
+
+    def _ask(self, request: _Request, reply: type[ReplyT]) -> ReplyT:
+        if request.body and self._on_outgoing is not None:
+            outgoing = Outgoing(
+                host=self.host, what=request.what, round=request.round, body=request.body
+            )
+            self._on_outgoing(outgoing)
+        data = self._tries(request.final)(self._try_once, request)
+        try:
+            return parse(reply, data)
+        except ProtocolError as error:
+            msg = f"{self.host} answered {request.what} with something else: {error}"
+            raise TransportError(msg) from error
+
+    def _tries(self, final: frozenset[ProblemType]) -> tenacity.Retrying:
+        def may_be_retried(error: BaseException) -> bool:
+            if isinstance(error, RefusedError):
+                document = error.document
+                return document.advice in _RETRIED and document.problem_type not in final
+            return isinstance(error, UnreachableError)
+
+        began = self._clock.monotonic()
+
+        def given_up(_: tenacity.RetryCallState) -> bool:
+            waited_s = self._clock.monotonic() - began
+            return self._stopped() or (
+                self._patience_s is not None and waited_s >= self._patience_s
+            )
+
+        return tenacity.Retrying(
+            retry=tenacity.retry_if_exception(may_be_retried),
+            wait=self._pause,
+            stop=given_up,
+            sleep=self._clock.sleep,
+            before_sleep=self._tell_retry,
+            reraise=True,
+        )
+
+    def _pause(self, state: tenacity.RetryCallState) -> float:
+        error = state.outcome.exception() if state.outcome else None
+        if isinstance(error, RefusedError):
+            if error.document.advice is Advice.RE_SIGN and state.attempt_number == 1:
+                return 0.0
+            if error.document.retry_after_s is not None:
+                return error.document.retry_after_s
+        longest = min(_LONGEST_PAUSE_S, _FIRST_PAUSE_S * 2.0 ** min(state.attempt_number, 10))
+        # Jitter keeps a crowd from coming back all at once after a restart.
+        return longest * (0.5 + secrets.randbelow(1000) / 2000.0)
+
+    def _tell_retry(self, state: tenacity.RetryCallState) -> None:
+        if self._on_retry is not None and state.outcome is not None:
+            pause_s = state.next_action.sleep if state.next_action else 0.0
+            self._on_retry(str(state.outcome.exception()), pause_s)
+
+    def _send(
+        self, request: _Request, headers: dict[str, str], *, stream: bool = False
+    ) -> requests.Response:
+        prepared = self._session.prepare_request(
+            requests.Request(
+                request.method, self.url + request.path, data=request.body or None, headers=headers
+            )
+        )
+        if request.signed and self._signer is not None:
+            signature = sign_request(
+                self._signer,
+                method=request.method,
+                url=prepared.url or "",
+                body=request.body,
+                created=int(self._clock.now() + self._clock_offset_s),
+                nonce=secrets.token_bytes(limits.NONCE_BYTES),
+            )
+            prepared.headers.update(signature)
+        settings = self._session.merge_environment_settings(
+            prepared.url or "", {}, stream, None, None
+        )
+        try:
+            response = self._session.send(
+                prepared,
+                timeout=(_CONNECT_TIMEOUT_S, request.timeout_s),
+                allow_redirects=False,
+                **settings,
+            )
+        except requests.RequestException as error:
+            msg = f"no answer from {self.host}: {type(error).__name__}"
+            raise UnreachableError(msg) from error
+        if response.status_code >= _FIRST_ERROR:
+            raise self._refusal(response)
+        return response
+
+    def _try_once(self, request: _Request) -> bytes:
+        headers = {"Content-Type": request.content_type} if request.body else {}
+        response = self._send(request, headers, stream=True)
+        try:
+            data = _read_capped(response)
+        except requests.RequestException as error:
+            msg = f"the answer of {self.host} broke off: {type(error).__name__}"
+            raise UnreachableError(msg) from error
+        finally:
+            response.close()
+        self.bytes_received += len(data)
+        return data
+
+    def _fetch_rest(self, ref: BlobRef, partial: Path) -> None:
+        have = partial.stat().st_size if partial.exists() else 0
+        if have == ref.n_bytes and have > 0:
+            return
+        request = _Request(
+            what="download",
+            method="GET",
+            path=f"{self._prefix}/blobs/{ref.sha256.hex()}",
+            signed=False,
+        )
+        headers = {"Range": f"bytes={have}-"} if have else {}
+        response = self._send(request, headers, stream=True)
+        resumed = response.status_code == _PARTIAL_CONTENT
+        written = have if resumed else 0
+        try:
+            with partial.open("ab" if resumed else "wb") as file:
+                for chunk in response.iter_content(_CHUNK_BYTES):
+                    written += len(chunk)
+                    if written > ref.n_bytes:
+                        break  # more than promised: the digest check will refuse it
+                    file.write(chunk)
+                    self.bytes_received += len(chunk)
+        except requests.RequestException as error:
+            msg = f"the download from {self.host} broke off after {written} bytes"
+            raise UnreachableError(msg) from error
+        finally:
+            response.close()
+        if partial.stat().st_size < ref.n_bytes:
+            msg = f"the download from {self.host} ended after {written} of {ref.n_bytes} bytes"
+            raise UnreachableError(msg)
+
+    def _refusal(self, response: requests.Response) -> TransportError:
+        with contextlib.closing(response):
+            try:
+                data = _read_capped(response)
+            except (requests.RequestException, TransportError):
+                data = b""
+            content_type = response.headers.get("Content-Type", "").partition(";")[0].strip()
+        if content_type == CONTENT_TYPE:
+            with contextlib.suppress(ProtocolError):
+                document = parse(ProblemDocument, data)
+                if document.advice is Advice.RE_SIGN:
+                    self._clock_offset_s = document.server_time - self._clock.now()
+                return RefusedError(document)
+        # No problem document: a proxy speaks, not the server.
+        msg = f"{self.host} answered {response.status_code} without a problem document"
+        return UnreachableError(msg)
+
+
+def _read_capped(response: requests.Response) -> bytes:
+    data = bytearray()
+    for chunk in response.iter_content(_CHUNK_BYTES):
+        data += chunk
+        if len(data) > limits.MAX_JSON_BYTES:
+            msg = f"the answer exceeds {limits.MAX_JSON_BYTES} bytes"
+            raise TransportError(msg)
+    return bytes(data)
+
+
+def _sha256_of(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()

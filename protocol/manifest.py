@@ -1,0 +1,351 @@
+"""What a federation, a round and a release declare: frozen models in versioned blocks.
+
+A manifest is a declaration, never code. Each block carries its own `version`; an unknown version,
+mode, rule or key is refused by `parse_federation`, with a sentence that tells the owner what this
+version of the agent can honour.
+
+The three documents form a chain: a `RoundManifest` names the federation manifest and the release
+that it starts from, a `Release` names its predecessor and the round that made it.
+"""
+
+from enum import StrEnum
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from protocol import limits
+from protocol.wire import Bytes16, Digest, Identity, WireModel, domain_hash
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+PositiveInt = Annotated[int, Field(ge=1)]
+PositiveFloat = Annotated[float, Field(gt=0.0)]
+Text = Annotated[str, Field(max_length=limits.MAX_TEXT_CHARS)]
+Seconds = Annotated[float, Field(gt=0.0, le=30 * 24 * 3600)]
+UnixTime = Annotated[float, Field(ge=0.0, le=2.0**40)]
+
+
+class Factor(StrEnum):
+    """One of the two factors of a LoRA pair: the update of a layer is `s · B · A`."""
+
+    A = "A"
+    B = "B"
+
+
+class Template(StrEnum):
+    """How a record becomes a prompt."""
+
+    ALPACA = "alpaca"
+    CHAT = "chat"
+
+
+class LossOn(StrEnum):
+    """Which tokens carry loss."""
+
+    RESPONSE = "response"
+    ALL = "all"
+
+
+class Schedule(StrEnum):
+    """The learning rate over the whole federation, from the first round to the last."""
+
+    CONSTANT = "constant"
+    LINEAR = "linear"
+    COSINE = "cosine"
+
+
+class Weighting(StrEnum):
+    """The FedAvg weight of an agent."""
+
+    N_EXAMPLES = "n_examples"
+    UNIFORM = "uniform"
+
+
+class BaseBlock(WireModel):
+    """The base model, which never travels: every agent fetches it and proves it has the same.
+
+    `fingerprint` covers the 4-bit codes, the scales and every unquantised tensor, so a different
+    checkpoint or source dtype is refused, not averaged.
+    """
+
+    version: Literal[1] = 1
+    model: Annotated[str, Field(min_length=1, max_length=256)]
+    revision: Annotated[str, Field(max_length=64)] | None = None
+    quantization: Literal["nf4-double-quant"] = "nf4-double-quant"
+    source_dtype: Literal["float32", "bfloat16", "float16"]
+    fingerprint: Digest
+    tokenizer_digest: Digest
+
+
+class LoraBlock(WireModel):
+    """The adapter's shape, and which factors agents send (LEARNING, "Aggregation of LoRA").
+
+    `sent = (A, B)` is FedIT; `sent = (B,)` freezes A at its common random start (FFA-LoRA).
+    """
+
+    version: Literal[1] = 1
+    rank: Annotated[int, Field(ge=1, le=1024)]
+    alpha: PositiveFloat
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    target_modules: Annotated[
+        tuple[Annotated[str, Field(pattern=r"^[A-Za-z0-9_.]{1,64}$")], ...],
+        Field(min_length=1, max_length=limits.MAX_TARGET_MODULES),
+    ]
+    sent: tuple[Factor, ...] = (Factor.A, Factor.B)
+    init_seed: Annotated[int, Field(ge=0, le=2**53 - 1)]
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.sent not in {(Factor.A, Factor.B), (Factor.B,)}:
+            msg = f'sent must be ["A", "B"] or ["B"], not {[str(factor) for factor in self.sent]}'
+            raise ValueError(msg)
+        if len(set(self.target_modules)) != len(self.target_modules):
+            msg = f"target_modules names a module twice: {list(self.target_modules)}"
+            raise ValueError(msg)
+        return self
+
+
+class TrainingBlock(WireModel):
+    """What an agent does in one round. Exactly one of `local_steps`, `local_epochs` is set."""
+
+    version: Literal[1] = 1
+    template: Template = Template.ALPACA
+    loss_on: LossOn = LossOn.RESPONSE
+    max_length: Annotated[int, Field(ge=16, le=131_072)] = 512
+    batch_size: Annotated[int, Field(ge=1, le=65_536)] = 32
+    local_steps: PositiveInt | None = None
+    local_epochs: PositiveInt | None = None
+    learning_rate: Annotated[float, Field(gt=0.0, le=1.0)]
+    schedule: Schedule = Schedule.COSINE
+    final_frac: Fraction = 0.1
+    beta1: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
+    beta2: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.999
+    eps: PositiveFloat = 1e-8
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
+    max_grad_norm: PositiveFloat | None = 1.0
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if (self.local_steps is None) == (self.local_epochs is None):
+            msg = "set exactly one of local_steps and local_epochs"
+            raise ValueError(msg)
+        return self
+
+
+class MaskingBlock(WireModel):
+    """Secure aggregation. This version knows `off`: the server sees each update by itself."""
+
+    version: Literal[1] = 1
+    mode: Literal["off"] = "off"
+
+
+class PrivacyBlock(WireModel):
+    """Differential privacy. This version knows P0: no formal guarantee, ε = ∞."""
+
+    version: Literal[1] = 1
+    profile: Literal["P0"] = "P0"
+
+
+class AggregationBlock(WireModel):
+    """How updates become one. `max_weight` caps an agent's weight (W of PROTOCOL, "Encoding")."""
+
+    version: Literal[1] = 1
+    rule: Literal["fedavg"] = "fedavg"
+    weighting: Weighting = Weighting.N_EXAMPLES
+    max_weight: Annotated[int, Field(ge=1, le=limits.MAX_WEIGHT)] = 10_000
+
+
+class FilterBlock(WireModel):
+    """Outlier filtering. This version knows `none`."""
+
+    version: Literal[1] = 1
+    rule: Literal["none"] = "none"
+
+
+class GateBlock(WireModel):
+    """The trusted evaluator's gate. This version knows `none`."""
+
+    version: Literal[1] = 1
+    rule: Literal["none"] = "none"
+
+
+class RoundsBlock(WireModel):
+    """How many rounds, of whom, and for how long.
+
+    A round selects `⌈over_selection · cohort_target⌉` agents (or all that are present), closes at
+    `cohort_target` uploads, or at `deadline_s` when at least `min_cohort` have arrived. An upload
+    under way at the deadline may go on while it moves at `min_upload_bytes_per_s`, until `cap_s`.
+    """
+
+    version: Literal[1] = 1
+    n_rounds: Annotated[int, Field(ge=1, le=limits.MAX_ROUNDS)]
+    cohort_target: Annotated[int, Field(ge=1, le=limits.MAX_COHORT)]
+    min_cohort: Annotated[int, Field(ge=1, le=limits.MAX_COHORT)]
+    over_selection: Annotated[float, Field(ge=1.0, le=10.0)] = 1.3
+    deadline_s: Seconds = 24 * 3600.0
+    cap_s: Seconds = 26 * 3600.0
+    min_upload_bytes_per_s: PositiveFloat = 16 * 1024.0
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.min_cohort > self.cohort_target:
+            msg = f"min_cohort {self.min_cohort} is above cohort_target {self.cohort_target}"
+            raise ValueError(msg)
+        if self.cap_s < self.deadline_s:
+            msg = f"cap_s {self.cap_s} is before deadline_s {self.deadline_s}"
+            raise ValueError(msg)
+        return self
+
+
+class ChangeLimitsBlock(WireModel):
+    """The largest change of a received adapter that an agent accepts (PROTOCOL, check 17)."""
+
+    version: Literal[1] = 1
+    max_tensor_change_norm: PositiveFloat = 1_000.0
+    """L2 norm of one tensor's change between two consecutive releases."""
+
+
+class FederationManifest(WireModel):
+    """What an owner accepts at enrolment; it never changes for the life of a federation."""
+
+    version: Literal[1] = 1
+    federation: Bytes16
+    name: Annotated[str, Field(min_length=1, max_length=200)]
+    description: Text = ""
+    server: Identity
+    registrar: Identity
+    registrar_held_by_server: bool
+    created_at: UnixTime
+    base: BaseBlock
+    lora: LoraBlock
+    layout: Digest
+    training: TrainingBlock
+    masking: MaskingBlock = MaskingBlock()
+    privacy: PrivacyBlock = PrivacyBlock()
+    aggregation: AggregationBlock = AggregationBlock()
+    filter: FilterBlock = FilterBlock()
+    gate: GateBlock = GateBlock()
+    rounds: RoundsBlock
+    change_limits: ChangeLimitsBlock = ChangeLimitsBlock()
+
+    def digest(self) -> bytes:
+        """The hash that rounds, credentials and updates refer to."""
+        return domain_hash("federation", self.as_json())
+
+
+class BlobRef(WireModel):
+    """A content-addressed file: fetched by its digest, refused when it does not match."""
+
+    sha256: Digest
+    n_bytes: Annotated[int, Field(ge=0, le=limits.MAX_UPDATE_BYTES)]
+
+
+class RoundManifest(WireModel):
+    """One round: where it starts from, who is drawn, and until when.
+
+    The cohort is drawn by rank of HMAC(`selection_seed`, identity); an agent that cannot train is
+    replaced by the next in rank, so the manifest names the seed and the sizes.
+    """
+
+    version: Literal[1] = 1
+    federation: Bytes16
+    federation_digest: Digest
+    round: Annotated[int, Field(ge=1)]
+    release: Annotated[int, Field(ge=0)]
+    release_digest: Digest
+    sent: BlobRef
+    selection_seed: Digest
+    cohort_size: PositiveInt
+    schedule_start: Fraction
+    schedule_end: Fraction
+    update_n_bytes: Annotated[int, Field(ge=1, le=limits.MAX_UPDATE_BYTES)]
+    opened_at: UnixTime
+    deadline_at: UnixTime
+    cap_at: UnixTime
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not self.opened_at <= self.deadline_at <= self.cap_at:
+            msg = "opened_at, deadline_at and cap_at are out of order"
+            raise ValueError(msg)
+        if not self.schedule_start <= self.schedule_end:
+            msg = "schedule_start is after schedule_end"
+            raise ValueError(msg)
+        return self
+
+    def digest(self) -> bytes:
+        """The hash that belongs to this round number, and to no other manifest of it."""
+        return domain_hash("round", self.as_json())
+
+
+class CellRef(WireModel):
+    """A cell that took part: its transcript hash T and SHA-256 of U3, the members summed."""
+
+    transcript: Digest
+    members: Digest
+
+
+class AggregationReport(WireModel):
+    """What the server may tell everyone about the average it made."""
+
+    rule: Literal["none", "fedavg"]
+    n_cells: Annotated[int, Field(ge=0)]
+    n_agents: Annotated[int, Field(ge=0)]
+    update_norm: Annotated[float, Field(ge=0.0)]
+    """L2 norm of the mean update."""
+
+
+class FilterReport(WireModel):
+    """What the filter did; `n_rejected` counts cells."""
+
+    rule: Literal["none"]
+    n_cells: Annotated[int, Field(ge=0)]
+    n_rejected: Annotated[int, Field(ge=0)]
+
+
+class Verdict(WireModel):
+    """What the trusted evaluator said of the candidate."""
+
+    rule: Literal["none"]
+    accepted: bool
+
+
+class Release(WireModel):
+    """A published global adapter, chained to its predecessor.
+
+    `adapter` is the whole PEFT file (`adapter_model.safetensors`); `sent` holds only the factors
+    that agents send, and is what they fetch each round; `config` is `adapter_config.json`.
+    """
+
+    version: Literal[1] = 1
+    federation: Bytes16
+    number: Annotated[int, Field(ge=0)]
+    round: Annotated[int, Field(ge=0)]
+    previous: Digest | None
+    federation_digest: Digest
+    round_digest: Digest | None
+    adapter: BlobRef
+    sent: BlobRef
+    config: BlobRef
+    accepted: tuple[CellRef, ...]
+    rejected: tuple[CellRef, ...]
+    aggregation: AggregationReport
+    filter: FilterReport
+    verdict: Verdict
+    rolled_back_to: Annotated[int, Field(ge=0)] | None = None
+    """Set when the operator published an older adapter again; its release number."""
+    created_at: UnixTime
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        first = self.number == 0
+        if (self.previous is None) != first:
+            msg = "exactly release 0 has no predecessor"
+            raise ValueError(msg)
+        if first and self.round_digest is not None:
+            msg = "release 0 comes from no round"
+            raise ValueError(msg)
+        return self
+
+    def digest(self) -> bytes:
+        """The hash that the next release names as its predecessor."""
+        return domain_hash("release", self.as_json())

@@ -1,0 +1,1 @@
+"""Numbers of the model: base, adapter, codecs. Imports nothing; modules are imported by name."""

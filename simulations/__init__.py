@@ -1,0 +1,1 @@
+"""The laboratory: federations of many agents on one machine, by the code that is deployed."""

@@ -1,0 +1,319 @@
+"""The step engine: exactness, resumption, pauses, memory, refusals."""
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from edge_agent.data.tokens import Example
+from edge_agent.errors import OutOfMemoryError, TrainingError, TrainingStoppedError
+from edge_agent.sampling import ShuffledBatches
+from edge_agent.training import (
+    ClipNorm,
+    LocalTrainer,
+    RoundRecipe,
+    TrainerOptions,
+    TrainingProgress,
+    Wish,
+)
+from protocol.clock import SystemClock
+from protocol.manifest import Factor, LoraBlock, Schedule, TrainingBlock
+from quant import lora as lora_module
+from quant.adapter import AdapterArrays, adapter_shapes, initial_adapter, sent_layout
+from quant.base_model import LoadedBase
+from quant.lora import AdaptedModel
+
+N_STEPS = 6
+
+
+def make_lora(*, dropout: float = 0.0, sent: tuple[Factor, ...] = (Factor.A, Factor.B)) -> LoraBlock:
+    return LoraBlock(
+        rank=4, alpha=8.0, dropout=dropout, target_modules=("q_proj", "v_proj", "down_proj"),
+        sent=sent, init_seed=7,
+    )
+
+
+def make_block(**changes: object) -> TrainingBlock:
+    values: dict[str, object] = {
+        "batch_size": 5, "local_steps": N_STEPS, "learning_rate": 1e-2, "max_length": 64,
+    }
+    return TrainingBlock(**{**values, **changes})  # type: ignore[arg-type]
+
+
+def make_examples(n_examples: int = 12, *, seed: int = 0) -> list[Example]:
+    rng = np.random.default_rng(seed)
+    examples = []
+    for number in range(n_examples):
+        n_tokens = int(rng.integers(6, 30))
+        mask = np.zeros(n_tokens, np.bool_)
+        mask[n_tokens // 2 :] = True
+        examples.append(
+            Example(
+                input_ids=rng.integers(3, 300, n_tokens).astype(np.int32),
+                loss_mask=mask, source=f"made[{number}]", category=None, truncated=False,
+            )
+        )
+    return examples
+
+
+@dataclass
+class Bench:
+    """An adapter on a base, and what a trainer needs."""
+
+    base: LoadedBase
+    lora: LoraBlock = field(default_factory=make_lora)
+
+    def __post_init__(self) -> None:
+        self.adapted = AdaptedModel(self.base, self.lora)
+        self.start: AdapterArrays = initial_adapter(self.base.description, self.lora)
+        self.layout = sent_layout(adapter_shapes(self.base.description, self.lora), self.lora.sent)
+
+    def trainer(
+        self, options: TrainerOptions | None = None, *, block: TrainingBlock | None = None,
+        examples: list[Example] | None = None,
+    ) -> LocalTrainer:
+        examples = examples or make_examples()
+        block = block or make_block()
+        return LocalTrainer(
+            self.adapted,
+            examples,
+            RoundRecipe(training=block, schedule_start=0.0, schedule_end=0.5, seed=3),
+            sampler=ShuffledBatches(
+                n_examples=len(examples), batch_size=block.batch_size, seed=11
+            ),
+            clock=SystemClock(),
+            options=options,
+        )
+
+    def update(self, options: TrainerOptions | None = None, **kwargs: object) -> np.ndarray:
+        trainer = self.trainer(options, **kwargs)  # type: ignore[arg-type]
+        return trainer.run(self.start, self.layout, weight=1).update.vector
+
+
+class KillError(Exception):
+    """Stands for kill -9: whatever was not saved is lost."""
+
+
+def test_guarantee_1_a_killed_run_that_starts_again_equals_an_uninterrupted_one(
+    random_base: LoadedBase, tmp_path: Path
+) -> None:
+    bench = Bench(random_base, make_lora(dropout=0.1))
+    whole = bench.update()
+
+    def kill_after(step: int):
+        def on_progress(progress: TrainingProgress) -> None:
+            if progress.step == step:
+                raise KillError
+
+        return on_progress
+
+    for killed_at in (3, 5):  # saved at 2 and 4: step 3 and step 5 are lost
+        options = TrainerOptions(
+            state_path=tmp_path / "state", save_every_steps=2, on_progress=kill_after(killed_at)
+        )
+        with pytest.raises(KillError):
+            bench.update(options)
+        bench.adapted.load(bench.start)  # another process begins with nothing
+    steps: list[int] = []
+    resumed = bench.update(
+        TrainerOptions(
+            state_path=tmp_path / "state", save_every_steps=2,
+            on_progress=lambda progress: steps.append(progress.step),
+        )
+    )
+    assert steps == [5, 6]
+    np.testing.assert_array_equal(resumed, whole)
+
+
+def test_a_state_of_other_data_is_not_resumed(random_base: LoadedBase, tmp_path: Path) -> None:
+    bench = Bench(random_base)
+    path = tmp_path / "state"
+    bench.update(TrainerOptions(state_path=path, save_every_steps=2))
+    steps: list[int] = []
+    bench.update(
+        TrainerOptions(state_path=path, on_progress=lambda progress: steps.append(progress.step)),
+        examples=make_examples(seed=1),
+    )
+    assert steps == list(range(1, N_STEPS + 1))
+
+
+def test_a_damaged_state_file_costs_time_but_nothing_else(
+    random_base: LoadedBase, tmp_path: Path
+) -> None:
+    bench = Bench(random_base)
+    whole = bench.update()
+    path = tmp_path / "state"
+    path.write_bytes(b"\x00" * 100)
+    np.testing.assert_array_equal(bench.update(TrainerOptions(state_path=path)), whole)
+
+
+def test_guarantee_2_the_gradient_does_not_depend_on_the_micro_batches(
+    random_base: LoadedBase,
+) -> None:
+    bench = Bench(random_base)
+    block = make_block(local_steps=1)
+    gradients: list[dict[str, torch.Tensor]] = []
+
+    @dataclass(frozen=True)
+    class Keep:
+        def __call__(self, found: dict[str, torch.Tensor], *, step: int) -> None:
+            gradients.append({name: tensor.clone() for name, tensor in found.items()})
+
+    for micro_tokens in (1, 64, 4096):
+        options = TrainerOptions(transforms=(Keep(),), micro_tokens=micro_tokens)
+        bench.update(options, block=block)
+    whole = gradients[-1]
+    for found in gradients[:-1]:
+        for name, tensor in whole.items():
+            torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-7)
+
+
+def test_guarantee_3_an_update_of_zero_is_refused(random_base: LoadedBase) -> None:
+    @dataclass(frozen=True)
+    class Erase:
+        def __call__(self, gradients: dict[str, torch.Tensor], *, step: int) -> None:
+            for gradient in gradients.values():
+                gradient.zero_()
+
+    bench = Bench(random_base)
+    with pytest.raises(TrainingError, match="exactly zero"):
+        bench.update(TrainerOptions(transforms=(Erase(),)))
+
+
+def test_guarantee_3_an_update_that_is_not_finite_is_refused(random_base: LoadedBase) -> None:
+    @dataclass(frozen=True)
+    class Spoil:
+        def __call__(self, gradients: dict[str, torch.Tensor], *, step: int) -> None:
+            next(iter(gradients.values())).fill_(torch.nan)
+
+    bench = Bench(random_base)
+    with pytest.raises(TrainingError, match="not finite"):
+        bench.update(TrainerOptions(transforms=(Spoil(),)))
+
+
+def test_examples_without_a_token_to_learn_are_refused(random_base: LoadedBase) -> None:
+    bench = Bench(random_base)
+    example = make_examples(1)[0]
+    barren = replace(example, loss_mask=np.zeros_like(example.loss_mask))
+    with pytest.raises(TrainingError, match="no.* a token to learn"):
+        bench.trainer(examples=[barren])
+
+
+def test_training_moves_the_loss_down(random_base: LoadedBase) -> None:
+    bench = Bench(random_base)
+    block = make_block(local_steps=60, learning_rate=2e-2)
+    trainer = bench.trainer(block=block, examples=make_examples(4))
+    result = trainer.run(bench.start, bench.layout, weight=1)
+    assert result.last_loss < result.first_loss - 1.0
+
+
+def test_only_the_factors_that_are_sent_move(random_base: LoadedBase) -> None:
+    bench = Bench(random_base, make_lora(sent=(Factor.B,)))
+    bench.update()
+    after = bench.adapted.arrays()
+    for name, array in after.items():
+        moved = bool((array != bench.start[name]).any())
+        assert moved is name.endswith("lora_B.weight")
+
+
+def test_a_pause_and_a_stop_come_at_a_micro_batch_and_lose_nothing(
+    random_base: LoadedBase, tmp_path: Path
+) -> None:
+    bench = Bench(random_base)
+    whole = bench.update()
+
+    class Script:
+        """Pauses twice in the middle of a step, then goes on, then stops."""
+
+        def __init__(self, wishes: list[Wish]) -> None:
+            self.wishes = wishes
+
+        def wish(self) -> Wish:
+            return self.wishes.pop(0) if self.wishes else Wish.GO
+
+    options = TrainerOptions(
+        control=Script([Wish.GO, Wish.PAUSE, Wish.GO, Wish.GO, Wish.GO, Wish.STOP]),
+        micro_tokens=40, state_path=tmp_path / "state", save_every_steps=100,
+    )
+    with pytest.raises(TrainingStoppedError, match="continues from there"):
+        bench.update(options)
+    again = TrainerOptions(state_path=tmp_path / "state", micro_tokens=40)
+    resumed = bench.update(again)
+    np.testing.assert_allclose(resumed, whole, rtol=1e-3, atol=1e-6)
+    np.testing.assert_array_equal(resumed, bench.update(TrainerOptions(micro_tokens=40)))
+
+
+class ScarceMemory:
+    """Refuses micro-batches with more tokens than fit, and frees some by recomputation."""
+
+    def __init__(self, adapted: AdaptedModel, max_tokens: int, *, with_checkpointing: int) -> None:
+        self.adapted, self.max_tokens = adapted, max_tokens
+        self.with_checkpointing = with_checkpointing
+        self.real = lora_module.example_losses
+
+    def __call__(self, adapted: AdaptedModel, **tensors: torch.Tensor) -> torch.Tensor:
+        recomputes = self.adapted.base.model.is_activation_checkpointing
+        limit = self.with_checkpointing if recomputes else self.max_tokens
+        if tensors["input_ids"].numel() > limit:
+            raise torch.OutOfMemoryError
+        return self.real(adapted, **tensors)
+
+
+def test_out_of_memory_halves_the_micro_batch_and_carries_on(
+    random_base: LoadedBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = Bench(random_base)
+    whole = bench.update()
+    scarce = ScarceMemory(bench.adapted, 60, with_checkpointing=60)
+    monkeypatch.setattr("edge_agent.training.example_losses", scarce)
+    np.testing.assert_allclose(bench.update(), whole, rtol=1e-3, atol=1e-6)
+
+
+def test_activations_are_recomputed_when_one_example_does_not_fit(
+    random_base: LoadedBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = Bench(random_base)
+    whole = bench.update()
+    scarce = ScarceMemory(bench.adapted, 10, with_checkpointing=30)
+    monkeypatch.setattr("edge_agent.training.example_losses", scarce)
+    np.testing.assert_allclose(bench.update(), whole, rtol=1e-3, atol=1e-6)
+    scarce.with_checkpointing = 10
+    with pytest.raises(OutOfMemoryError, match="does not fit"):
+        bench.update()
+
+
+def test_the_learning_rate_continues_across_rounds() -> None:
+    for schedule in Schedule:
+        block = make_block(schedule=schedule, final_frac=0.1)
+        first = RoundRecipe(training=block, schedule_start=0.0, schedule_end=0.5, seed=0)
+        second = RoundRecipe(training=block, schedule_start=0.5, schedule_end=1.0, seed=0)
+        whole = RoundRecipe(training=block, schedule_start=0.0, schedule_end=1.0, seed=0)
+        joined = [first.learning_rate(step, 10) for step in range(10)]
+        joined += [second.learning_rate(step, 10) for step in range(10)]
+        assert joined == pytest.approx([whole.learning_rate(step, 20) for step in range(20)])
+        assert joined[0] == block.learning_rate
+        end = second.learning_rate(10, 10)
+        expected = 1.0 if schedule is Schedule.CONSTANT else 0.1
+        assert end == pytest.approx(expected * block.learning_rate)
+
+
+def test_clipping_bounds_the_norm_and_leaves_small_gradients_alone() -> None:
+    large = {"a": torch.full((3,), 10.0), "b": torch.full((4,), -10.0)}
+    ClipNorm(1.0)(large, step=0)
+    norm = torch.cat(list(large.values())).norm()
+    assert float(norm) == pytest.approx(1.0, rel=1e-5)
+    small = {"a": torch.tensor([0.3, -0.4])}
+    ClipNorm(1.0)(small, step=0)
+    assert small["a"].tolist() == pytest.approx([0.3, -0.4])
+
+
+def test_an_epoch_draws_every_example_exactly_once() -> None:
+    sampler = ShuffledBatches(n_examples=13, batch_size=5, seed=1)
+    for epoch in range(3):
+        steps = range(epoch * 3, epoch * 3 + 3)
+        drawn = np.concatenate([sampler.indices(step) for step in steps])
+        assert sorted(drawn) == list(range(13))
+    assert sampler.n_steps(local_steps=None, local_epochs=2) == 6
+    assert list(sampler.indices(0)) != list(sampler.indices(3))
