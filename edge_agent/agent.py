@@ -502,6 +502,7 @@ class Agent:
 
     def _say(self, kind: str, text: str) -> None:
         self._journal.set_activity(kind=kind, text=text, at=self._clock.now(), pid=os.getpid())
+        self._journal.add_received(self._transport.take_received_bytes())
         self._on_event(AgentEventReport(kind=kind, text=text))
 
 

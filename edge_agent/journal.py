@@ -58,9 +58,10 @@ CREATE TABLE sent (
 CREATE TABLE control (
     one INTEGER PRIMARY KEY CHECK (one = 1),
     paused INTEGER NOT NULL,
-    activity TEXT NOT NULL
+    activity TEXT NOT NULL,
+    bytes_received INTEGER NOT NULL
 ) STRICT;
-INSERT INTO control VALUES (1, 0, '');
+INSERT INTO control VALUES (1, 0, '', 0);
 """
 
 
@@ -323,6 +324,18 @@ class Journal:
         """Everything that left the machine, oldest first."""
         rows = self._db.execute("SELECT * FROM sent ORDER BY rowid").fetchall()
         return [SentItem(**{key: row[key] for key in row.keys()}) for row in rows]  # noqa: SIM118 - Row
+
+    def add_received(self, n_bytes: int) -> None:
+        """Count bytes that came from the server."""
+        with self._transaction():
+            self._db.execute(
+                "UPDATE control SET bytes_received = bytes_received + ?", (n_bytes,)
+            )
+
+    def bytes_received(self) -> int:
+        """Bytes of bodies that came from the server so far."""
+        row = self._one("SELECT bytes_received FROM control")
+        return 0 if row is None else int(row["bytes_received"])
 
     # Control: other processes write, the working one reads
 

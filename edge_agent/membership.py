@@ -337,6 +337,7 @@ def describe(home: AgentHome, journal: Journal, *, clock: Clock) -> dict[str, An
         "updates_accepted": n_accepted(journal),
         "last_round": f"{parts[-1].round}: {parts[-1].phase}" if parts else None,
         "bytes_sent": sum(item.n_bytes for item in sent),
+        "bytes_received": journal.bytes_received(),
         "profile": manifest.privacy.profile,
         "epsilon": None,
         "masked": manifest.masking.mode != "off",

@@ -155,11 +155,16 @@ class Transport:
         self._clock_offset_s = 0.0
         self._session = requests.Session()
         self._prefix = ""
-        self.bytes_received = 0
+        self._received_bytes = 0
 
     def use_federation(self, manifest: FederationManifest) -> None:
         """Address one federation from now on."""
         self._prefix = f"/v1/federations/{b64u_encode(manifest.federation)}"
+
+    def take_received_bytes(self) -> int:
+        """Bytes of bodies received since the last call."""
+        taken, self._received_bytes = self._received_bytes, 0
+        return taken
 
     def close(self) -> None:
         """Close the connections."""
@@ -385,7 +390,7 @@ class Transport:
             raise UnreachableError(msg) from error
         finally:
             response.close()
-        self.bytes_received += len(data)
+        self._received_bytes += len(data)
         return data
 
     def _fetch_rest(self, ref: BlobRef, partial: Path) -> None:
@@ -409,7 +414,7 @@ class Transport:
                     if written > ref.n_bytes:
                         break  # more than promised: the digest check will refuse it
                     file.write(chunk)
-                    self.bytes_received += len(chunk)
+                    self._received_bytes += len(chunk)
         except requests.RequestException as error:
             msg = f"the download from {self.host} broke off after {written} bytes"
             raise UnreachableError(msg) from error
