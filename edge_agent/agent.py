@@ -28,11 +28,11 @@ from edge_agent.errors import (
     TrustError,
 )
 from edge_agent.home import AgentHome
-from edge_agent.journal import Journal, Membership, Part, SentItem
+from edge_agent.journal import Journal, Membership, Part
 from edge_agent.politeness import OwnersWishes
 from edge_agent.sampling import ShuffledBatches
 from edge_agent.training import LocalTrainer, RoundRecipe, TrainerOptions, TrainingProgress
-from edge_agent.transport import Outgoing, Transport
+from edge_agent.transport import Transport
 from protocol.clock import Clock
 from protocol.limits import LONG_POLL_S, PART_BYTES
 from protocol.manifest import FederationManifest, Release, RoundManifest, Weighting
@@ -203,8 +203,12 @@ class Agent:
                 self._clock.sleep(_WAIT_SLICE_S)
                 continue
             try:
-                if self._turn() and until_finished:
+                pause_s = self._turn()
+                if pause_s is None:
+                    continue
+                if until_finished:
                     return
+                self._wait(pause_s)
             except TrainingStoppedError:
                 return
             except RefusedError as error:
@@ -212,26 +216,25 @@ class Agent:
                     return
                 self._after_refusal(error)
 
-    def _turn(self) -> bool:
-        """One turn of the loop; returns whether the federation is finished."""
+    def _turn(self) -> float | None:
+        """One turn of the loop; once the federation is finished, how long to wait for more."""
         part = self._journal.open_part()
         if part is not None and part.phase is AgentPhase.TRAINED:
             self._upload(part)
-            return False
+            return None
         reply = self._transport.task(after=self._journal.last_ended_round(), wait_s=LONG_POLL_S)
         self._follow_chain(reply.newest_release)
         match reply.task:
             case TrainTask(round=manifest):
                 self._take_part(manifest)
-            case WaitTask(reason=WaitReason.FINISHED):
+            case WaitTask(reason=WaitReason.FINISHED, retry_after_s=retry_after_s):
                 self._abandon_open_part("the federation ended")
                 self._say("finished", "the federation made its last release")
-                self._wait(reply.task.retry_after_s)
-                return True
+                return retry_after_s
             case WaitTask(reason=reason, retry_after_s=retry_after_s):
                 self._say("waiting", reason.value.replace("-", " "))
                 self._wait(retry_after_s)
-        return False
+        return None
 
     def _wait(self, duration_s: float) -> None:
         until = self._clock.monotonic() + duration_s
@@ -504,24 +507,6 @@ class Agent:
         self._journal.set_activity(kind=kind, text=text, at=self._clock.now(), pid=os.getpid())
         self._journal.add_received(self._transport.take_received_bytes())
         self._on_event(AgentEventReport(kind=kind, text=text))
-
-
-def record_outgoing(journal: Journal, clock: Clock) -> Callable[[Outgoing], None]:
-    """What to give `Transport` so that every body that leaves is in the journal first."""
-
-    def note(outgoing: Outgoing) -> None:
-        journal.add_sent(
-            SentItem(
-                at=clock.now(),
-                host=outgoing.host,
-                what=outgoing.what,
-                round=outgoing.round,
-                n_bytes=len(outgoing.body),
-                sha256=sha256(outgoing.body),
-            )
-        )
-
-    return note
 
 
 def _write_durably(path: Path, data: bytes) -> None:

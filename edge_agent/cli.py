@@ -1,6 +1,7 @@
 """`sheepfold-agent`: what a volunteer types."""
 
 import json
+import logging
 import signal
 import sys
 from collections.abc import Iterator
@@ -72,10 +73,14 @@ YesOption = Annotated[bool, typer.Option("--yes", help="Agree without being aske
 
 def main() -> None:
     """Run the command line; errors of ours are one sentence and exit code 1."""
+    # It announces at import, to everyone, that it did not find a package that we keep out.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         app()
     except (AgentError, QuantError, ProtocolError) as error:
-        console.print(f"[bold red]Error:[/] {_escaped(str(error))}", highlight=False)
+        console.print(
+            f"[bold red]Error:[/] {_escaped(str(error))}", highlight=False, soft_wrap=True
+        )
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(1)
@@ -216,13 +221,11 @@ def run(
 
 
 def _work(agent_home: AgentHome, settings: AgentSettings, *, until_finished: bool) -> None:
-    from edge_agent import membership
     from edge_agent.display import Display
+    from edge_agent.worker import prepare
 
     with _opened(agent_home.root) as (_, journal), Display(console) as display:
-        worker = membership.prepare(
-            agent_home, journal, settings, clock=SystemClock(), on_event=display.show
-        )
+        worker = prepare(agent_home, journal, settings, clock=SystemClock(), on_event=display.show)
 
         def stop(*_: object) -> None:
             worker.wishes.stop()
@@ -341,11 +344,11 @@ def export(
     home: HomeOption = None,
 ) -> None:
     """Write the newest adapter as a folder that stock peft loads."""
-    from edge_agent import membership
+    from edge_agent import worker
 
     with _opened(home) as (agent_home, journal):
         settings = load_settings(agent_home.root, {})
-        release = membership.export(
+        release = worker.export(
             agent_home, journal, settings, folder, clock=SystemClock(), patience_s=_JOIN_PATIENCE_S
         )
     console.print(f"Release {release.number} is in {folder}", highlight=False)

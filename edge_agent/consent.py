@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 from protocol.layout import VectorLayout
 from protocol.manifest import FederationManifest, Weighting
 from protocol.signing import format_fingerprint
-from quant.base_model import EMBEDDED_NAME
+from quant.tiny import EMBEDDED_NAME
 
 _DEFAULT_HUB: Final = "https://huggingface.co"
 _MB: Final = 1_000_000

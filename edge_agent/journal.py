@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, Final
 
 from edge_agent.errors import JournalError
-from edge_agent.training import Wish
 from protocol.manifest import FederationManifest, Release, RoundManifest
 from protocol.messages import Credential, UploadHeader
 from protocol.phases import AGENT_TRANSITIONS, AgentEvent, AgentPhase, advance
@@ -328,9 +327,7 @@ class Journal:
     def add_received(self, n_bytes: int) -> None:
         """Count bytes that came from the server."""
         with self._transaction():
-            self._db.execute(
-                "UPDATE control SET bytes_received = bytes_received + ?", (n_bytes,)
-            )
+            self._db.execute("UPDATE control SET bytes_received = bytes_received + ?", (n_bytes,))
 
     def bytes_received(self) -> int:
         """Bytes of bodies that came from the server so far."""
@@ -348,10 +345,6 @@ class Journal:
         """Whether the owner paused the agent."""
         row = self._one("SELECT paused FROM control")
         return bool(row and row["paused"])
-
-    def wish(self) -> Wish:
-        """The owner's wish as the journal has it."""
-        return Wish.PAUSE if self.paused() else Wish.GO
 
     def set_activity(self, **activity: str | float) -> None:
         """Tell other processes what the working one does."""

@@ -14,7 +14,6 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from enum import StrEnum
 from pathlib import Path
 from typing import Final, Protocol, cast
 
@@ -22,6 +21,7 @@ import numpy as np
 import torch
 
 from edge_agent.checkpoint import Progress, load_state, save_state
+from edge_agent.control import Control, Unattended, Wish
 from edge_agent.data.batches import collate
 from edge_agent.data.tokens import Example
 from edge_agent.errors import OutOfMemoryError, TrainingError, TrainingStoppedError
@@ -43,30 +43,6 @@ _NORM_EPS: Final = 1e-6
 _FIRST_FP16_LOSS_SCALE: Final = 2.0**12
 
 Gradients = dict[str, torch.Tensor]
-
-
-class Wish(StrEnum):
-    """What the owner wants of a running training."""
-
-    GO = "go"
-    PAUSE = "pause"
-    STOP = "stop"
-
-
-class Control(Protocol):
-    """Asked before every micro-batch."""
-
-    def wish(self) -> Wish:
-        """What the owner wants now."""
-        ...
-
-
-class Unattended:
-    """A control that never interferes."""
-
-    def wish(self) -> Wish:
-        """Go on."""
-        return Wish.GO
 
 
 class GradientTransform(Protocol):

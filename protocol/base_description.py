@@ -31,8 +31,8 @@ class BaseDescription(WireModel):
     version: Literal[1] = 1
     base: BaseBlock
     architecture: Annotated[str, Field(min_length=1, max_length=200)]
-    n_parameters: Annotated[int, Field(ge=1)]
-    max_positions: Annotated[int, Field(ge=1)]
+    n_parameters: Annotated[int, Field(ge=1, le=limits.MAX_COUNT)]
+    max_positions: Annotated[int, Field(ge=1, le=limits.MAX_COUNT)]
     has_chat_template: bool
     linear_modules: Annotated[tuple[LinearModule, ...], Field(min_length=1, max_length=20_000)]
 

@@ -24,7 +24,7 @@ class TensorSlot(WireModel):
     shape: Annotated[tuple[Axis, ...], Field(min_length=1, max_length=8)]
     offset: Annotated[int, Field(ge=0)]
     step: Annotated[float, Field(gt=0.0)] | None = None
-    clip_amplitude: Annotated[int, Field(ge=1)] | None = None
+    clip_amplitude: Annotated[int, Field(ge=1, le=limits.MAX_COUNT)] | None = None
 
     @property
     def n_values(self) -> int:

@@ -28,6 +28,9 @@ MAX_TARGET_MODULES: Final = 64
 MAX_TEXT_CHARS: Final = 2_000
 """Longest free text in a manifest (a description, a reason)."""
 
+MAX_COUNT: Final = 2**53 - 1
+"""Largest integer of canonical JSON."""
+
 MAX_ROUNDS: Final = 100_000
 MAX_COHORT: Final = 100_000
 MAX_WEIGHT: Final = 1_000_000
@@ -39,7 +42,7 @@ LONG_POLL_S: Final = 20.0
 """Longest time the server holds a poll before it answers `wait`."""
 
 SIGNATURE_WINDOW_S: Final = 300
-"""A transport signature older or newer than this is refused as stale."""
+"""A transport signature older than this, or ahead of the server's clock, is refused as stale."""
 
 NONCE_BYTES: Final = 16
 INVITE_CODE_BYTES: Final = 16

@@ -1,7 +1,7 @@
 """What a federation, a round and a release declare: frozen models in versioned blocks.
 
 A manifest is a declaration, never code. Each block carries its own `version`; an unknown version,
-mode, rule or key is refused by `parse_federation`, with a sentence that tells the owner what this
+mode, rule or key is refused by `wire.parse`, with a sentence that tells the owner what this
 version of the agent can honour.
 
 The three documents form a chain: a `RoundManifest` names the federation manifest and the release
@@ -17,11 +17,13 @@ from protocol import limits
 from protocol.wire import Bytes16, Digest, Identity, WireModel, domain_hash
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-PositiveInt = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=0, le=limits.MAX_COUNT)]
+PositiveInt = Annotated[int, Field(ge=1, le=limits.MAX_COUNT)]
+RoundNumber = Annotated[int, Field(ge=1, le=2**31 - 1)]
 PositiveFloat = Annotated[float, Field(gt=0.0)]
 Text = Annotated[str, Field(max_length=limits.MAX_TEXT_CHARS)]
 Seconds = Annotated[float, Field(gt=0.0, le=30 * 24 * 3600)]
-UnixTime = Annotated[float, Field(ge=0.0, le=2.0**40)]
+UnixTime = Annotated[float, Field(ge=0.0, lt=253_402_300_800.0)]  # up to the year 9999
 
 
 class Factor(StrEnum):
@@ -227,6 +229,13 @@ class FederationManifest(WireModel):
     rounds: RoundsBlock
     change_limits: ChangeLimitsBlock = ChangeLimitsBlock()
 
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.registrar == self.server and not self.registrar_held_by_server:
+            msg = "registrar is the server's own key, yet registrar_held_by_server is false"
+            raise ValueError(msg)
+        return self
+
     def digest(self) -> bytes:
         """The hash that rounds, credentials and updates refer to."""
         return domain_hash("federation", self.as_json())
@@ -249,8 +258,8 @@ class RoundManifest(WireModel):
     version: Literal[1] = 1
     federation: Bytes16
     federation_digest: Digest
-    round: Annotated[int, Field(ge=1)]
-    release: Annotated[int, Field(ge=0)]
+    round: RoundNumber
+    release: Count
     release_digest: Digest
     sent: BlobRef
     selection_seed: Digest
@@ -288,8 +297,8 @@ class AggregationReport(WireModel):
     """What the server may tell everyone about the average it made."""
 
     rule: Literal["none", "fedavg"]
-    n_cells: Annotated[int, Field(ge=0)]
-    n_agents: Annotated[int, Field(ge=0)]
+    n_cells: Count
+    n_agents: Count
     update_norm: Annotated[float, Field(ge=0.0)]
     """L2 norm of the mean update."""
 
@@ -298,8 +307,8 @@ class FilterReport(WireModel):
     """What the filter did; `n_rejected` counts cells."""
 
     rule: Literal["none"]
-    n_cells: Annotated[int, Field(ge=0)]
-    n_rejected: Annotated[int, Field(ge=0)]
+    n_cells: Count
+    n_rejected: Count
 
 
 class Verdict(WireModel):
@@ -318,8 +327,8 @@ class Release(WireModel):
 
     version: Literal[1] = 1
     federation: Bytes16
-    number: Annotated[int, Field(ge=0)]
-    round: Annotated[int, Field(ge=0)]
+    number: Count
+    round: Count
     previous: Digest | None
     federation_digest: Digest
     round_digest: Digest | None
@@ -331,7 +340,7 @@ class Release(WireModel):
     aggregation: AggregationReport
     filter: FilterReport
     verdict: Verdict
-    rolled_back_to: Annotated[int, Field(ge=0)] | None = None
+    rolled_back_to: Count | None = None
     """Set when the operator published an older adapter again; its release number."""
     created_at: UnixTime
 

@@ -26,14 +26,19 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from protocol import limits
-from protocol.manifest import FederationManifest, Release, RoundManifest, UnixTime
+from protocol.manifest import (
+    Count,
+    FederationManifest,
+    Release,
+    RoundManifest,
+    RoundNumber,
+    UnixTime,
+)
 from protocol.phases import RoundPhase
 from protocol.signing import InviteProof, Signed
 from protocol.wire import Bytes16, Digest, Identity, WireModel, domain_hash
 
-Count = Annotated[int, Field(ge=0, le=2**53 - 1)]
 Attempt = Annotated[int, Field(ge=1, le=2**31 - 1)]
-RoundNumber = Annotated[int, Field(ge=1, le=2**31 - 1)]
 RetryAfter = Annotated[float, Field(ge=0.0, le=3600.0)]
 
 
@@ -107,7 +112,7 @@ class TaskReply(WireModel):
     """What to do now, and the newest release so that an idle agent can follow the chain."""
 
     task: Annotated[TrainTask | WaitTask, Field(discriminator="kind")]
-    newest_release: Annotated[int, Field(ge=0)]
+    newest_release: Count
 
 
 class ReleasePage(WireModel):
@@ -116,7 +121,7 @@ class ReleasePage(WireModel):
     releases: Annotated[
         tuple[Signed[Release], ...], Field(max_length=limits.MAX_RELEASES_PER_REPLY)
     ]
-    newest: Annotated[int, Field(ge=0)]
+    newest: Count
 
 
 class UploadHeader(WireModel):
@@ -162,7 +167,10 @@ class UploadStatus(WireModel):
     """Where an upload stands; `missing` lists the parts that have not arrived, ascending."""
 
     state: UploadState
-    missing: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(max_length=limits.MAX_PARTS)]
+    missing: Annotated[
+        tuple[Annotated[int, Field(ge=0, lt=limits.MAX_PARTS)], ...],
+        Field(max_length=limits.MAX_PARTS),
+    ]
 
 
 class WithdrawalReason(StrEnum):

@@ -10,6 +10,7 @@ from typing import Annotated, Final, Literal
 from pydantic import Field
 
 from protocol.limits import MAX_TEXT_CHARS
+from protocol.manifest import UnixTime
 from protocol.wire import WireModel
 
 CONTENT_TYPE: Final = "application/problem+json"
@@ -112,7 +113,7 @@ class ProblemDocument(WireModel):
     status: Annotated[int, Field(ge=400, le=599)]
     detail: Annotated[str, Field(max_length=MAX_TEXT_CHARS)] = ""
     advice: Advice
-    server_time: Annotated[float, Field(ge=0.0)]
+    server_time: UnixTime
     retry_after_s: Annotated[float, Field(ge=0.0)] | None = None
     protocol: Literal[1] = 1
 

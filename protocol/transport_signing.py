@@ -32,7 +32,13 @@ from protocol.wire import b64u_decode, b64u_encode
 TAG: Final = DOMAIN_PREFIX + "request"
 _LABEL: Final = "sheepfold"
 _COVERED: Final = ("@method", "@path", "@query", "content-digest")
-_LIBRARY_ERRORS: Final = (HTTPMessageSignaturesException, ValueError, TypeError, KeyError)
+_LIBRARY_ERRORS: Final = (
+    HTTPMessageSignaturesException,
+    ValueError,
+    TypeError,
+    KeyError,
+    OverflowError,  # a time that no calendar holds
+)
 
 
 @dataclass
@@ -77,7 +83,7 @@ def sign_request(
         `Content-Digest`, `Signature-Input` and `Signature`.
 
     Raises:
-        SignatureError: The method or URL is malformed.
+        SignatureError: The method or URL is malformed, or `created` is beyond the year 9999.
     """
     message = _Message(method=method, url=url, headers={})
     library_signer = HTTPMessageSigner(
@@ -143,7 +149,8 @@ def verify_request(
         key_resolver=_OneKey(Ed25519PublicKey.from_public_bytes(identity)),
     )
     try:
-        (result,) = verifier.verify(message, expect_tag=TAG)
+        # By label too: the signature under which `identity` is named, and no other one.
+        (result,) = verifier.verify(message, expect_tag=TAG, expect_label=_LABEL)
         _check_coverage(result.covered_components)
         created = int(result.parameters["created"])
         nonce = b64u_decode(str(result.parameters["nonce"]), n_bytes=NONCE_BYTES)
@@ -199,7 +206,10 @@ class ReplayGuard:
     Guarantees:
         1. A signature is admitted at most once, across restarts too: nonces are remembered for as
            long as their time is within the window, and a signature from before the start is stale.
-        2. Memory is bounded by the requests of twice the window.
+        2. Memory is bounded by the requests of one window.
+
+    A signature whose time is ahead of `now` is stale as well. Were it admitted, a process that
+    starts soon after could not tell that it is old; the agent corrects its clock and signs anew.
 
     Args:
         started_at: Seconds since the Unix epoch when this process began to answer.
@@ -207,9 +217,9 @@ class ReplayGuard:
 
     def __init__(self, *, started_at: float) -> None:
         """Begin with no nonce remembered."""
-        self._started_at = int(started_at)
+        self._nothing_up_to = int(started_at)
         self._seen: set[tuple[bytes, bytes]] = set()
-        self._by_time: deque[tuple[float, tuple[bytes, bytes]]] = deque()
+        self._by_time: deque[tuple[int, tuple[bytes, bytes]]] = deque()
 
     def admit(self, request: VerifiedRequest, *, now: float) -> None:
         """Admit a request once.
@@ -219,23 +229,31 @@ class ReplayGuard:
             now: Seconds since the Unix epoch.
 
         Raises:
-            StaleSignatureError: Made more than `limits.SIGNATURE_WINDOW_S` ago or ahead, or not
-                after this process started.
+            StaleSignatureError: Made more than `limits.SIGNATURE_WINDOW_S` ago, ahead of `now`, or
+                not after this process started.
             ReplayedSignatureError: Its nonce was already used by this identity.
         """
-        # A nonce is forgotten only when its signature, even one made a window ahead, is stale.
-        while self._by_time and self._by_time[0][0] < now - 2 * SIGNATURE_WINDOW_S - 1:
-            self._seen.discard(self._by_time.popleft()[1])
+        self._forget(now)
         age_s = now - request.created
-        if abs(age_s) > SIGNATURE_WINDOW_S:
-            msg = f"signed {age_s:.0f} s ago; the limit is {SIGNATURE_WINDOW_S} s either way"
+        if age_s < 0.0:
+            msg = f"signed {-age_s:.0f} s ahead of this server's clock; correct yours and sign anew"
             raise StaleSignatureError(msg)
-        if request.created <= self._started_at:
-            msg = "signed before this server started; sign anew"
+        if age_s > SIGNATURE_WINDOW_S:
+            msg = f"signed {age_s:.0f} s ago; the limit is {SIGNATURE_WINDOW_S} s"
+            raise StaleSignatureError(msg)
+        if request.created <= self._nothing_up_to:
+            msg = "signed before this server started or its clock was set; sign anew"
             raise StaleSignatureError(msg)
         key = (request.identity, request.nonce)
         if key in self._seen:
             msg = "this nonce was already used; sign anew"
             raise ReplayedSignatureError(msg)
         self._seen.add(key)
-        self._by_time.append((now, key))
+        self._by_time.append((request.created, key))
+
+    def _forget(self, now: float) -> None:
+        while self._by_time and self._by_time[0][0] < now - SIGNATURE_WINDOW_S:
+            created, key = self._by_time.popleft()
+            self._seen.discard(key)
+            # Should the clock be set back, what was forgotten would be fresh again.
+            self._nothing_up_to = max(self._nothing_up_to, created)

@@ -9,6 +9,7 @@ The checkpoint is read from safetensors only, and no code of a model repository 
 """
 
 import hashlib
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,15 +28,13 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils.logging import disable_progress_bar
 
 from protocol.base_description import BaseDescription, LinearModule
 from protocol.manifest import BaseBlock
 from protocol.wire import JsonValue, domain_hash
 from quant.errors import BaseModelError, FingerprintError
-from quant.tiny import tiny_base_path
-
-EMBEDDED_NAME: Final = "embedded:tiny"
-"""The base that comes with Sheepfold."""
+from quant.tiny import EMBEDDED_NAME, tiny_base_path
 
 SourceDtype = Literal["float32", "bfloat16", "float16"]
 _SOURCE_DTYPES: Final[dict[torch.dtype, SourceDtype]] = {
@@ -219,6 +218,8 @@ def _load_quantized(path: str, revision: str | None, compute_dtype: torch.dtype)
         bnb_4bit_compute_dtype=compute_dtype,
         bnb_4bit_quant_storage=torch.uint8,
     )
+    if not sys.stderr.isatty():
+        disable_progress_bar()
     try:
         model = AutoModelForCausalLM.from_pretrained(
             path,

@@ -1,0 +1,1 @@
+"""From cells' sums to one mean update."""

@@ -1,0 +1,356 @@
+"""The routes: decode, call, encode. See `protocol.messages` for the table."""
+
+import asyncio
+import re
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from functools import partial
+from itertools import chain
+from typing import Annotated, Final
+
+import structlog
+from anyio import to_thread
+from fastapi import APIRouter, Depends, FastAPI, Path, Query, Request, Response
+from fastapi.responses import StreamingResponse
+
+from aggregator_server import metrics as metrics_module
+from aggregator_server.errors import Refusal
+from aggregator_server.federation import Federation
+from aggregator_server.metrics import Metrics
+from aggregator_server.web.edge import (
+    BodySlots,
+    ProblemRoute,
+    in_thread,
+    install_problem_handlers,
+    parse_body,
+    read_body,
+    reply,
+    verify_transport,
+)
+from aggregator_server.web.openapi import body_of, install_openapi, reply_of
+from aggregator_server.web.ranges import parse_range
+from protocol.limits import LONG_POLL_S, MAX_JSON_BYTES, PART_BYTES
+from protocol.messages import (
+    Acknowledged,
+    Credential,
+    Discovery,
+    Enrolment,
+    FederationStatus,
+    ReleasePage,
+    Revocation,
+    TaskReply,
+    TrainTask,
+    UploadHeader,
+    UploadStatus,
+    WaitReason,
+    Withdrawal,
+)
+from protocol.problems import ProblemType
+from protocol.signing import Signed
+from protocol.version import PROTOCOL_VERSION
+
+_log = structlog.get_logger(__name__)
+_TICK_S: Final = 1.0
+"""Longest time between two looks at the clock, and at what other processes wrote."""
+_N_PARTS_IN_MEMORY: Final = 64
+"""Parts received at once: 64 times 4 MiB."""
+_BLOB_NAME: Final = re.compile(r"[0-9a-f]{64}")
+_MAX_INT: Final = 2**31 - 1
+
+RoundInPath = Annotated[int, Path(ge=1, le=_MAX_INT)]
+AttemptInPath = Annotated[int, Path(ge=1, le=_MAX_INT)]
+PartInPath = Annotated[int, Path(ge=0, le=_MAX_INT)]
+
+
+def create_app(federation: Federation) -> FastAPI:
+    """The web application of a federation.
+
+    Its lifespan runs the clockwork, which moves rounds on; without it (as in tests) call
+    `federation.advance` by hand.
+
+    Args:
+        federation: Open; closed by the caller.
+    """
+    app = FastAPI(
+        title="Sheepfold aggregator",
+        version=str(PROTOCOL_VERSION),
+        lifespan=_clockwork,
+        redoc_url=None,
+    )
+    app.state.federation = federation
+    app.state.metrics = Metrics()
+    app.state.part_slots = BodySlots(_N_PARTS_IN_MEMORY)
+    install_problem_handlers(app)
+    app.include_router(_public_router())
+    app.include_router(_member_router())
+    app.include_router(_release_router())
+    app.include_router(_upload_router())
+    install_openapi(app)
+    return app
+
+
+@asynccontextmanager
+async def _clockwork(app: FastAPI) -> AsyncIterator[None]:
+    task = asyncio.create_task(_tick(app.state.federation))
+    try:
+        yield
+    finally:
+        app.state.federation.stop_waiting()
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+async def _tick(federation: Federation) -> None:
+    work = federation.work
+    while not work.closed:
+        ticket = work.ticket()
+        try:
+            await to_thread.run_sync(federation.advance)
+        except Exception as error:  # noqa: BLE001 - the clockwork never stops
+            _log.error("the clockwork failed and goes on", exc_info=error)
+            await asyncio.sleep(_TICK_S)
+        await work.wait(ticket, _TICK_S)
+
+
+def _federation(request: Request) -> Federation:
+    federation: Federation = request.app.state.federation
+    return federation
+
+
+def _this_federation(request: Request, federation: str) -> Federation:
+    service = _federation(request)
+    if federation != service.charter.path_id:
+        raise Refusal(
+            ProblemType.UNKNOWN_FEDERATION, f"here is only the federation {service.charter.path_id}"
+        )
+    return service
+
+
+Anywhere = Annotated[Federation, Depends(_federation)]
+Here = Annotated[Federation, Depends(_this_federation)]
+
+
+async def _admit(
+    service: Federation, request: Request, *, limit: int = 0, even_revoked: bool = False
+) -> tuple[bytes, bytes]:
+    """The member that makes a request, and the body."""
+    body = await read_body(request, limit=limit)
+
+    def check() -> bytes:
+        verified = verify_transport(request, body)
+        return service.membership.admit(verified, even_revoked=even_revoked)
+
+    return await to_thread.run_sync(check), body
+
+
+def _public_router() -> APIRouter:
+    router = APIRouter(route_class=ProblemRoute)
+
+    @router.get("/v1/federation", responses=reply_of(Discovery))
+    def discover(service: Anywhere) -> Response:
+        """The federation of this server."""
+        return reply(service.discovery())
+
+    @router.get("/healthz")
+    def health(service: Anywhere) -> Response:
+        """Whether the database answers."""
+        service.status()
+        return Response("ok\n", media_type="text/plain")
+
+    @router.get("/metrics")
+    def metrics(request: Request, service: Anywhere) -> Response:
+        """Counters and gauges for Prometheus."""
+        rendered: Metrics = request.app.state.metrics
+        return Response(rendered.render(service.status()), media_type=metrics_module.CONTENT_TYPE)
+
+    return router
+
+
+def _member_router() -> APIRouter:
+    router = APIRouter(prefix="/v1/federations/{federation}", route_class=ProblemRoute)
+
+    @router.post(
+        "/enrolments",
+        responses=reply_of(Signed[Credential]),
+        openapi_extra=body_of(Signed[Enrolment]),
+    )
+    async def enrol(request: Request, service: Here) -> Response:
+        """Become a member; signed."""
+        body = await read_body(request, limit=MAX_JSON_BYTES)
+
+        def call() -> Signed[Credential]:
+            verified = verify_transport(request, body)
+            return service.enrol(verified, parse_body(Signed[Enrolment], body))
+
+        return await in_thread(call)
+
+    @router.post(
+        "/enrolments/revoke",
+        responses=reply_of(Acknowledged),
+        openapi_extra=body_of(Signed[Revocation]),
+    )
+    async def revoke(request: Request, service: Here) -> Response:
+        """End one's membership; signed."""
+        identity, body = await _admit(service, request, limit=MAX_JSON_BYTES, even_revoked=True)
+
+        def call() -> Acknowledged:
+            service.revoke(identity, parse_body(Signed[Revocation], body))
+            return Acknowledged()
+
+        return await in_thread(call)
+
+    @router.get("/task", responses=reply_of(TaskReply))
+    async def task(
+        request: Request,
+        service: Here,
+        after: Annotated[int, Query(ge=0, le=_MAX_INT)] = 0,
+        wait: Annotated[float, Query(ge=0.0, le=3600.0, allow_inf_nan=False)] = 0.0,
+    ) -> Response:
+        """What to do now; signed. Holds the answer for `wait` seconds while there is nothing."""
+        identity, _ = await _admit(service, request)
+        return reply(await _poll(service, identity, after=after, wait_s=min(wait, LONG_POLL_S)))
+
+    @router.post(
+        "/withdrawals", responses=reply_of(Acknowledged), openapi_extra=body_of(Signed[Withdrawal])
+    )
+    async def withdraw(request: Request, service: Here) -> Response:
+        """Give one's place in a round to another; signed."""
+        identity, body = await _admit(service, request, limit=MAX_JSON_BYTES)
+
+        def call() -> Acknowledged:
+            service.withdraw(identity, parse_body(Signed[Withdrawal], body))
+            return Acknowledged()
+
+        return await in_thread(call)
+
+    return router
+
+
+def _release_router() -> APIRouter:
+    router = APIRouter(prefix="/v1/federations/{federation}", route_class=ProblemRoute)
+
+    @router.get("/status", responses=reply_of(FederationStatus))
+    def status(service: Here) -> Response:
+        """The federation as anyone may see it."""
+        return reply(service.status())
+
+    @router.get("/releases", responses=reply_of(ReleasePage))
+    def releases(service: Here, after: Annotated[int, Query(ge=-1, le=_MAX_INT)] = -1) -> Response:
+        """The releases after a number, oldest first."""
+        return reply(service.releases.page(after=after))
+
+    @router.get("/blobs/{name}", response_class=StreamingResponse)
+    def blob(request: Request, service: Here, name: str) -> Response:
+        """A file that a release names, by its SHA-256 in hexadecimal; one range is honoured."""
+        return _send_blob(service, request, name)
+
+    return router
+
+
+def _upload_router() -> APIRouter:
+    router = APIRouter(
+        prefix="/v1/federations/{federation}/uploads",
+        route_class=ProblemRoute,
+        responses=reply_of(UploadStatus),
+    )
+
+    @router.post("", openapi_extra=body_of(Signed[UploadHeader]))
+    async def begin(request: Request, service: Here) -> Response:
+        """Announce an upload by its signed header; signed."""
+        identity, body = await _admit(service, request, limit=MAX_JSON_BYTES)
+
+        def call() -> UploadStatus:
+            return service.begin_upload(identity, parse_body(Signed[UploadHeader], body))
+
+        return await in_thread(call)
+
+    @router.get("/{round_number}/{attempt}")
+    async def status(
+        request: Request, service: Here, round_number: RoundInPath, attempt: AttemptInPath
+    ) -> Response:
+        """Where an upload stands; signed."""
+        identity, _ = await _admit(service, request)
+        return await in_thread(partial(service.uploads.status, identity, round_number, attempt))
+
+    @router.put("/{round_number}/{attempt}/parts/{n}", openapi_extra=body_of(None))
+    async def put_part(
+        request: Request,
+        service: Here,
+        round_number: RoundInPath,
+        attempt: AttemptInPath,
+        n: PartInPath,
+    ) -> Response:
+        """Store one part, raw; signed."""
+        slots: BodySlots = request.app.state.part_slots
+        async with slots.one():
+            identity, body = await _admit(service, request, limit=PART_BYTES)
+            call = partial(service.uploads.put_part, identity, round_number, attempt, n, body)
+            return await in_thread(call)
+
+    @router.post("/{round_number}/{attempt}/complete")
+    async def complete(
+        request: Request, service: Here, round_number: RoundInPath, attempt: AttemptInPath
+    ) -> Response:
+        """Have a whole upload verified and accepted; signed."""
+        identity, _ = await _admit(service, request)
+        return await in_thread(partial(service.complete_upload, identity, round_number, attempt))
+
+    return router
+
+
+async def _poll(service: Federation, identity: bytes, *, after: int, wait_s: float) -> TaskReply:
+    look = partial(service.task, identity, after=after)
+    until = service.clock.monotonic() + wait_s
+    while True:
+        ticket = service.wakeups.ticket()
+        answer = await to_thread.run_sync(look)
+        left_s = until - service.clock.monotonic()
+        if left_s <= 0 or _is_news(answer) or service.wakeups.closed:
+            return answer
+        if not await service.wakeups.wait(ticket, left_s):
+            return await to_thread.run_sync(look)
+
+
+def _is_news(answer: TaskReply) -> bool:
+    task = answer.task
+    return isinstance(task, TrainTask) or task.reason is WaitReason.FINISHED
+
+
+def _send_blob(service: Federation, request: Request, name: str) -> Response:
+    if not _BLOB_NAME.fullmatch(name):
+        raise Refusal(ProblemType.NOT_FOUND, "a blob is named by 64 hexadecimal digits")
+    sha = bytes.fromhex(name)
+    n_bytes = service.releases.blob_n_bytes(sha)
+    etag = f'"{name}"'
+    headers = {
+        "ETag": etag,
+        "Cache-Control": "public, max-age=31536000, immutable",
+        "Accept-Ranges": "bytes",
+    }
+    if request.headers.get("if-none-match") == etag:
+        return Response(status_code=304, headers=headers)
+    # Another If-Range names another file: then the whole of this one is the answer.
+    wanted = request.headers.get("range") if request.headers.get("if-range", etag) == etag else None
+    part = parse_range(wanted, n_bytes=n_bytes)
+    start, stop = (0, n_bytes) if part is None else (part.start, part.stop)
+    headers["Content-Length"] = str(stop - start)
+    if part is not None:
+        headers["Content-Range"] = part.content_range
+    chunks = iter(service.releases.blob_chunks(sha, start, stop))
+    first = next(chunks, b"")  # a file that cannot be read is a problem document, not half a reply
+    return StreamingResponse(
+        _counted(service, chain((first,), chunks)),
+        status_code=200 if part is None else 206,
+        media_type="application/octet-stream",
+        headers=headers,
+    )
+
+
+def _counted(service: Federation, chunks: Iterator[bytes]) -> Iterator[bytes]:
+    n_bytes = 0
+    try:
+        for chunk in chunks:
+            n_bytes += len(chunk)
+            yield chunk
+    finally:
+        service.membership.served(n_bytes)

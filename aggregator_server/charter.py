@@ -1,0 +1,60 @@
+"""What is fixed for the life of a federation, in one value that every room is given."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from aggregator_server.errors import ConfigError
+from aggregator_server.keys import Keys
+from protocol.base_description import BaseDescription
+from protocol.layout import VectorLayout
+from protocol.manifest import FederationManifest
+from protocol.signing import Signed
+from protocol.wire import b64u_encode
+from quant.adapter import adapter_shapes, sent_layout
+
+
+@dataclass(frozen=True, kw_only=True)
+class Charter:
+    """The signed manifest, and what follows from it."""
+
+    signed: Signed[FederationManifest]
+    digest: bytes
+    layout: VectorLayout
+    """Of what agents send."""
+    shapes: Mapping[str, tuple[int, ...]]
+    """Of every tensor of the adapter."""
+    keys: Keys
+
+    @property
+    def manifest(self) -> FederationManifest:
+        """The manifest itself."""
+        return self.signed.body
+
+    @property
+    def path_id(self) -> str:
+        """The federation's id as it stands in paths."""
+        return b64u_encode(self.manifest.federation)
+
+
+def make_charter(signed: Signed[FederationManifest], base: BaseDescription, keys: Keys) -> Charter:
+    """Check that a manifest, a base and keys belong together.
+
+    Args:
+        signed: The manifest, whose signature the caller has made or checked.
+        base: The description of the base model.
+        keys: The server's keys.
+
+    Raises:
+        ConfigError: They do not.
+        ManifestError: A target module is not in the base.
+    """
+    manifest = signed.body
+    if (manifest.server, manifest.registrar) != (keys.server.identity, keys.registrar.identity):
+        msg = "the keys in keys/ are not those of the manifest; restore them from a backup"
+        raise ConfigError(msg)
+    shapes = adapter_shapes(base, manifest.lora)
+    layout = sent_layout(shapes, manifest.lora.sent)
+    if layout.digest() != manifest.layout or base.base != manifest.base:
+        msg = "base.json is not the manifest's base model; restore it from a backup"
+        raise ConfigError(msg)
+    return Charter(signed=signed, digest=manifest.digest(), layout=layout, shapes=shapes, keys=keys)

@@ -1,0 +1,402 @@
+"""`sheepfold-server`: the operator's commands."""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from aggregator_server.errors import ServerError
+from protocol.errors import ProtocolError
+from protocol.manifest import Factor, Schedule, Template
+from quant.errors import QuantError
+
+if TYPE_CHECKING:
+    from aggregator_server.federation import Federation
+    from aggregator_server.web.serving import Listening
+
+app = typer.Typer(
+    name="sheepfold-server",
+    help="""Run a federation: agents train one LoRA adapter together, and their data stays theirs.
+
+    [bold]sheepfold-server init[/] fed --embedded --open-enrolment
+    [bold]sheepfold-server serve[/] fed
+    [bold]sheepfold-server status[/] fed
+    """,
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+releases_app = typer.Typer(
+    help="The published adapters: list, show, roll back, export.", no_args_is_help=True
+)
+app.add_typer(releases_app, name="releases")
+
+Directory = Annotated[Path, typer.Argument(metavar="DIR", help="The federation's folder.")]
+JsonPath = Annotated[
+    Path | None,
+    typer.Option("--json", metavar="PATH", help="Write the answer as JSON; '-' is the terminal."),
+]
+Number = Annotated[int, typer.Argument(metavar="N", min=0, help="The release's number.")]
+
+
+def main() -> None:
+    """Run the command line; exit 0 done, 2 wrong usage, 1 anything else with one sentence."""
+    app()
+
+
+@app.command()
+def init(  # noqa: PLR0917 - one parameter for each option
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A new or empty folder.")],
+    base: Annotated[
+        Path | None,
+        typer.Option(help="base.json of `sheepfold-agent describe-base MODEL`."),
+    ] = None,
+    embedded: Annotated[
+        bool, typer.Option("--embedded", help="Use the tiny base that comes with sheepfold.")
+    ] = False,
+    name: Annotated[str, typer.Option(help="What volunteers see.")] = "A Sheepfold federation",
+    description: Annotated[str, typer.Option(help="A sentence about what is learnt.")] = "",
+    rounds: Annotated[int, typer.Option(help="Rounds until it is finished.")] = 20,
+    cohort: Annotated[int, typer.Option(help="Updates that close a round.")] = 5,
+    min_cohort: Annotated[
+        int | None, typer.Option(help="Fewest agents for a round.  [default: 2]")
+    ] = None,
+    rank: Annotated[int, typer.Option(help="Rank of the adapter.")] = 8,
+    alpha: Annotated[float | None, typer.Option(help="Its scale.  [default: 2 x rank]")] = None,
+    dropout: Annotated[float, typer.Option(help="Dropout before the adapter.")] = 0.05,
+    target_modules: Annotated[
+        str | None,
+        typer.Option(help="Layers, as q_proj,v_proj.  [default: the paper's six, or all linear]"),
+    ] = None,
+    sent: Annotated[str, typer.Option(help="Factors that agents send: A,B or B.")] = "A,B",
+    template: Annotated[
+        Template, typer.Option(help="How a record becomes a prompt.")
+    ] = Template.ALPACA,
+    max_length: Annotated[int, typer.Option(help="Longest record in tokens.")] = 512,
+    batch_size: Annotated[int, typer.Option(help="Records for each optimiser step.")] = 32,
+    local_steps: Annotated[int | None, typer.Option(help="Steps in each round.")] = None,
+    local_epochs: Annotated[
+        int | None, typer.Option(help="Or passes over the data.  [default: 1]")
+    ] = None,
+    learning_rate: Annotated[float, typer.Option(help="At its peak.")] = 1.5e-4,
+    schedule: Annotated[
+        Schedule, typer.Option(help="Of the learning rate, over all rounds.")
+    ] = Schedule.COSINE,
+    deadline_s: Annotated[float, typer.Option(help="Seconds until a round closes.")] = 86400.0,
+    open_enrolment: Annotated[
+        bool, typer.Option("--open-enrolment", help="Let anyone join, without an invite.")
+    ] = False,
+    json_path: JsonPath = None,
+) -> None:
+    """Found a federation: keys, release 0 and a commented federation.toml.
+
+    Examples:
+    sheepfold-server init fed --embedded --open-enrolment --rounds 5
+
+    sheepfold-server init fed --base base.json --name "Clinic notes" --cohort 10 --sent B
+    """
+    from aggregator_server.founding import CONFIG_NAME, found_federation, load_base
+    from aggregator_server.recipes import RecipeOptions, make_config
+    from protocol.clock import SystemClock
+    from protocol.signing import format_fingerprint
+
+    if base is not None and embedded:
+        message = "give --base or --embedded, not both"
+        raise typer.BadParameter(message)
+    factors = _factors(sent)
+    with _sentences():
+        described = load_base(_embedded_base() if base is None else base)
+        options = RecipeOptions(
+            name=name,
+            description=description,
+            n_rounds=rounds,
+            cohort_target=cohort,
+            min_cohort=min_cohort,
+            rank=rank,
+            alpha=alpha,
+            dropout=dropout,
+            target_modules=_names(target_modules),
+            sent=factors,
+            template=template,
+            max_length=max_length,
+            batch_size=batch_size,
+            local_steps=local_steps,
+            local_epochs=local_epochs,
+            learning_rate=learning_rate,
+            schedule=schedule,
+            deadline_s=deadline_s,
+            open_enrolment=open_enrolment,
+        )
+        config = make_config(options, described)
+        charter = found_federation(directory, config=config, base=described, clock=SystemClock())
+    fingerprint = format_fingerprint(charter.keys.server.identity)
+    n_bytes = charter.layout.n_bytes
+    if base is None and not embedded:
+        typer.echo("No --base was given: this federation uses the tiny embedded base.", err=True)
+    text = (
+        f"Founded {config.federation.name!r} in {directory}, on the base {described.base.model}.\n"
+        f"Each update has {n_bytes:,} bytes. The server's fingerprint is {fingerprint}.\n"
+        f"Look through {directory / CONFIG_NAME}, then run: sheepfold-server serve {directory}"
+    )
+    _answer(
+        json_path,
+        text,
+        {
+            "directory": str(directory),
+            "federation": charter.path_id,
+            "fingerprint": fingerprint,
+            "update_n_bytes": n_bytes,
+        },
+    )
+
+
+@app.command()
+def serve(
+    directory: Directory,
+    host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port; 0 takes any free one.")] = None,
+    tls_cert: Annotated[Path | None, typer.Option(help="Certificate chain (PEM).")] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="Its private key (PEM).")] = None,
+    behind_proxy: Annotated[
+        bool,
+        typer.Option(
+            "--behind-proxy",
+            help="A proxy in front ends TLS; it must pass paths and bodies on unchanged.",
+        ),
+    ] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Log every request.")] = False,
+    json_path: JsonPath = None,
+) -> None:
+    """Serve a federation until Ctrl-C; prints one line when it is ready.
+
+    Plain http is served on loopback only. Everywhere else give a certificate, or say that a proxy
+    in front ends TLS (--behind-proxy).
+
+    Examples:
+    sheepfold-server serve fed
+
+    sheepfold-server serve fed --host 0.0.0.0 --tls-cert cert.pem --tls-key key.pem
+    """
+    from aggregator_server.federation import open_federation, read_settings
+    from aggregator_server.logs import configure_logs
+    from aggregator_server.web.serving import only_server, run
+
+    flags = {
+        "host": host,
+        "port": port,
+        "tls_cert": None if tls_cert is None else str(tls_cert),
+        "tls_key": None if tls_key is None else str(tls_key),
+        "behind_proxy": behind_proxy or None,
+    }
+    with _sentences():
+        configure_logs(read_settings(directory, flags=flags).log_format, verbose=verbose)
+        with only_server(directory):
+            federation = open_federation(directory, flags=flags, may_edit=True)
+            try:
+                run(federation, on_ready=_announcer(json_path))
+            finally:
+                federation.close()
+
+
+@app.command()
+def invite(
+    directory: Directory,
+    uses: Annotated[int, typer.Option(min=1, help="How many agents it lets in.")] = 1,
+    json_path: JsonPath = None,
+) -> None:
+    """Make an invite and print the command that a volunteer runs.
+
+    Example:
+    sheepfold-server invite fed --uses 10
+    """
+    with _opened(directory) as federation:
+        made = federation.membership.invite(n_uses=uses).format()
+        settings = federation.config.server
+    scheme = "https" if settings.tls_cert else "http"
+    url = settings.public_url or f"{scheme}://{settings.host}:{settings.port}"
+    command = f"sheepfold-agent join {url} --data FILE --invite {made}"
+    _answer(
+        json_path,
+        f"{made}\n\nLets in {uses}. Hand it over privately; a volunteer runs:\n{command}",
+        {"invite": made, "uses": uses, "url": url, "command": command},
+    )
+
+
+@app.command()
+def status(directory: Directory, json_path: JsonPath = None) -> None:
+    """Show rounds, agents and bytes.
+
+    Example:
+    sheepfold-server status fed --json -
+    """
+    with _opened(directory) as federation:
+        now = federation.status()
+    last = now.round
+    lines = [
+        f"{now.name}: {now.n_releases_of_rounds} of {now.n_rounds} rounds done"
+        + (", finished" if now.finished else ""),
+        f"agents: {now.n_enrolled} enrolled, {now.n_present} present",
+        f"newest release: {now.newest_release}",
+        f"bytes: {now.bytes_up:,} up, {now.bytes_down:,} down",
+        "privacy: profile P0, epsilon = infinity; masking off",
+    ]
+    if last is not None:
+        lines.append(
+            f"round {last.round}: {last.phase.value}, {last.n_uploads} of {last.n_selected} updates"
+            + (f", {last.failure}" if last.failure else "")
+        )
+    _answer(json_path, "\n".join(lines), now.as_json())
+
+
+@releases_app.command("list")
+def list_releases(directory: Directory, json_path: JsonPath = None) -> None:
+    """List all releases.
+
+    Example:
+    sheepfold-server releases list fed
+    """
+    with _opened(directory) as federation:
+        releases = [signed.body for signed in federation.releases.all()]
+    lines = ["release  round  agents  update norm  note"]
+    for release in releases:
+        back = release.rolled_back_to
+        note = "" if back is None else f"rolled back to {back}"
+        report = release.aggregation
+        lines.append(
+            f"{release.number:7d}  {release.round:5d}  {report.n_agents:6d}  "
+            f"{report.update_norm:11.4g}  {note}"
+        )
+    _answer(json_path, "\n".join(lines), [release.as_json() for release in releases])
+
+
+@releases_app.command("show")
+def show_release(directory: Directory, number: Number, json_path: JsonPath = None) -> None:
+    """Show one release: what it was made of, and the digests of its files.
+
+    Example:
+    sheepfold-server releases show fed 3
+    """
+    import json
+
+    with _opened(directory) as federation:
+        release = federation.releases.get(number)
+    shown = {**release.as_json(), "digest": release.digest().hex()}
+    _answer(json_path, json.dumps(shown, indent=2), shown)
+
+
+@releases_app.command("rollback")
+def roll_back(directory: Directory, number: Number, json_path: JsonPath = None) -> None:
+    """Publish an older adapter again, as a new release; a round under way fails.
+
+    Example:
+    sheepfold-server releases rollback fed 3
+    """
+    with _opened(directory) as federation:
+        release = federation.releases.roll_back(number)
+    _answer(
+        json_path,
+        f"Release {release.number} holds the adapter of release {number} again.",
+        release.as_json(),
+    )
+
+
+@releases_app.command("export")
+def export(
+    directory: Directory,
+    number: Number,
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where to write it.")],
+    json_path: JsonPath = None,
+) -> None:
+    """Write a release as a folder that stock PEFT loads.
+
+    Example:
+    sheepfold-server releases export fed 20 my-adapter
+    """
+    with _opened(directory) as federation:
+        release = federation.releases.export(number, folder)
+    _answer(
+        json_path,
+        f"Wrote release {number} to {folder}; load it with "
+        f'PeftModel.from_pretrained(base, "{folder}").',
+        {"folder": str(folder), "release": release.as_json()},
+    )
+
+
+@contextmanager
+def _opened(directory: Path) -> Iterator["Federation"]:
+    from aggregator_server.federation import open_federation
+
+    with _sentences():
+        federation = open_federation(directory)
+        try:
+            yield federation
+        finally:
+            federation.close()
+
+
+@contextmanager
+def _sentences() -> Iterator[None]:
+    """Turn every fault that is known into one sentence and exit code 1."""
+    try:
+        yield
+    except (ServerError, ProtocolError, QuantError, OSError) as error:
+        typer.echo(f"sheepfold-server: {error}", err=True)
+        raise typer.Exit(1) from error
+    except Exception as error:
+        typer.echo(f"sheepfold-server: {type(error).__name__}: {error} (unexpected)", err=True)
+        raise typer.Exit(1) from error
+
+
+def _embedded_base() -> Path:
+    from quant.tiny import tiny_base_path
+
+    return Path(tiny_base_path()) / "base.json"
+
+
+def _names(text: str | None) -> tuple[str, ...] | None:
+    return None if text is None else tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def _factors(text: str) -> tuple[Factor, ...]:
+    try:
+        return tuple(Factor(name.strip().upper()) for name in text.split(","))
+    except ValueError as error:
+        message = f"--sent is A,B or B, not {text!r}"
+        raise typer.BadParameter(message) from error
+
+
+def _announcer(json_path: Path | None) -> Callable[["Listening"], None]:
+    def announce(listening: "Listening") -> None:
+        if json_path is not None:
+            _write_json(json_path, listening.as_json())
+        if json_path is None or str(json_path) != "-":
+            typer.echo(listening.line())
+        sys.stdout.flush()
+
+    return announce
+
+
+def _answer(json_path: Path | None, text: str, value: object) -> None:
+    import json
+
+    if json_path is None:
+        typer.echo(text)
+        return
+    _write_json(json_path, json.dumps(value, indent=2, allow_nan=False))
+    if str(json_path) != "-":
+        typer.echo(text)
+
+
+def _write_json(path: Path, text: str) -> None:
+    if str(path) == "-":
+        typer.echo(text)
+    else:
+        path.write_text(text + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

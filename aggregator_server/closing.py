@@ -1,0 +1,76 @@
+"""When an open round ends: a pure decision from numbers and the time."""
+
+from dataclasses import dataclass
+from enum import Enum
+
+from aggregator_server.store.rows import RoundProgress, UploadProgress
+from protocol.limits import PART_BYTES
+from protocol.manifest import RoundManifest, RoundsBlock
+
+
+class Verdict(Enum):
+    """What becomes of an open round now."""
+
+    WAIT = "wait"
+    CLOSE = "close"
+    FAIL = "fail"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decision:
+    """A verdict with its reason, in words for people."""
+
+    verdict: Verdict
+    reason: str
+
+
+def decide(
+    rules: RoundsBlock,
+    manifest: RoundManifest,
+    progress: RoundProgress,
+    *,
+    now: float,
+) -> Decision:
+    """Whether an open round goes on, closes or fails.
+
+    | Situation | Verdict |
+    | --- | --- |
+    | `cohort_target` uploads | close |
+    | every place that is held has an upload, `min_cohort` reached | close |
+    | before the deadline | wait |
+    | deadline past, an upload moves, before the cap | wait |
+    | deadline past, `min_cohort` reached | close |
+    | deadline past, fewer | fail |
+
+    Args:
+        rules: The federation's block.
+        manifest: The round's times.
+        progress: Uploads so far; free places have been filled with all who are present.
+        now: Seconds since the Unix epoch.
+    """
+    n = progress.n_accepted
+    enough = n >= rules.min_cohort
+    if n >= rules.cohort_target:
+        return Decision(verdict=Verdict.CLOSE, reason=f"{n} uploads, the target")
+    if enough and progress.n_open == 0:
+        return Decision(verdict=Verdict.CLOSE, reason=f"all {n} that could upload have")
+    if now < manifest.deadline_at:
+        return Decision(verdict=Verdict.WAIT, reason="before the deadline")
+    if now < manifest.cap_at and any(
+        _moves(upload, manifest, rate=rules.min_upload_bytes_per_s, now=now)
+        for upload in progress.receiving
+    ):
+        return Decision(verdict=Verdict.WAIT, reason="an upload is moving")
+    if enough:
+        return Decision(verdict=Verdict.CLOSE, reason=f"{n} uploads at the deadline")
+    return Decision(
+        verdict=Verdict.FAIL, reason=f"too few uploads: {n} of at least {rules.min_cohort}"
+    )
+
+
+def _moves(upload: UploadProgress, manifest: RoundManifest, *, rate: float, now: float) -> bool:
+    # Bytes arrive in whole parts, so the part on its way counts as arrived.
+    on_its_way = min(PART_BYTES, upload.n_bytes - upload.n_bytes_received)
+    elapsed_s = now - upload.started_at
+    in_time = upload.started_at < manifest.deadline_at
+    return in_time and upload.n_bytes_received + on_its_way >= rate * elapsed_s

@@ -1,0 +1,298 @@
+"""A federation at work, without HTTP: what the routes, the command line and a simulator call."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import structlog
+
+from aggregator_server.blobs import Blobs, open_blobs
+from aggregator_server.charter import Charter
+from aggregator_server.config import ServerConfig, ServerSection, Setting, load_config
+from aggregator_server.errors import NoSpaceError, Refusal, StoreError
+from aggregator_server.founding import CONFIG_NAME, places_of, reconcile, stored_charter
+from aggregator_server.keys import load_keys
+from aggregator_server.membership import (
+    Membership,
+    require_author,
+    require_federation,
+)
+from aggregator_server.releases import Releases
+from aggregator_server.rounds import Rounds, round_manifest
+from aggregator_server.store.database import Database
+from aggregator_server.store.rows import RoundRow
+from aggregator_server.store.store import Store
+from aggregator_server.tasks import task_reply
+from aggregator_server.uploads import Uploads
+from aggregator_server.wakeups import Wakeups
+from protocol.clock import Clock, SystemClock
+from protocol.errors import SignatureError
+from protocol.messages import (
+    Credential,
+    Discovery,
+    Enrolment,
+    FederationStatus,
+    Revocation,
+    RoundStatus,
+    TaskReply,
+    UploadHeader,
+    UploadStatus,
+    Withdrawal,
+)
+from protocol.problems import ProblemType
+from protocol.signing import Signed, verify
+from protocol.transport_signing import VerifiedRequest
+from protocol.wire import domain_hash
+
+_log = structlog.get_logger(__name__)
+
+
+class Federation:
+    """One federation: its rooms, and what each request does.
+
+    Every method may be called from any thread. Nothing happens by itself: `advance` moves the
+    round on, and is called by the server's clockwork, a test or a simulator.
+
+    Guarantees:
+        1. What was acknowledged survives `kill -9`.
+        2. A request that is refused has changed nothing.
+    """
+
+    def __init__(
+        self, *, config: ServerConfig, charter: Charter, store: Store, blobs: Blobs, clock: Clock
+    ) -> None:
+        """Build the rooms; see `open_federation`."""
+        self.config = config
+        self.charter = charter
+        self.clock = clock
+        self.wakeups = Wakeups()
+        """Wakes long polls: an agent's task may have changed."""
+        self.work = Wakeups()
+        """Wakes the clockwork: there may be something for `advance` to do."""
+        self._store = store
+        self._blobs = blobs
+        self.membership = Membership(store, charter, clock, policy=config.server.enrolment)
+        self.uploads = Uploads(store, blobs, charter, clock, retention=config.server.retention)
+        self.releases = Releases(store, blobs, charter, clock)
+        self.rounds = Rounds(
+            store=store,
+            blobs=blobs,
+            charter=charter,
+            uploads=self.uploads,
+            releases=self.releases,
+            clock=clock,
+            presence_s=config.server.presence_s,
+        )
+        self._changes = -1
+
+    def advance(self) -> bool:
+        """Move the round on as far as it goes now, and wake the long polls if anything changed.
+
+        Returns:
+            Whether anything changed, here or in another process.
+
+        Raises:
+            ServerError: A fault that belongs to no round; the next call tries again.
+        """
+        self.membership.flush()
+        self.rounds.advance()
+        changes = self._store.changes()
+        changed = changes != self._changes
+        self._changes = changes
+        if changed:
+            self.wakeups.notify()
+        return changed
+
+    def stop_waiting(self) -> None:
+        """Answer all long polls now and hold none any more: the server is about to stop."""
+        self.wakeups.close()
+        self.work.close()
+
+    def close(self) -> None:
+        """Journal what is only counted, and close the database."""
+        self.stop_waiting()
+        try:
+            self.membership.flush()
+        except StoreError as error:
+            _log.warning("the last counts were not journalled", error=str(error))
+        self._store.close()
+
+    def discovery(self) -> Discovery:
+        """What anyone may ask."""
+        return Discovery(
+            federation=self.charter.signed,
+            enrolment=self.config.server.enrolment.value,
+            server_time=self.clock.now(),
+        )
+
+    def enrol(self, request: VerifiedRequest, signed: Signed[Enrolment]) -> Signed[Credential]:
+        """Make an agent a member; see `Membership.enrol`."""
+        credential = self.membership.enrol(request, signed)
+        self.work.notify()
+        return credential
+
+    def revoke(self, identity: bytes, signed: Signed[Revocation]) -> None:
+        """End a membership; see `Membership.revoke`."""
+        self.membership.revoke(identity, signed)
+        self.work.notify()
+
+    def task(self, identity: bytes, *, after: int) -> TaskReply:
+        """What an agent should do now; see `tasks.task_reply`.
+
+        Args:
+            identity: A member.
+            after: The last round that it is done with, 0 for none.
+        """
+        return task_reply(
+            self._store.rounds.view(identity),
+            after=after,
+            n_rounds=self.charter.manifest.rounds.n_rounds,
+            has_space=self._has_space(),
+        )
+
+    def begin_upload(self, identity: bytes, signed: Signed[UploadHeader]) -> UploadStatus:
+        """Announce an upload; see `Uploads.begin`."""
+        return self.uploads.begin(identity, signed)
+
+    def complete_upload(self, identity: bytes, round_number: int, attempt: int) -> UploadStatus:
+        """Verify and accept an upload; see `Uploads.complete`."""
+        status = self.uploads.complete(identity, round_number, attempt)
+        self.work.notify()
+        return status
+
+    def withdraw(self, identity: bytes, signed: Signed[Withdrawal]) -> None:
+        """Give an agent's place in a round to another.
+
+        Args:
+            identity: Who makes the request.
+            signed: The withdrawal; again changes nothing.
+
+        Raises:
+            Refusal: A signature of another key, another federation, no place in the round, an
+                update already accepted, or a round that has closed.
+        """
+        body = signed.body
+        require_author(identity, body.agent)
+        try:
+            verify(signed, "withdrawal", key=identity)
+        except SignatureError as error:
+            raise Refusal(ProblemType.BAD_SIGNATURE, str(error)) from error
+        require_federation(self.charter, body.federation)
+        digest = domain_hash("withdrawal", body.as_json())
+        self._store.rounds.withdraw(body.round, identity, reason=body.reason.value, digest=digest)
+        self.uploads.sweep()
+        self.work.notify()
+
+    def status(self) -> FederationStatus:
+        """The federation as anyone may see it: counts, no identities."""
+        now = self.clock.now()
+        counts = self._store.counts(seen_after=now - self.config.server.presence_s)
+        rules = self.charter.manifest.rounds
+        last = self._store.rounds.latest()
+        return FederationStatus(
+            name=self.charter.manifest.name,
+            n_enrolled=counts.n_enrolled,
+            n_present=counts.n_present,
+            newest_release=counts.newest_release,
+            n_rounds=rules.n_rounds,
+            n_releases_of_rounds=counts.n_releases_of_rounds,
+            finished=counts.n_releases_of_rounds >= rules.n_rounds,
+            round=None if last is None else self._round_status(last),
+            bytes_up=counts.bytes_up,
+            bytes_down=counts.bytes_down,
+            server_time=now,
+        )
+
+    def _round_status(self, row: RoundRow) -> RoundStatus:
+        manifest = round_manifest(row)
+        progress = self._store.rounds.progress(row.number)
+        return RoundStatus(
+            round=row.number,
+            phase=row.phase,
+            n_selected=progress.n_selected,
+            n_uploads=progress.n_accepted,
+            n_uploading=len(progress.receiving),
+            bytes_received=progress.bytes_received,
+            opened_at=manifest.opened_at,
+            deadline_at=manifest.deadline_at,
+            failure=row.failure,
+        )
+
+    def _has_space(self) -> bool:
+        try:
+            self._blobs.require_space(self.charter.layout.n_bytes)
+        except NoSpaceError:
+            return False
+        return True
+
+
+def open_federation(
+    directory: Path,
+    *,
+    clock: Clock | None = None,
+    environment: Mapping[str, str] | None = None,
+    flags: Mapping[str, Setting | None] | None = None,
+    may_edit: bool = False,
+) -> Federation:
+    """Open a federation that `init` founded.
+
+    Args:
+        directory: Its folder.
+        clock: The one source of time; the machine's by default.
+        environment: Settings of `[server]`; `os.environ` by default.
+        flags: Settings that go before both.
+        may_edit: Whether an edited recipe makes the manifest and release 0 anew, or is refused
+            once somebody has joined; only for the one process that serves. Others go by the
+            manifest that is served.
+
+    Raises:
+        ConfigError: The settings cannot be honoured, or differ from what the members accepted.
+        KeyFileError: The keys cannot be used.
+        StoreError: The database cannot be used.
+        ChainError: The releases are not this federation's.
+    """
+    config = _load(directory, environment=environment, flags=flags)
+    keys = load_keys(directory)
+    database_url, blobs_url = places_of(directory, config)
+    blobs = open_blobs(blobs_url, min_free_bytes=config.server.min_free_bytes)
+    store = Store(Database(database_url))
+    try:
+        store.check_version()
+        charter = (
+            reconcile(directory, config=config, keys=keys, store=store, blobs=blobs)
+            if may_edit
+            else stored_charter(directory, keys=keys, store=store)
+        )
+        federation = Federation(
+            config=config,
+            charter=charter,
+            store=store,
+            blobs=blobs,
+            clock=clock or SystemClock(),
+        )
+        federation.releases.verify()
+    except BaseException:
+        store.close()
+        raise
+    return federation
+
+
+def read_settings(
+    directory: Path, *, flags: Mapping[str, Setting | None] | None = None
+) -> ServerSection:
+    """How a federation's server is to be run, before it is opened.
+
+    Raises:
+        ConfigError: The settings cannot be honoured.
+    """
+    return _load(directory, environment=None, flags=flags).server
+
+
+def _load(
+    directory: Path,
+    *,
+    environment: Mapping[str, str] | None,
+    flags: Mapping[str, Setting | None] | None,
+) -> ServerConfig:
+    source = os.environ if environment is None else environment
+    return load_config(directory / CONFIG_NAME, environment=source, flags=flags)

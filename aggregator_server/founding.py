@@ -1,0 +1,246 @@
+"""How a federation begins: `init`, and the recipe that may be edited until somebody joins."""
+
+import json
+import os
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+import structlog
+
+from aggregator_server.blobs import Blobs, open_blobs
+from aggregator_server.charter import Charter, make_charter
+from aggregator_server.config import ServerConfig
+from aggregator_server.errors import ConfigError
+from aggregator_server.keys import Keys, create_keys
+from aggregator_server.releases import first_release, sign_release, store_adapter
+from aggregator_server.store.database import Database
+from aggregator_server.store.store import Store
+from aggregator_server.template import render
+from protocol.base_description import BaseDescription
+from protocol.clock import Clock
+from protocol.errors import ProtocolError
+from protocol.manifest import FederationManifest
+from protocol.signing import Signed, sign, verify
+from protocol.wire import parse
+from quant.adapter import adapter_shapes, initial_adapter, sent_layout
+
+CONFIG_NAME: Final = "federation.toml"
+BASE_NAME: Final = "base.json"
+_ID_BYTES: Final = 16
+_log = structlog.get_logger(__name__)
+
+
+def found_federation(
+    directory: Path, *, config: ServerConfig, base: BaseDescription, clock: Clock
+) -> Charter:
+    """Found a federation in a new folder: keys, database, release 0, `federation.toml`.
+
+    Args:
+        directory: Must not exist, or be empty.
+        config: Its settings.
+        base: The base model.
+        clock: For the manifest's date.
+
+    Raises:
+        ConfigError: The folder is not empty, or the database already holds a federation.
+        ManifestError: A target module is not in the base.
+        KeyFileError: The keys cannot be written.
+        StoreError: The database cannot be used.
+        BlobError: Release 0 cannot be stored.
+    """
+    adapter_shapes(base, config.lora)  # refuses unknown modules before anything is written
+    _make_directory(directory)
+    database_url, blobs_url = places_of(directory, config)
+    store = Store(Database(database_url))
+    try:
+        if store.is_founded():
+            msg = "the database already holds a federation; give this one a database of its own"
+            raise ConfigError(msg)
+        keys = create_keys(directory)
+        _write(directory / BASE_NAME, base.model_dump_json(indent=2) + "\n")
+        manifest = build_manifest(
+            config,
+            base,
+            keys,
+            federation=secrets.token_bytes(_ID_BYTES),
+            created_at=clock.now(),
+        )
+        blobs = open_blobs(blobs_url, min_free_bytes=config.server.min_free_bytes)
+        charter = _found(manifest, base, keys, store, blobs)
+    finally:
+        store.close()
+    # Written last: a folder with a federation.toml is whole.
+    _write(directory / CONFIG_NAME, render(config))
+    return charter
+
+
+def reconcile(
+    directory: Path, *, config: ServerConfig, keys: Keys, store: Store, blobs: Blobs
+) -> Charter:
+    """Bring the manifest in line with `federation.toml` and `base.json`, while that is allowed.
+
+    Args:
+        directory: The federation's folder.
+        config: What the file says now.
+        keys: The server's keys.
+        store: Holds the signed manifest.
+        blobs: Where release 0 goes if it has to be made anew.
+
+    Returns:
+        The charter; a new one, with a new release 0, when the recipe was edited before anybody
+        joined.
+
+    Raises:
+        ConfigError: The recipe was edited after an agent had joined; names the keys that differ.
+    """
+    base = load_base(directory / BASE_NAME)
+    stored = _stored_manifest(store, keys)
+    wanted = build_manifest(
+        config,
+        base,
+        keys,
+        federation=stored.body.federation,
+        created_at=stored.body.created_at,
+    )
+    if wanted == stored.body:
+        return make_charter(stored, base, keys)
+    changed = sorted(_differences(stored.body.as_json(), wanted.as_json()))
+    if store.agents.any_enrolled():
+        msg = (
+            f"{CONFIG_NAME} or {BASE_NAME} differs from what the members accepted: "
+            f"{', '.join(changed)}; change it back, or found another federation"
+        )
+        raise ConfigError(msg)
+    charter = _found(wanted, base, keys, store, blobs)
+    _log.info("the manifest was edited; release 0 was made anew", changed=changed)
+    return charter
+
+
+def stored_charter(directory: Path, *, keys: Keys, store: Store) -> Charter:
+    """The charter that is served, whatever `federation.toml` says by now.
+
+    Raises:
+        ConfigError: The keys, `base.json` and the database do not belong together.
+    """
+    return make_charter(_stored_manifest(store, keys), load_base(directory / BASE_NAME), keys)
+
+
+def build_manifest(
+    config: ServerConfig,
+    base: BaseDescription,
+    keys: Keys,
+    *,
+    federation: bytes,
+    created_at: float,
+) -> FederationManifest:
+    """The manifest that settings and a base make.
+
+    Args:
+        config: The settings.
+        base: The base model.
+        keys: The server's keys.
+        federation: The federation's id, 16 bytes.
+        created_at: Seconds since the Unix epoch.
+
+    Raises:
+        ManifestError: A target module is not in the base.
+    """
+    layout = sent_layout(adapter_shapes(base, config.lora), config.lora.sent)
+    return FederationManifest(
+        federation=federation,
+        name=config.federation.name,
+        description=config.federation.description,
+        server=keys.server.identity,
+        registrar=keys.registrar.identity,
+        registrar_held_by_server=True,
+        created_at=created_at,
+        base=base.base,
+        lora=config.lora,
+        layout=layout.digest(),
+        training=config.training,
+        aggregation=config.aggregation,
+        rounds=config.rounds,
+        change_limits=config.change_limits,
+    )
+
+
+def places_of(directory: Path, config: ServerConfig) -> tuple[str, str]:
+    """The URLs of database and blobs; empty settings stand for places in the folder."""
+    database = config.server.database_url.get_secret_value()
+    blobs = config.server.blobs_url.get_secret_value()
+    return (
+        database or f"sqlite:///{directory.resolve() / 'federation.db'}",
+        blobs or str(directory.resolve() / "blobs"),
+    )
+
+
+def load_base(path: Path) -> BaseDescription:
+    """Read a base description.
+
+    Raises:
+        ConfigError: It cannot be read, or is none.
+    """
+    try:
+        return parse(BaseDescription, path.read_bytes())
+    except OSError as error:
+        msg = f"cannot read {path}: {error.strerror}; `sheepfold-agent describe-base` writes it"
+        raise ConfigError(msg) from error
+    except ProtocolError as error:
+        msg = f"{path} is no base description: {error}"
+        raise ConfigError(msg) from error
+
+
+def _found(
+    manifest: FederationManifest, base: BaseDescription, keys: Keys, store: Store, blobs: Blobs
+) -> Charter:
+    signed = sign(keys.server, "federation", manifest).signed
+    charter = make_charter(signed, base, keys)
+    files = store_adapter(blobs, manifest, initial_adapter(base, manifest.lora))
+    release = first_release(manifest, files, created_at=manifest.created_at)
+    row = sign_release(keys.server, release, round_number=None)
+    store.found(signed.canonical(), row, files.rows())
+    return charter
+
+
+def _stored_manifest(store: Store, keys: Keys) -> Signed[FederationManifest]:
+    signed = parse(Signed[FederationManifest], store.signed_manifest())
+    try:
+        verify(signed, "federation", key=keys.server.identity)
+    except ProtocolError as error:
+        msg = "the keys in keys/ are not those of the database; restore them from a backup"
+        raise ConfigError(msg) from error
+    return signed
+
+
+def _differences(old: object, new: object, where: str = "") -> Iterator[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in old.keys() | new.keys():
+            name = f"{where}.{key}" if where else key
+            yield from _differences(old.get(key), new.get(key), name)
+    elif json.dumps(old) != json.dumps(new):
+        yield where
+
+
+def _make_directory(directory: Path) -> None:
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        occupied = next(directory.iterdir(), None)
+        if occupied is None:
+            directory.chmod(0o700)  # the database holds invite codes
+    except OSError as error:
+        msg = f"cannot use {directory}: {error.strerror}"
+        raise ConfigError(msg) from error
+    if occupied is not None:
+        msg = f"{directory} is not empty (it holds {occupied.name!r}); choose another folder"
+        raise ConfigError(msg)
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".new")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)

@@ -1,0 +1,255 @@
+"""Who may speak: enrolment, invites, transport signatures, presence."""
+
+import secrets
+import threading
+
+from aggregator_server.charter import Charter
+from aggregator_server.config import Enrolment as EnrolmentPolicy
+from aggregator_server.errors import Refusal
+from aggregator_server.store.rows import AgentRow, InviteRow
+from aggregator_server.store.store import Store
+from protocol.clock import Clock
+from protocol.errors import SignatureError
+from protocol.limits import CREDENTIAL_LIFETIME_S, INVITE_CODE_BYTES
+from protocol.messages import Credential, Enrolment, Revocation
+from protocol.problems import ProblemType
+from protocol.signing import (
+    Invite,
+    InviteProof,
+    Signed,
+    fingerprint,
+    invite_id,
+    sign,
+    verify,
+    verify_invite,
+)
+from protocol.transport_signing import (
+    ReplayedSignatureError,
+    ReplayGuard,
+    StaleSignatureError,
+    VerifiedRequest,
+)
+from protocol.wire import b64u_encode, parse
+
+_SEEN_EVERY_S = 5.0
+_STALE_RETRY_S = 1.0
+_NO_INVITE = "a valid invite with a use left is needed to join; ask the operator for one"
+
+
+class Membership:
+    """Members, invites and the freshness of their requests.
+
+    Guarantees:
+        1. An acknowledged enrolment or revocation survives `kill -9`.
+        2. A transport signature is admitted at most once, and remembered for members and valid
+           enrolments only, so strangers cannot fill the memory.
+        3. A refused request changes nothing.
+    """
+
+    def __init__(
+        self, store: Store, charter: Charter, clock: Clock, *, policy: EnrolmentPolicy
+    ) -> None:
+        """Begin with no signature remembered."""
+        self._store = store
+        self._charter = charter
+        self._clock = clock
+        self._policy = policy
+        self._guard = ReplayGuard(started_at=clock.now())
+        self._lock = threading.Lock()
+        self._seen: dict[bytes, float] = {}
+        self._journalled: dict[bytes, float] = {}
+        self._bytes_down = 0
+
+    def admit(self, request: VerifiedRequest, *, even_revoked: bool = False) -> bytes:
+        """Admit a member's request once.
+
+        Args:
+            request: Whose signature holds.
+            even_revoked: Whether a former member may make it.
+
+        Returns:
+            The member's identity.
+
+        Raises:
+            Refusal: Not a member (`unknown-agent`, `revoked`), `stale` or `replayed`.
+        """
+        agent = self._store.agents.get(request.identity)
+        if agent is None:
+            raise Refusal(
+                ProblemType.UNKNOWN_AGENT, f"{b64u_encode(request.identity)} has not enrolled here"
+            )
+        if agent.revoked_at is not None and not even_revoked:
+            raise Refusal(
+                ProblemType.REVOKED, f"{b64u_encode(request.identity)} has left this federation"
+            )
+        self._admit_fresh(request)
+        if agent.revoked_at is None:
+            self._saw(agent)
+        return request.identity
+
+    def enrol(self, request: VerifiedRequest, signed: Signed[Enrolment]) -> Signed[Credential]:
+        """Make an agent a member.
+
+        Args:
+            request: The request, whose transport signature holds.
+            signed: The enrolment.
+
+        Returns:
+            Its credential; the stored one when it is a member already.
+
+        Raises:
+            Refusal: A signature of another key, another federation, no valid invite, `stale` or
+                `replayed`.
+        """
+        body = signed.body
+        require_author(request.identity, body.agent)
+        try:
+            verify(signed, "enrolment", key=body.agent)
+        except SignatureError as error:
+            raise Refusal(ProblemType.BAD_SIGNATURE, str(error)) from error
+        require_federation(self._charter, body.federation)
+        if body.federation_digest != self._charter.digest:
+            raise Refusal(
+                ProblemType.BAD_REQUEST, "the federation's manifest is another one; fetch it again"
+            )
+        known = self._store.agents.get(body.agent)
+        member = known is not None and known.revoked_at is None
+        invite = None if member else self._check_invite(body)
+        self._admit_fresh(request)
+        if known is not None and member:
+            self._saw(known)
+            return self._stored_credential(known)
+        now = self._clock.now()
+        row = self._store.agents.enrol(
+            body.agent, credential=self._new_credential(body.agent), invite=invite, now=now
+        )
+        return parse(Signed[Credential], row.credential)
+
+    def revoke(self, identity: bytes, signed: Signed[Revocation]) -> None:
+        """End a membership at the agent's own wish; again changes nothing.
+
+        Args:
+            identity: Who makes the request.
+            signed: The revocation.
+
+        Raises:
+            Refusal: A signature of another key, or another federation.
+        """
+        require_author(identity, signed.body.agent)
+        try:
+            verify(signed, "revocation", key=identity)
+        except SignatureError as error:
+            raise Refusal(ProblemType.BAD_SIGNATURE, str(error)) from error
+        require_federation(self._charter, signed.body.federation)
+        self._store.agents.revoke(identity, now=self._clock.now())
+
+    def invite(self, *, n_uses: int = 1) -> Invite:
+        """Draw and journal an invite.
+
+        Args:
+            n_uses: How many agents it lets in, at least 1.
+        """
+        code = secrets.token_bytes(INVITE_CODE_BYTES)
+        self._store.agents.add_invite(
+            InviteRow(
+                id=invite_id(code),
+                code=code,
+                created_at=self._clock.now(),
+                n_uses=n_uses,
+                uses_left=n_uses,
+            )
+        )
+        server = self._charter.keys.server.identity
+        return Invite(code=code, server_fingerprint=fingerprint(server))
+
+    def served(self, n_bytes: int) -> None:
+        """Count bytes that agents fetched; journalled with the next `flush`."""
+        with self._lock:
+            self._bytes_down += n_bytes
+
+    def flush(self) -> None:
+        """Journal who was seen and what was served since the last call.
+
+        A killed server forgets what was not yet journalled: agents show up again by themselves,
+        and the count of bytes served is a little short.
+        """
+        with self._lock:
+            seen, self._seen = self._seen, {}
+            n_bytes, self._bytes_down = self._bytes_down, 0
+        if seen or n_bytes:
+            self._store.agents.saw(seen, bytes_down=n_bytes)
+
+    def _saw(self, agent: AgentRow) -> None:
+        now = self._clock.now()
+        with self._lock:
+            if now - self._journalled.get(agent.identity, agent.last_seen) < _SEEN_EVERY_S:
+                return
+            self._journalled[agent.identity] = now
+            self._seen[agent.identity] = now
+
+    def _admit_fresh(self, request: VerifiedRequest) -> None:
+        try:
+            with self._lock:
+                self._guard.admit(request, now=self._clock.now())
+        except StaleSignatureError as error:
+            raise Refusal(ProblemType.STALE, str(error), retry_after_s=_STALE_RETRY_S) from error
+        except ReplayedSignatureError as error:
+            raise Refusal(ProblemType.REPLAYED, str(error)) from error
+
+    def _check_invite(self, body: Enrolment) -> bytes | None:
+        if self._policy is EnrolmentPolicy.OPEN:
+            return None
+        return self._check_proof(body.agent, body.invite)
+
+    def _check_proof(self, agent: bytes, proof: InviteProof | None) -> bytes:
+        # One answer for all that can be wrong, so that invites cannot be probed.
+        row = None if proof is None else self._store.agents.invite(proof.invite)
+        if proof is None or row is None or row.code is None or row.uses_left < 1:
+            raise Refusal(ProblemType.INVITE_REFUSED, _NO_INVITE)
+        try:
+            verify_invite(proof, row.code, agent=agent, server=self._charter.keys.server.identity)
+        except SignatureError as error:
+            raise Refusal(ProblemType.INVITE_REFUSED, _NO_INVITE) from error
+        return row.id
+
+    def _stored_credential(self, agent: AgentRow) -> Signed[Credential]:
+        stored = parse(Signed[Credential], agent.credential)
+        if stored.body.expires_at > self._clock.now():
+            return stored
+        renewed = self._new_credential(agent.identity)
+        self._store.agents.renew(agent.identity, renewed)
+        return parse(Signed[Credential], renewed)
+
+    def _new_credential(self, agent: bytes) -> bytes:
+        body = Credential(
+            federation=self._charter.manifest.federation,
+            agent=agent,
+            expires_at=self._clock.now() + CREDENTIAL_LIFETIME_S,
+        )
+        return sign(self._charter.keys.registrar, "credential", body).signed.canonical()
+
+
+def require_author(identity: bytes, agent: bytes) -> None:
+    """Refuse a message about another agent than the one that makes the request.
+
+    Raises:
+        Refusal: `bad-signature`.
+    """
+    if identity != agent:
+        raise Refusal(
+            ProblemType.BAD_SIGNATURE,
+            f"the request is signed by {b64u_encode(identity)}, "
+            f"its message is about {b64u_encode(agent)}",
+        )
+
+
+def require_federation(charter: Charter, federation: bytes) -> None:
+    """Refuse a message for another federation.
+
+    Raises:
+        Refusal: `unknown-federation`.
+    """
+    if federation != charter.manifest.federation:
+        raise Refusal(
+            ProblemType.UNKNOWN_FEDERATION, f"here is only the federation {charter.path_id}"
+        )

@@ -1,0 +1,427 @@
+"""Releases: signed, chained, and stored by the digest of their files."""
+
+import hmac
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from aggregator_server.blobs import Blobs
+from aggregator_server.charter import Charter
+from aggregator_server.errors import ChainError, Refusal
+from aggregator_server.store.rows import BlobRole, BlobRow, ReleaseRow
+from aggregator_server.store.store import Store
+from privacy.updates import Float32Array
+from protocol.clock import Clock
+from protocol.errors import SignatureError
+from protocol.limits import MAX_JSON_BYTES, MAX_RELEASES_PER_REPLY
+from protocol.manifest import (
+    AggregationReport,
+    BlobRef,
+    CellRef,
+    FederationManifest,
+    FilterReport,
+    Release,
+    Verdict,
+)
+from protocol.messages import ReleasePage
+from protocol.problems import ProblemType
+from protocol.signing import Signed, Signer, sign, verify
+from protocol.wire import parse, sha256
+from quant.adapter import (
+    AdapterArrays,
+    factor_of,
+    flatten,
+    from_safetensors,
+    model_card,
+    peft_config,
+    to_safetensors,
+    unflatten,
+    write_folder,
+)
+
+_PAGE_BYTES: Final = MAX_JSON_BYTES - 64 * 1024
+"""Room for the releases of one reply; the rest is for the reply's own keys."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterFiles:
+    """The three files of a release, which are already stored."""
+
+    adapter: BlobRef
+    sent: BlobRef
+    config: BlobRef
+
+    def rows(self) -> tuple[BlobRow, ...]:
+        """As the store keeps them."""
+        by_role = {
+            BlobRole.ADAPTER: self.adapter,
+            BlobRole.SENT: self.sent,
+            BlobRole.CONFIG: self.config,
+        }
+        return tuple(
+            BlobRow(role=role, sha256=ref.sha256, n_bytes=ref.n_bytes)
+            for role, ref in by_role.items()
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundResult:
+    """What a round hands over to its release."""
+
+    number: int
+    digest: bytes
+    accepted: tuple[CellRef, ...]
+    aggregation: AggregationReport
+    filter: FilterReport
+    verdict: Verdict
+
+
+class Releases:
+    """The chain of releases.
+
+    Guarantees:
+        1. The chain is unbroken: each release names its predecessor's digest, numbers grow by one.
+        2. The files of a release are durable before the release is journalled.
+    """
+
+    def __init__(self, store: Store, blobs: Blobs, charter: Charter, clock: Clock) -> None:
+        """Serve the releases that the store knows."""
+        self._store = store
+        self._blobs = blobs
+        self._charter = charter
+        self._clock = clock
+
+    def newest(self) -> Release:
+        """The newest release.
+
+        Raises:
+            ChainError: There is none.
+        """
+        row = self._store.releases.newest()
+        if row is None:
+            msg = "the federation has no release"
+            raise ChainError(msg)
+        return parse_release(row).body
+
+    def get(self, number: int) -> Release:
+        """A release by number.
+
+        Raises:
+            ChainError: There is no such release.
+        """
+        row = self._store.releases.get(number)
+        if row is None:
+            msg = f"there is no release {number}; the newest is {self.newest().number}"
+            raise ChainError(msg)
+        return parse_release(row).body
+
+    def page(self, *, after: int) -> ReleasePage:
+        """The releases after a number, as many as one reply holds.
+
+        Args:
+            after: -1 for all.
+        """
+        rows = self._store.releases.page(after=after, limit=MAX_RELEASES_PER_REPLY)
+        kept: list[Signed[Release]] = []
+        n_bytes = 0
+        for row in rows:
+            n_bytes += len(row.signed) + 1
+            if kept and n_bytes > _PAGE_BYTES:
+                break
+            kept.append(parse_release(row))
+        return ReleasePage(releases=tuple(kept), newest=self.newest().number)
+
+    def all(self) -> Iterable[Signed[Release]]:
+        """Every release, oldest first."""
+        after = -1
+        while rows := self._store.releases.page(after=after, limit=MAX_RELEASES_PER_REPLY):
+            yield from (parse_release(row) for row in rows)
+            after = rows[-1].number
+
+    def vector(self, release: Release) -> Float32Array:
+        """What agents of a round start from: [n_values] float32 in the layout's order.
+
+        Raises:
+            ChainError: The release's file has changed on disk.
+            BlobError: It cannot be read.
+        """
+        return flatten(self.arrays(release), self._charter.layout)
+
+    def arrays(self, release: Release) -> AdapterArrays:
+        """The whole adapter of a release.
+
+        Raises:
+            ChainError: Its file has changed on disk.
+            BlobError: It cannot be read.
+        """
+        data = self.file(release.adapter)
+        return from_safetensors(data, self._charter.shapes)
+
+    def file(self, ref: BlobRef) -> bytes:
+        """A file of a release.
+
+        Raises:
+            ChainError: It has changed on disk.
+            BlobError: It cannot be read.
+        """
+        data = self._blobs.read(blob_key(ref.sha256))
+        if sha256(data) != ref.sha256:
+            msg = f"file {ref.sha256.hex()} has changed on disk; restore it from a backup"
+            raise ChainError(msg)
+        return data
+
+    def blob_n_bytes(self, sha: bytes) -> int:
+        """The size of a blob that a release names.
+
+        Raises:
+            Refusal: No release names it (`not-found`).
+        """
+        n_bytes = self._store.releases.blob_n_bytes(sha)
+        if n_bytes is None:
+            raise Refusal(ProblemType.NOT_FOUND, "no release names this blob")
+        return n_bytes
+
+    def blob_chunks(self, sha: bytes, start: int, stop: int) -> Iterable[bytes]:
+        """Bytes `start` to `stop` of a blob that a release names.
+
+        Raises:
+            BlobError: It cannot be read.
+        """
+        return self._blobs.stream(blob_key(sha), start, stop)
+
+    def publish(self, result: RoundResult, arrays: AdapterArrays) -> Release:
+        """Publish what a round made, and end the round, in one step.
+
+        Args:
+            result: The round.
+            arrays: The whole new adapter.
+
+        Raises:
+            NoSpaceError: The files do not fit; nothing was published.
+            StaleWriteError: The round or the chain has moved on.
+        """
+        files = store_adapter(self._blobs, self._charter.manifest, arrays)
+        previous = self.newest()
+        release = Release(
+            federation=self._charter.manifest.federation,
+            number=previous.number + 1,
+            round=result.number,
+            previous=previous.digest(),
+            federation_digest=self._charter.digest,
+            round_digest=result.digest,
+            adapter=files.adapter,
+            sent=files.sent,
+            config=files.config,
+            accepted=result.accepted,
+            rejected=(),
+            aggregation=result.aggregation,
+            filter=result.filter,
+            verdict=result.verdict,
+            created_at=self._clock.now(),
+        )
+        row = sign_release(self._charter.keys.server, release, round_number=result.number)
+        self._store.publish(row, files.rows())
+        return release
+
+    def roll_back(self, number: int) -> Release:
+        """Publish an older adapter again, as a new release; a round under way fails.
+
+        Args:
+            number: The release whose adapter is wanted.
+
+        Raises:
+            ChainError: There is no such release.
+            StaleWriteError: Another release came in between; nothing was written.
+        """
+        old = self.get(number)
+        previous = self.newest()
+        files = AdapterFiles(adapter=old.adapter, sent=old.sent, config=old.config)
+        release = Release(
+            federation=self._charter.manifest.federation,
+            number=previous.number + 1,
+            round=previous.round,
+            previous=previous.digest(),
+            federation_digest=self._charter.digest,
+            round_digest=None,
+            adapter=files.adapter,
+            sent=files.sent,
+            config=files.config,
+            accepted=(),
+            rejected=(),
+            aggregation=AggregationReport(rule="none", n_cells=0, n_agents=0, update_norm=0.0),
+            filter=FilterReport(rule="none", n_cells=0, n_rejected=0),
+            verdict=Verdict(rule="none", accepted=True),
+            rolled_back_to=number,
+            created_at=self._clock.now(),
+        )
+        row = sign_release(self._charter.keys.server, release, round_number=None)
+        reason = f"the operator rolled back to release {number}"
+        self._store.roll_back(row, files.rows(), reason=reason)
+        return release
+
+    def export(self, number: int, folder: Path) -> Release:
+        """Write a release as a PEFT folder.
+
+        Raises:
+            ChainError: There is no such release, or a file of it has changed on disk.
+            BlobError: A file cannot be read.
+        """
+        release = self.get(number)
+        write_folder(
+            folder,
+            weights=self.file(release.adapter),
+            config=self.file(release.config),
+            card=model_card(self._charter.manifest, release),
+        )
+        return release
+
+    def verify(self) -> int:
+        """Check the whole chain.
+
+        Returns:
+            The newest number.
+
+        Raises:
+            ChainError: It is broken.
+        """
+        return verify_chain(
+            self.all(),
+            server=self._charter.keys.server.identity,
+            federation_digest=self._charter.digest,
+        )
+
+
+def first_release(
+    manifest: FederationManifest, files: AdapterFiles, *, created_at: float
+) -> Release:
+    """Release 0, which no round made."""
+    return Release(
+        federation=manifest.federation,
+        number=0,
+        round=0,
+        previous=None,
+        federation_digest=manifest.digest(),
+        round_digest=None,
+        adapter=files.adapter,
+        sent=files.sent,
+        config=files.config,
+        accepted=(),
+        rejected=(),
+        aggregation=AggregationReport(rule="none", n_cells=0, n_agents=0, update_norm=0.0),
+        filter=FilterReport(rule="none", n_cells=0, n_rejected=0),
+        verdict=Verdict(rule="none", accepted=True),
+        created_at=created_at,
+    )
+
+
+def store_adapter(
+    blobs: Blobs, manifest: FederationManifest, arrays: AdapterArrays
+) -> AdapterFiles:
+    """Store an adapter's three files under their digests.
+
+    Args:
+        blobs: Where to.
+        manifest: Says which factors are sent.
+        arrays: The whole adapter.
+
+    Raises:
+        NoSpaceError: They do not fit.
+    """
+    sent = {name: array for name, array in arrays.items() if factor_of(name) in manifest.lora.sent}
+    return AdapterFiles(
+        adapter=_store(blobs, to_safetensors(arrays)),
+        sent=_store(blobs, to_safetensors(sent)),
+        config=_store(blobs, peft_config(manifest.base, manifest.lora)),
+    )
+
+
+def with_vector(arrays: AdapterArrays, vector: Float32Array, charter: Charter) -> AdapterArrays:
+    """The whole adapter with its sent factors replaced; with `sent = (B,)` A stays as it was."""
+    return {**arrays, **unflatten(vector, charter.layout)}
+
+
+def sign_release(server: Signer, release: Release, *, round_number: int | None) -> ReleaseRow:
+    """A release as it is journalled."""
+    signed = sign(server, "release", release).signed
+    return ReleaseRow(
+        number=release.number,
+        signed=signed.canonical(),
+        digest=release.digest(),
+        round=round_number,
+    )
+
+
+def parse_release(row: ReleaseRow) -> Signed[Release]:
+    """A journalled release."""
+    return parse(Signed[Release], row.signed)
+
+
+def verify_chain(
+    releases: Iterable[Signed[Release]], *, server: bytes, federation_digest: bytes
+) -> int:
+    """Check that releases follow one another from number 0.
+
+    Guarantees:
+        1. Returns only when every release is signed by the server, belongs to the federation,
+           names the digest of the one before, and is numbered one higher.
+
+    Args:
+        releases: Oldest first.
+        server: The pinned identity.
+        federation_digest: Of the manifest.
+
+    Returns:
+        The newest number.
+
+    Raises:
+        ChainError: The first release that does not follow.
+    """
+    previous: Release | None = None
+    for signed in releases:
+        number = 0 if previous is None else previous.number + 1
+        try:
+            release = verify(signed, "release", key=server).body
+        except SignatureError as error:
+            msg = f"release {signed.body.number}: {error}"
+            raise ChainError(msg) from error
+        if release.number != number:
+            msg = f"release {release.number} stands where {number} should"
+            raise ChainError(msg)
+        if release.federation_digest != federation_digest:
+            msg = f"release {number} belongs to another manifest"
+            raise ChainError(msg)
+        expected = None if previous is None else previous.digest()
+        if not _same(release.previous, expected):
+            msg = f"release {number} does not name its predecessor's digest"
+            raise ChainError(msg)
+        if previous is not None and release.round < previous.round:
+            msg = f"release {number} is of round {release.round}, before {previous.round}"
+            raise ChainError(msg)
+        previous = release
+    if previous is None:
+        msg = "the federation has no release"
+        raise ChainError(msg)
+    return previous.number
+
+
+def blob_key(sha: bytes) -> str:
+    """Where a file of a release is kept."""
+    return f"adapters/{sha.hex()}"
+
+
+def cell_refs(cells: Sequence[tuple[bytes, bytes]]) -> tuple[CellRef, ...]:
+    """Cells as a release names them, from (transcript, digest of U3)."""
+    return tuple(CellRef(transcript=transcript, members=members) for transcript, members in cells)
+
+
+def _same(found: bytes | None, expected: bytes | None) -> bool:
+    if found is None or expected is None:
+        return found is expected
+    return hmac.compare_digest(found, expected)
+
+
+def _store(blobs: Blobs, data: bytes) -> BlobRef:
+    ref = BlobRef(sha256=sha256(data), n_bytes=len(data))
+    blobs.put(blob_key(ref.sha256), data)
+    return ref

@@ -1,0 +1,346 @@
+"""The round's state machine: one phase object for each phase that does work.
+
+A phase has a name and its work; the work ends in an event, whose successor stands in
+`protocol.phases.ROUND_TRANSITIONS`, or in None while there is something to wait for. Every fault
+ends in FAILED with its reason. The state is in the store alone: after `kill -9` the next `advance`
+takes up the phase where it stood, and each phase's work can be done again.
+"""
+
+import secrets
+import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Final, Protocol
+
+import structlog
+
+from aggregator_server.aggregation.fedavg import apply_mean, average
+from aggregator_server.blobs import Blobs
+from aggregator_server.charter import Charter
+from aggregator_server.closing import Verdict as ClosingVerdict
+from aggregator_server.closing import decide
+from aggregator_server.errors import (
+    BlobError,
+    BlobMissingError,
+    NoSpaceError,
+    ServerError,
+    StaleWriteError,
+    StoreBusyError,
+)
+from aggregator_server.releases import Releases, RoundResult, cell_refs, with_vector
+from aggregator_server.selection import cohort_size, draw
+from aggregator_server.store.rounds import TERMINAL
+from aggregator_server.store.rows import CellRow, RoundRow, UploadRow
+from aggregator_server.store.store import Store
+from aggregator_server.uploads import Uploads
+from privacy.updates import CellSum
+from protocol.clock import Clock
+from protocol.errors import ProtocolError
+from protocol.limits import MAX_TEXT_CHARS
+from protocol.manifest import AggregationReport, FilterReport, RoundManifest, Verdict
+from protocol.phases import ROUND_TRANSITIONS, RoundEvent, RoundPhase, advance
+from protocol.signing import Signed, sign
+from protocol.wire import parse
+from quant.errors import QuantError
+
+_SEED_BYTES: Final = 32
+_TRANSIENT: Final = (StoreBusyError, NoSpaceError)
+_OURS: Final = (ServerError, ProtocolError, QuantError)
+"""Errors whose message is written for people; any other may name what is not for everyone."""
+_log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """How a phase's work ended: the event, and what is journalled with it."""
+
+    event: RoundEvent
+    n_accepted: int | None = None
+    filter_report: str | None = None
+    verdict: str | None = None
+    failure: str | None = None
+    journalled: bool = False
+    """The work has journalled the successor itself, in one transaction with its result."""
+
+
+class Phase(Protocol):
+    """A phase of the round: what it is called, and what it does."""
+
+    @property
+    def name(self) -> RoundPhase:
+        """The phase."""
+        ...
+
+    def work(self, row: RoundRow) -> Found | None:
+        """Do the phase's work, which may have been done before; None to wait."""
+        ...
+
+
+class Open:
+    """OPEN: fills free places, and closes the round when it is time."""
+
+    name = RoundPhase.OPEN
+
+    def __init__(self, store: Store, charter: Charter, clock: Clock, *, presence_s: float) -> None:
+        """Use the rules of the charter."""
+        self._store = store
+        self._rules = charter.manifest.rounds
+        self._clock = clock
+        self._presence_s = presence_s
+
+    def work(self, row: RoundRow) -> Found | None:
+        """Replace those who withdrew; close at the target, or by the deadline's rules."""
+        manifest = round_manifest(row)
+        now = self._clock.now()
+        progress = self._store.rounds.progress(row.number)
+        n_free = manifest.cohort_size - progress.n_selected
+        if n_free > 0:
+            candidates = self._store.rounds.candidates(
+                row.number, seen_after=now - self._presence_s
+            )
+            drawn = draw(manifest.selection_seed, candidates, n=n_free, round_number=row.number)
+            if drawn:
+                self._store.rounds.select(row.number, drawn)
+                progress = self._store.rounds.progress(row.number)
+        decision = decide(self._rules, manifest, progress, now=now)
+        if decision.verdict is ClosingVerdict.WAIT:
+            return None
+        if decision.verdict is ClosingVerdict.FAIL:
+            return Found(
+                event=RoundEvent.FAIL, failure=decision.reason, n_accepted=progress.n_accepted
+            )
+        _log.info("round closes", round=row.number, reason=decision.reason)
+        return Found(event=RoundEvent.CELLS_ENDED, n_accepted=progress.n_accepted)
+
+
+class Unmasked:
+    """UNMASKED: every cell's sum is known; the filter reports. This version knows no filter."""
+
+    name = RoundPhase.UNMASKED
+
+    def __init__(self, store: Store) -> None:
+        """Read cells from the store."""
+        self._store = store
+
+    def work(self, row: RoundRow) -> Found | None:
+        """Report that no cell was rejected."""
+        n_cells = len(self._store.uploads.cells(row.number))
+        report = FilterReport(rule="none", n_cells=n_cells, n_rejected=0)
+        return Found(event=RoundEvent.FILTER_DONE, filter_report=report.canonical().decode("ascii"))
+
+
+class Filtered:
+    """FILTERED: the gate judges the candidate. This version knows no gate."""
+
+    name = RoundPhase.FILTERED
+
+    def work(self, row: RoundRow) -> Found | None:
+        """Let the candidate pass."""
+        _log.debug("no gate", round=row.number)
+        verdict = Verdict(rule="none", accepted=True)
+        return Found(event=RoundEvent.GATE_PASSED, verdict=verdict.canonical().decode("ascii"))
+
+
+class Gated:
+    """GATED: the cells are averaged, and the release is published."""
+
+    name = RoundPhase.GATED
+
+    def __init__(
+        self, store: Store, uploads: Uploads, releases: Releases, charter: Charter
+    ) -> None:
+        """Read cells, write a release."""
+        self._store = store
+        self._uploads = uploads
+        self._releases = releases
+        self._charter = charter
+
+    def work(self, row: RoundRow) -> Found | None:
+        """Average the accepted updates and publish, in one transaction with the round's end."""
+        base = self._releases.get(round_manifest(row).release)
+        cells = self._store.uploads.cells(row.number)
+        mean = average(self._sums(cells), n_values=self._charter.layout.n_values)
+        arrays = self._releases.arrays(base)
+        moved = apply_mean(self._releases.vector(base), mean.mean)
+        result = RoundResult(
+            number=row.number,
+            digest=row.digest,
+            accepted=cell_refs([(cell.transcript, cell.members_digest) for cell, _ in cells]),
+            aggregation=AggregationReport(
+                rule="fedavg",
+                n_cells=mean.n_cells,
+                n_agents=mean.n_agents,
+                update_norm=mean.norm,
+            ),
+            filter=parse(FilterReport, row.filter_report or ""),
+            verdict=parse(Verdict, row.verdict or ""),
+        )
+        release = self._releases.publish(result, with_vector(arrays, moved, self._charter))
+        _log.info("release published", release=release.number, n_agents=mean.n_agents)
+        return Found(event=RoundEvent.RELEASE_JOURNALLED, journalled=True)
+
+    def _sums(self, cells: tuple[tuple[CellRow, UploadRow], ...]) -> Iterator[CellSum]:
+        for _, upload in cells:
+            yield self._uploads.load(upload)
+
+
+class Rounds:
+    """Opens rounds and moves them on.
+
+    Guarantees:
+        1. A round number belongs to one manifest digest; failed rounds consume it.
+        2. An upload that was acknowledged as accepted is in the sum of its round, once; one that
+           was not never is.
+        3. After `kill -9` the same round goes on.
+    """
+
+    def __init__(
+        self,
+        *,
+        store: Store,
+        blobs: Blobs,
+        charter: Charter,
+        uploads: Uploads,
+        releases: Releases,
+        clock: Clock,
+        presence_s: float,
+    ) -> None:
+        """Build the phases."""
+        self._store = store
+        self._blobs = blobs
+        self._charter = charter
+        self._uploads = uploads
+        self._releases = releases
+        self._clock = clock
+        self._presence_s = presence_s
+        self._lock = threading.Lock()
+        phases: tuple[Phase, ...] = (
+            Open(store, charter, clock, presence_s=presence_s),
+            Unmasked(store),
+            Filtered(),
+            Gated(store, uploads, releases, charter),
+        )
+        self._phases: Mapping[RoundPhase, Phase] = {phase.name: phase for phase in phases}
+
+    def advance(self) -> bool:
+        """Do all that can be done now; the clockwork's one call.
+
+        Returns:
+            Whether anything moved.
+        """
+        moved = False
+        with self._lock:
+            try:
+                while self._step():
+                    moved = True
+                self._uploads.sweep()
+            except _TRANSIENT as error:
+                _log.warning("the round waits", error=str(error))
+        return moved
+
+    def _step(self) -> bool:
+        row = self._store.rounds.latest()
+        try:
+            if row is None or row.phase in TERMINAL:
+                return self._open_next()
+            return self._work(row)
+        except StaleWriteError as error:
+            _log.info("another writer was first", error=str(error))
+            return True
+
+    def _work(self, row: RoundRow) -> bool:
+        try:
+            found = self._phases[row.phase].work(row)
+        except (*_TRANSIENT, StaleWriteError):
+            raise
+        except BlobMissingError as error:
+            found = _failed(row, error)
+        except BlobError as error:
+            _log.warning("the round waits", round=row.number, error=str(error))
+            return False
+        except Exception as error:  # noqa: BLE001 - every fault of a round ends in FAILED
+            found = _failed(row, error)
+        if found is None:
+            return False
+        successor = advance(ROUND_TRANSITIONS, row.phase, found.event)
+        if not found.journalled:
+            self._store.rounds.move(
+                row.number,
+                seen=row.phase,
+                to=successor,
+                n_accepted=found.n_accepted,
+                filter_report=found.filter_report,
+                verdict=found.verdict,
+                failure=found.failure,
+            )
+        _log.info("round moved", round=row.number, phase=successor.value, failure=found.failure)
+        return True
+
+    def _open_next(self) -> bool:
+        rules = self._charter.manifest.rounds
+        n_done = self._store.releases.n_of_rounds()
+        if n_done >= rules.n_rounds:
+            return False
+        now = self._clock.now()
+        present = self._store.agents.present(seen_after=now - self._presence_s)
+        if len(present) < rules.min_cohort:
+            return False
+        self._blobs.require_space(self._charter.layout.n_bytes)
+        last = self._store.rounds.latest()
+        manifest = self._manifest(
+            1 if last is None else last.number + 1,
+            n_present=len(present),
+            n_done=n_done,
+            now=now,
+        )
+        signed = sign(self._charter.keys.server, "round", manifest).signed
+        row = RoundRow(
+            number=manifest.round,
+            phase=RoundPhase.OPEN,
+            manifest=signed.canonical(),
+            digest=manifest.digest(),
+            failure=None,
+            filter_report=None,
+            verdict=None,
+        )
+        drawn = draw(
+            manifest.selection_seed,
+            present,
+            n=manifest.cohort_size,
+            round_number=manifest.round,
+        )
+        self._store.rounds.open(row, release=manifest.release, ranks=drawn)
+        _log.info("round opened", round=row.number, n_selected=len(drawn))
+        return True
+
+    def _manifest(self, number: int, *, n_present: int, n_done: int, now: float) -> RoundManifest:
+        manifest = self._charter.manifest
+        rules = manifest.rounds
+        release = self._releases.newest()
+        return RoundManifest(
+            federation=manifest.federation,
+            federation_digest=self._charter.digest,
+            round=number,
+            release=release.number,
+            release_digest=release.digest(),
+            sent=release.sent,
+            selection_seed=secrets.token_bytes(_SEED_BYTES),
+            cohort_size=cohort_size(rules, n_present=n_present),
+            schedule_start=n_done / rules.n_rounds,
+            schedule_end=(n_done + 1) / rules.n_rounds,
+            update_n_bytes=self._charter.layout.n_bytes,
+            opened_at=now,
+            deadline_at=now + rules.deadline_s,
+            cap_at=now + rules.cap_s,
+        )
+
+
+def round_manifest(row: RoundRow) -> RoundManifest:
+    """The manifest of a journalled round."""
+    return parse(Signed[RoundManifest], row.manifest).body
+
+
+def _failed(row: RoundRow, error: Exception) -> Found:
+    _log.error("round failed", round=row.number, exc_info=error)
+    reason = str(error) if isinstance(error, _OURS) else "an internal fault; see the server's log"
+    return Found(event=RoundEvent.FAIL, failure=reason[:MAX_TEXT_CHARS])

@@ -1,0 +1,106 @@
+"""Releases and the blobs they name."""
+
+from collections.abc import Iterable, Sequence
+
+from sqlalchemy import Connection, delete, func, insert, select
+
+from aggregator_server.errors import StaleWriteError
+from aggregator_server.store import counters
+from aggregator_server.store.counters import Counter
+from aggregator_server.store.database import Database
+from aggregator_server.store.rows import BlobRow, ReleaseRow
+from aggregator_server.store.schema import release_blobs, releases
+
+
+class ReleaseStore:
+    """The table of releases: numbers follow one another without a gap."""
+
+    def __init__(self, database: Database) -> None:
+        """Wrap a database."""
+        self._database = database
+
+    def newest(self) -> ReleaseRow | None:
+        """The release with the highest number; None before the federation is founded."""
+        query = select(releases).order_by(releases.c.number.desc()).limit(1)
+        with self._database.reading() as connection:
+            row = connection.execute(query).first()
+            return None if row is None else ReleaseRow(**row._mapping)
+
+    def get(self, number: int) -> ReleaseRow | None:
+        """A release by number."""
+        with self._database.reading() as connection:
+            row = connection.execute(select(releases).where(releases.c.number == number)).first()
+            return None if row is None else ReleaseRow(**row._mapping)
+
+    def page(self, *, after: int, limit: int) -> tuple[ReleaseRow, ...]:
+        """The releases after a number, ascending."""
+        query = (
+            select(releases)
+            .where(releases.c.number > after)
+            .order_by(releases.c.number)
+            .limit(limit)
+        )
+        with self._database.reading() as connection:
+            return tuple(ReleaseRow(**row._mapping) for row in connection.execute(query))
+
+    def n_of_rounds(self) -> int:
+        """How many releases were made by rounds."""
+        with self._database.reading() as connection:
+            return count_of_rounds(connection)
+
+    def blob_n_bytes(self, sha256: bytes) -> int | None:
+        """The size of a blob that a release names; None for any other."""
+        query = select(release_blobs.c.n_bytes).where(release_blobs.c.sha256 == sha256).limit(1)
+        with self._database.reading() as connection:
+            n_bytes = connection.execute(query).scalar_one_or_none()
+            return None if n_bytes is None else int(n_bytes)
+
+
+def newest_number(connection: Connection) -> int:
+    """The highest release number, inside the caller's transaction; -1 when there is none."""
+    number = connection.execute(select(func.max(releases.c.number))).scalar_one()
+    return -1 if number is None else int(number)
+
+
+def count_of_rounds(connection: Connection) -> int:
+    """How many releases were made by rounds, inside the caller's transaction."""
+    query = select(func.count()).where(releases.c.round.is_not(None))
+    return int(connection.execute(query).scalar_one())
+
+
+def append(connection: Connection, release: ReleaseRow, blobs: Sequence[BlobRow]) -> None:
+    """Append a release, inside the caller's transaction.
+
+    Raises:
+        StaleWriteError: Its number is not the next one.
+    """
+    expected = newest_number(connection) + 1
+    if release.number != expected:
+        msg = f"release {release.number} is not the next one; that is {expected}"
+        raise StaleWriteError(msg)
+    connection.execute(
+        insert(releases).values(
+            number=release.number,
+            signed=release.signed,
+            digest=release.digest,
+            round=release.round,
+        )
+    )
+    connection.execute(insert(release_blobs), list(_blob_values(release.number, blobs)))
+    counters.add(connection, Counter.CHANGES)
+
+
+def forget_all(connection: Connection) -> None:
+    """Delete all releases, inside the transaction that founds the federation anew."""
+    connection.execute(delete(release_blobs))
+    connection.execute(delete(releases))
+
+
+def _blob_values(number: int, blobs: Iterable[BlobRow]) -> Iterable[dict[str, object]]:
+    for blob in blobs:
+        yield {
+            "release": number,
+            "role": blob.role.value,
+            "sha256": blob.sha256,
+            "n_bytes": blob.n_bytes,
+        }

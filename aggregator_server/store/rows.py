@@ -1,0 +1,199 @@
+"""What goes into the database and comes out of it: frozen rows, bytes for keys and digests."""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from protocol.phases import CellPhase, RoundPhase
+
+
+class UploadPhase(StrEnum):
+    """Where an upload stands, for the server."""
+
+    RECEIVING = "receiving"
+    ACCEPTED = "accepted"
+    REPLACED = "replaced"
+    """A newer attempt of the same agent took its place."""
+    REFUSED = "refused"
+    """Complete, but with values that are not finite."""
+    ENDED = "ended"
+    """Incomplete when the round closed or the agent withdrew."""
+
+
+class BlobRole(StrEnum):
+    """What a blob is to its release."""
+
+    ADAPTER = "adapter"
+    SENT = "sent"
+    CONFIG = "config"
+
+
+@dataclass(frozen=True, kw_only=True)
+class AgentRow:
+    """A member, past or present; times in seconds since the Unix epoch."""
+
+    identity: bytes
+    enrolled_at: float
+    revoked_at: float | None
+    last_seen: float
+    credential: bytes
+    """Canonical JSON of the `Signed[Credential]` that was answered."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class InviteRow:
+    """An invite; its code is erased with the last use."""
+
+    id: bytes
+    code: bytes | None
+    created_at: float
+    n_uses: int
+    uses_left: int
+
+    def __repr__(self) -> str:
+        """The invite without its secret."""
+        return f"InviteRow(id={self.id.hex()}, uses_left={self.uses_left})"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundRow:
+    """A round; `manifest` is the canonical JSON of its `Signed[RoundManifest]`."""
+
+    number: int
+    phase: RoundPhase
+    manifest: bytes
+    digest: bytes
+    failure: str | None
+    filter_report: str | None
+    verdict: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelectionRow:
+    """An agent's place in a round."""
+
+    round: int
+    agent: bytes
+    rank: bytes
+    withdrawn_reason: str | None
+    withdrawal_digest: bytes | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class UploadRow:
+    """An upload; `header` is the canonical JSON of its `Signed[UploadHeader]`."""
+
+    id: int
+    round: int
+    agent: bytes
+    attempt: int
+    header: bytes
+    digest: bytes
+    weight: int
+    n_bytes: int
+    phase: UploadPhase
+    has_bytes: bool
+    """False once its parts are deleted."""
+    started_at: float
+    accepted_at: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class NewUpload:
+    """An upload that is about to begin."""
+
+    round: int
+    agent: bytes
+    attempt: int
+    header: bytes
+    digest: bytes
+    weight: int
+    n_bytes: int
+    started_at: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartRow:
+    """A part that is on disk."""
+
+    upload: int
+    n: int
+    sha256: bytes
+    n_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class CellRow:
+    """A cell; in the open mode one accepted upload. `members` is [[identity, digest], …]."""
+
+    transcript: bytes
+    round: int
+    phase: CellPhase
+    members_digest: bytes
+    members: str
+    upload: int
+    n_members: int
+    weight_sum: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReleaseRow:
+    """A release; `round` is the round that made it, None for the first one and a rollback."""
+
+    number: int
+    signed: bytes
+    digest: bytes
+    round: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlobRow:
+    """A file that a release names."""
+
+    role: BlobRole
+    sha256: bytes
+    n_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class UploadProgress:
+    """How far an upload under way has come."""
+
+    started_at: float
+    n_bytes: int
+    n_bytes_received: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundProgress:
+    """How far a round has come, read in one transaction."""
+
+    n_selected: int
+    """Places held: selected and not withdrawn."""
+    n_accepted: int
+    n_open: int
+    """Places held without an accepted upload."""
+    bytes_received: int
+    receiving: tuple[UploadProgress, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AgentView:
+    """All that decides what an agent should do now, read in one transaction."""
+
+    round: RoundRow | None
+    selected: bool
+    accepted: bool
+    newest_release: int
+    n_releases_of_rounds: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counts:
+    """Counts over the whole federation."""
+
+    n_enrolled: int
+    n_present: int
+    newest_release: int
+    n_releases_of_rounds: int
+    bytes_up: int
+    bytes_down: int

@@ -1,0 +1,160 @@
+"""The tables, for SQLite and PostgreSQL alike.
+
+Two rules stand in the schema itself, so that no fault of the code can break them: a round number
+is one row with one digest, and an agent has at most one accepted upload in a round.
+"""
+
+from typing import Final
+
+from sqlalchemy import (
+    BigInteger,
+    Boolean,
+    Column,
+    Double,
+    ForeignKey,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    String,
+    Table,
+    Text,
+    UniqueConstraint,
+)
+
+SCHEMA_VERSION: Final = 1
+"""Raised with every change that an older program cannot read."""
+
+metadata: Final = MetaData()
+
+meta = Table(
+    "meta",
+    metadata,
+    Column("key", String(64), primary_key=True),
+    Column("value", LargeBinary, nullable=False),
+)
+
+agents = Table(
+    "agents",
+    metadata,
+    Column("identity", LargeBinary(32), primary_key=True),
+    Column("enrolled_at", Double, nullable=False),
+    Column("revoked_at", Double),
+    Column("last_seen", Double, nullable=False, index=True),
+    Column("credential", LargeBinary, nullable=False),
+)
+
+invites = Table(
+    "invites",
+    metadata,
+    Column("id", LargeBinary(32), primary_key=True),
+    Column("code", LargeBinary(16)),
+    Column("created_at", Double, nullable=False),
+    Column("n_uses", Integer, nullable=False),
+    Column("uses_left", Integer, nullable=False),
+)
+
+invite_uses = Table(
+    "invite_uses",
+    metadata,
+    Column("id", Integer, primary_key=True, autoincrement=True),
+    Column("invite", LargeBinary(32), ForeignKey("invites.id"), nullable=False),
+    Column("agent", LargeBinary(32), ForeignKey("agents.identity"), nullable=False),
+    Column("used_at", Double, nullable=False),
+)
+
+rounds = Table(
+    "rounds",
+    metadata,
+    Column("number", Integer, primary_key=True, autoincrement=False),
+    Column("phase", String(16), nullable=False),
+    Column("manifest", LargeBinary, nullable=False),
+    Column("digest", LargeBinary(32), nullable=False, unique=True),
+    Column("failure", Text),
+    Column("filter_report", Text),
+    Column("verdict", Text),
+)
+
+selections = Table(
+    "selections",
+    metadata,
+    Column("round", Integer, ForeignKey("rounds.number"), primary_key=True),
+    Column("agent", LargeBinary(32), ForeignKey("agents.identity"), primary_key=True),
+    Column("rank", LargeBinary(32), nullable=False),
+    Column("withdrawn_reason", String(64)),
+    Column("withdrawal_digest", LargeBinary(32)),
+)
+
+uploads = Table(
+    "uploads",
+    metadata,
+    Column("id", Integer, primary_key=True, autoincrement=True),
+    Column("round", Integer, nullable=False),
+    Column("agent", LargeBinary(32), nullable=False),
+    Column("attempt", Integer, nullable=False),
+    Column("header", LargeBinary, nullable=False),
+    Column("digest", LargeBinary(32), nullable=False),
+    Column("weight", Integer, nullable=False),
+    Column("n_bytes", BigInteger, nullable=False),
+    Column("phase", String(16), nullable=False),
+    Column("has_bytes", Boolean, nullable=False),
+    Column("started_at", Double, nullable=False),
+    Column("accepted_at", Double),
+    UniqueConstraint("round", "agent", "attempt"),
+)
+
+Index(
+    "one_accepted_upload",
+    uploads.c.round,
+    uploads.c.agent,
+    unique=True,
+    sqlite_where=uploads.c.phase == "accepted",
+    postgresql_where=uploads.c.phase == "accepted",
+)
+
+parts = Table(
+    "parts",
+    metadata,
+    Column("upload", Integer, ForeignKey("uploads.id"), primary_key=True),
+    Column("n", Integer, primary_key=True),
+    Column("sha256", LargeBinary(32), nullable=False),
+    Column("n_bytes", Integer, nullable=False),
+)
+
+cells = Table(
+    "cells",
+    metadata,
+    Column("transcript", LargeBinary(32), primary_key=True),
+    Column("round", Integer, ForeignKey("rounds.number"), nullable=False, index=True),
+    Column("phase", String(16), nullable=False),
+    Column("members_digest", LargeBinary(32), nullable=False),
+    Column("members", Text, nullable=False),
+    Column("upload", Integer, ForeignKey("uploads.id"), nullable=False, unique=True),
+    Column("n_members", Integer, nullable=False),
+    Column("weight_sum", BigInteger, nullable=False),
+)
+
+releases = Table(
+    "releases",
+    metadata,
+    Column("number", Integer, primary_key=True, autoincrement=False),
+    Column("signed", LargeBinary, nullable=False),
+    Column("digest", LargeBinary(32), nullable=False, unique=True),
+    Column("round", Integer, ForeignKey("rounds.number"), unique=True),
+)
+
+release_blobs = Table(
+    "release_blobs",
+    metadata,
+    Column("release", Integer, ForeignKey("releases.number"), primary_key=True),
+    Column("role", String(16), primary_key=True),
+    Column("sha256", LargeBinary(32), nullable=False, index=True),
+    Column("n_bytes", BigInteger, nullable=False),
+)
+
+counters = Table(
+    "counters",
+    metadata,
+    Column("name", String(32), primary_key=True),
+    Column("value", BigInteger, nullable=False),
+)

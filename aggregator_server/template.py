@@ -1,0 +1,118 @@
+"""`federation.toml` as `init` writes it: every key with a line that explains it."""
+
+import json
+from collections.abc import Mapping
+from enum import Enum
+from typing import Final
+
+from pydantic import BaseModel, SecretStr
+
+from aggregator_server.config import ServerConfig
+
+_HEADER: Final = """\
+# The settings of this federation. Edit the recipe until the first agent enrols; from then on it
+# is fixed, because it is what the volunteers accepted. [server] may change at any time (restart
+# `sheepfold-server serve`); environment variables SHEEPFOLD_SERVER_<KEY> and flags go before it.
+"""
+
+_EXPLAINED: Final[Mapping[str, Mapping[str, str]]] = {
+    "federation": {
+        "name": "What volunteers see when they join.",
+        "description": "A sentence or two about what is learnt, and for whom.",
+    },
+    "lora": {
+        "rank": "Rank of the adapter: more can learn more, and costs more bytes each round.",
+        "alpha": "Scale of the adapter; the update of a layer is alpha / rank * B * A.",
+        "dropout": "Dropout before the adapter in training, 0 to 1.",
+        "target_modules": "Linear layers that get an adapter, by the last part of their name.",
+        "sent": '["A", "B"] averages both factors; ["B"] keeps A fixed: half the bytes, exact.',
+        "init_seed": "Seed of A in release 0; drawn at random.",
+    },
+    "training": {
+        "template": '"alpaca" (the paper\'s) or "chat" (the tokenizer\'s own).',
+        "loss_on": '"response" learns to answer; "all" learns the prompt too.',
+        "max_length": "Longest record in tokens; longer ones lose their end.",
+        "batch_size": "Records for each optimiser step.",
+        "local_steps": "Optimiser steps in each round. Set this or local_epochs.",
+        "local_epochs": "Passes over an agent's own records in each round. Or set local_steps.",
+        "learning_rate": "Learning rate at its peak.",
+        "schedule": 'Over the whole federation: "constant", "linear" or "cosine".',
+        "final_frac": "What is left of the learning rate at the end, 0 to 1.",
+        "beta1": "Adam's first decay.",
+        "beta2": "Adam's second decay.",
+        "eps": "Adam's epsilon.",
+        "weight_decay": "Decoupled weight decay.",
+        "max_grad_norm": "Gradients are clipped to this L2 norm; 0 turns clipping off.",
+    },
+    "aggregation": {
+        "rule": '"fedavg": the weighted mean of the updates.',
+        "weighting": '"n_examples" weighs an agent by its records; "uniform" weighs all alike.',
+        "max_weight": "No agent weighs more than this many records.",
+    },
+    "rounds": {
+        "n_rounds": "The federation is finished after this many successful rounds.",
+        "cohort_target": "A round closes when this many updates have arrived.",
+        "min_cohort": "A round needs this many agents to open, and this many updates to count.",
+        "over_selection": "This many times the target is selected, as some will not finish.",
+        "deadline_s": "Seconds after which a round closes with what has arrived.",
+        "cap_s": "An upload that is moving at the deadline may go on until then (seconds).",
+        "min_upload_bytes_per_s": "Slower than this, an upload does not count as moving.",
+    },
+    "change_limits": {
+        "max_tensor_change_norm": "Agents refuse a release that changes a tensor by more (L2).",
+    },
+    "server": {
+        "enrolment": '"invite" needs an invite to join; "open" lets anyone in.',
+        "host": "Address to listen on.",
+        "port": "Port to listen on; 0 takes any free one.",
+        "public_url": "How agents reach this server, for the invite's join command.",
+        "tls_cert": "Certificate chain (PEM). Without one, only loopback is served.",
+        "tls_key": "Its private key (PEM).",
+        "behind_proxy": "true when a TLS proxy on this network stands in front of plain http.",
+        "database_url": 'Empty: SQLite in this folder. Or "postgresql://user:password@host/name".',
+        "blobs_url": 'Empty: a folder here. Or any fsspec URL of its own, as "s3://bucket/name".',
+        "retention": '"delete" single updates once they are in a release, or "keep" them.',
+        "min_free_bytes": "Below this much free disk space, uploads are refused.",
+        "presence_s": "An agent counts as present for this long after it was last seen (seconds).",
+        "log_format": '"console" for people, "json" for machines.',
+    },
+}
+
+
+def render(config: ServerConfig) -> str:
+    """The text of `federation.toml` for these settings, each key explained.
+
+    Guarantees:
+        1. Reading the text gives these settings back.
+    """
+    sections = [_HEADER]
+    for section, keys in _EXPLAINED.items():
+        values: BaseModel = getattr(config, section)
+        lines = [f"[{section}]"]
+        for key, explanation in keys.items():
+            lines.append(f"# {explanation}")
+            lines.append(_line(key, getattr(values, key)))
+        sections.append("\n".join(lines) + "\n")
+    return "\n".join(sections)
+
+
+def _line(key: str, value: object) -> str:
+    # TOML has no null: one key means it by 0, the others by standing there as a comment.
+    if value is None and key == "max_grad_norm":
+        return f"{key} = 0"
+    if value is None:
+        return f"# {key} ="
+    return f"{key} = {_toml(value)}"
+
+
+def _toml(value: object) -> str:
+    if isinstance(value, SecretStr):
+        return _toml(value.get_secret_value())
+    if isinstance(value, Enum):
+        return _toml(value.value)
+    if isinstance(value, tuple):
+        return "[" + ", ".join(_toml(item) for item in value) + "]"
+    if isinstance(value, str):
+        # JSON's escapes are TOML's; DEL is the one character that TOML wants escaped besides.
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    return json.dumps(value)

@@ -1,0 +1,134 @@
+"""Settings: one file, the environment, flags; errors that help."""
+
+import dataclasses
+
+import pytest
+from pydantic import SecretStr
+
+from aggregator_server.config import Enrolment, LogFormat, Retention, ServerConfig, parse_config
+from aggregator_server.errors import ConfigError
+from aggregator_server.recipes import RecipeOptions, make_config
+from aggregator_server.template import _EXPLAINED, render
+from protocol.manifest import Factor
+
+OPTIONS = RecipeOptions(name="Test")
+
+
+@pytest.fixture
+def config(base) -> ServerConfig:
+    return make_config(OPTIONS, base)
+
+
+def parse_text(text, *, environment=None, flags=None) -> ServerConfig:
+    return parse_config(text, source="x.toml", environment=environment or {}, flags=flags or {})
+
+
+def test_the_written_file_parses_to_the_same_values(config):
+    assert parse_text(render(config)) == config
+
+
+def test_the_written_file_keeps_every_kind_of_value(base):
+    options = dataclasses.replace(
+        OPTIONS,
+        name='Zoë\'s "quoted" \\ name \x7f\ttab',
+        description="two\nlines — ünïcode 🐑",
+        local_steps=7,
+        sent=(Factor.B,),
+        learning_rate=3e-5,
+    )
+    config = make_config(options, base)
+    server = config.server.model_copy(
+        update={
+            "retention": Retention.KEEP,
+            "log_format": LogFormat.JSON,
+            "behind_proxy": True,
+            "database_url": SecretStr("postgresql://u:p%40ss@host/db"),
+            "presence_s": 41.5,
+        }
+    )
+    training = config.training.model_copy(update={"max_grad_norm": None})
+    config = config.model_copy(update={"server": server, "training": training})
+    assert parse_text(render(config)) == config
+
+
+def test_every_setting_is_explained(config):
+    for section, model in ((name, getattr(config, name)) for name in ServerConfig.model_fields):
+        fields = set(type(model).model_fields) - {"version"}
+        assert fields == set(_EXPLAINED[section]), section
+
+
+@pytest.mark.parametrize(
+    ("line", "named"),
+    [("[training]\nlearnign_rate = 1", "learning_rate"), ("[sever]\nport = 1", "server")],
+)
+def test_an_unknown_key_is_refused_with_the_nearest_valid_one(line, named):
+    with pytest.raises(ConfigError, match=f"did you mean '{named}'"):
+        parse_text(line)
+
+
+def test_a_key_of_the_protocol_version_is_not_a_setting():
+    with pytest.raises(ConfigError, match=r"unknown key 'lora\.version'"):
+        parse_text("[lora]\nversion = 2")
+
+
+def test_the_environment_beats_the_file_and_a_flag_beats_both(config):
+    text = render(config)
+    assert parse_text(text).server.port == 8750
+    environment = {"SHEEPFOLD_SERVER_PORT": "9000", "SHEEPFOLD_SERVER_ENROLMENT": "open"}
+    changed = parse_text(text, environment=environment).server
+    assert (changed.port, changed.enrolment) == (9000, Enrolment.OPEN)
+    assert parse_text(text, environment=environment, flags={"port": 9001}).server.port == 9001
+    assert parse_text(text, environment=environment, flags={"port": None}).server.port == 9000
+
+
+def test_an_unknown_variable_of_the_environment_is_refused(config):
+    with pytest.raises(ConfigError, match=r"SHEEPFOLD_SERVER_PROT.*SHEEPFOLD_SERVER_PORT"):
+        parse_text(render(config), environment={"SHEEPFOLD_SERVER_PROT": "1"})
+
+
+def test_a_password_in_a_setting_is_never_shown(config):
+    text = render(config).replace(
+        'database_url = ""', 'database_url = ["postgresql://u:hunter2@h"]'
+    )
+    with pytest.raises(ConfigError) as caught:
+        parse_text(text)
+    assert "hunter2" not in str(caught.value)
+    assert "database_url" in str(caught.value)
+    good = parse_text(render(config), environment={"SHEEPFOLD_SERVER_DATABASE_URL": "x:hunter2"})
+    assert "hunter2" not in repr(good)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "named"),
+    [
+        ("rank = 8", "rank = 0", "lora.rank"),
+        ("rank = 8", 'rank = "8"', "lora.rank"),
+        ("port = 8750", "port = 70000", "server.port"),
+        ("min_cohort = 2", "min_cohort = 6", "min_cohort 6 is above cohort_target 5"),
+        ("presence_s = 120.0", "presence_s = 10.0", "server.presence_s"),
+        ("learning_rate = 0.00015", "learning_rate = nan", "training.learning_rate"),
+        ("rank = 8", "rank = 1979-05-27", "not JSON serializable"),
+        ("rank = 8", "rank = ", "is not TOML"),
+    ],
+)
+def test_a_value_out_of_range_is_refused_by_name(config, old, new, named):
+    text = render(config)
+    assert old in text
+    with pytest.raises(ConfigError, match=named):
+        parse_text(text.replace(old, new))
+
+
+def test_a_missing_file_says_who_writes_it(tmp_path):
+    from aggregator_server.config import load_config
+
+    with pytest.raises(ConfigError, match="sheepfold-server init"):
+        load_config(tmp_path / "federation.toml", environment={})
+
+
+def test_default_modules_are_the_papers_where_the_base_has_them(base):
+    assert make_config(OPTIONS, base).lora.target_modules == ("q_proj", "v_proj")
+
+
+def test_a_recipe_out_of_range_is_one_sentence(base):
+    with pytest.raises(ConfigError, match="rank"):
+        make_config(dataclasses.replace(OPTIONS, rank=0), base)

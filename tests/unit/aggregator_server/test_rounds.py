@@ -1,0 +1,421 @@
+"""The round's state machine: opening, replacing, closing, averaging, failing, resuming."""
+
+import numpy as np
+import pytest
+
+from aggregator_server.config import Retention
+from aggregator_server.errors import NoSpaceError, StoreBusyError
+from aggregator_server.selection import rank
+from aggregator_server.store.store import Store
+from protocol.manifest import Factor, RoundManifest
+from protocol.messages import TrainTask, WaitReason, WithdrawalReason
+from protocol.phases import RoundPhase
+from protocol.problems import ProblemType
+from protocol.signing import verify
+from quant.adapter import factor_of
+
+
+def reason_of(agent) -> WaitReason | None:
+    task = agent.task().task
+    return None if isinstance(task, TrainTask) else task.reason
+
+
+def phase_of(case) -> RoundPhase:
+    return case.federation.status().round.phase
+
+
+class TestOpening:
+    def test_a_round_opens_when_the_minimum_is_present(self, make_case, make_agents):
+        case = make_case(cohort_target=3, min_cohort=2)
+        (first,) = make_agents(case, 1)
+        case.advance()
+        assert case.federation.status().round is None
+        assert reason_of(first) is WaitReason.GATHERING_AGENTS
+        make_agents(case, 1)
+        case.advance()
+        assert phase_of(case) is RoundPhase.OPEN
+        assert first.round() is not None
+
+    def test_the_absent_do_not_count(self, make_case, make_agents):
+        case = make_case(min_cohort=2)
+        make_agents(case, 1)
+        case.clock.time += case.federation.config.server.presence_s + 1
+        make_agents(case, 1)
+        case.advance()
+        assert case.federation.status().round is None
+
+    def test_the_manifest_is_signed_and_says_where_it_starts(self, make_case, start_round):
+        case = make_case(cohort_target=2, n_rounds=4)
+        (agent, *_), manifest = start_round(case, 2)
+        signed = agent.task().task.round
+        verify(signed, "round", key=case.manifest.server)
+        release = case.federation.releases.newest()
+        assert manifest.release_digest == release.digest()
+        assert manifest.sent == release.sent
+        assert manifest.federation_digest == case.manifest.digest()
+        assert (manifest.schedule_start, manifest.schedule_end) == (0.0, 0.25)
+        assert manifest.deadline_at == manifest.opened_at + case.manifest.rounds.deadline_s
+
+    def test_those_of_lowest_rank_are_selected(self, make_case, start_round, make_agents):
+        case = make_case(cohort_target=2)
+        agents = make_agents(case, 8)
+        case.advance()
+        tasks = {agent.identity: agent.round() for agent in agents}
+        manifest = next(task for task in tasks.values() if task)
+        assert manifest.cohort_size == 3
+        ranked = sorted(tasks, key=lambda identity: rank(manifest.selection_seed, identity))
+        assert {identity for identity, task in tasks.items() if task} == set(ranked[:3])
+        outsider = next(agent for agent in agents if not tasks[agent.identity])
+        assert reason_of(outsider) is WaitReason.NOT_SELECTED
+
+    def test_two_rounds_draw_by_different_seeds(self, make_case, start_round):
+        case = make_case(cohort_target=2)
+        agents, first = start_round(case, 2)
+        for agent in agents:
+            agent.upload(first, agent.constant(1))
+        case.advance()
+        second = agents[0].round()
+        assert second.round == 2
+        assert second.selection_seed != first.selection_seed
+
+    def test_no_round_opens_without_space_and_agents_are_told(
+        self, make_case, make_agents, monkeypatch
+    ):
+        case = make_case()
+        agents = make_agents(case, 3)
+        monkeypatch.setattr(case.federation._blobs, "_min_free_bytes", 2**62)
+        case.advance()
+        assert case.federation.status().round is None
+        assert reason_of(agents[0]) is WaitReason.NO_SPACE
+        monkeypatch.undo()
+        case.advance()
+        assert phase_of(case) is RoundPhase.OPEN
+
+    def test_an_agent_that_is_done_with_a_round_is_not_given_it_again(self, make_case, start_round):
+        case = make_case(cohort_target=2)
+        (agent, *_), manifest = start_round(case, 2)
+        assert isinstance(agent.task(after=manifest.round - 1).task, TrainTask)
+        assert agent.task(after=manifest.round).task.reason is WaitReason.ROUND_ENDING
+
+
+class TestReplacing:
+    @pytest.fixture
+    def case(self, make_case):
+        return make_case(cohort_target=2, min_cohort=2)
+
+    def test_one_who_withdraws_is_replaced_by_the_next_in_rank(self, case, make_agents):
+        agents = make_agents(case, 5)
+        case.advance()
+        tasks = {agent.identity: agent.round() for agent in agents}
+        manifest = next(task for task in tasks.values() if task)
+        by_rank = sorted(agents, key=lambda agent: rank(manifest.selection_seed, agent.identity))
+        assert by_rank[0].withdraw(manifest.round).status_code == 200
+        case.advance()
+        assert by_rank[3].round() == manifest
+        assert reason_of(by_rank[0]) is WaitReason.NOT_SELECTED
+        assert reason_of(by_rank[4]) is WaitReason.NOT_SELECTED
+
+    def test_a_free_place_goes_to_one_who_comes_later(self, case, start_round, make_agents):
+        agents, manifest = start_round(case, 2)
+        agents[0].withdraw(manifest.round)
+        case.advance()
+        agents[1].upload(manifest, agents[1].constant(1))
+        case.advance()
+        assert phase_of(case) is RoundPhase.OPEN
+        (late,) = make_agents(case, 1)
+        case.advance()
+        assert late.round() == manifest
+
+    def test_withdrawing_again_is_the_same_as_once(self, case, start_round, problem_of):
+        agents, manifest = start_round(case, 3)
+        first = agents[0].withdraw(manifest.round)
+        assert agents[0].withdraw(manifest.round).content == first.content
+        other = agents[0].withdraw(manifest.round, WithdrawalReason.OUT_OF_MEMORY)
+        assert problem_of(other) is ProblemType.CONFLICT
+
+    def test_withdrawing_is_for_those_who_hold_a_place(
+        self, case, start_round, make_agents, problem_of
+    ):
+        agents, manifest = start_round(case, 3)
+        (outsider,) = make_agents(case, 1)
+        assert problem_of(outsider.withdraw(manifest.round)) is ProblemType.NOT_SELECTED
+        assert problem_of(outsider.withdraw(99)) is ProblemType.NOT_FOUND
+        agents[0].upload(manifest, agents[0].constant(1))
+        assert problem_of(agents[0].withdraw(manifest.round)) is ProblemType.CONSUMED
+        agents[1].upload(manifest, agents[1].constant(1))
+        case.advance()
+        assert problem_of(agents[2].withdraw(manifest.round)) is ProblemType.ROUND_CLOSED
+
+
+class TestClosing:
+    def test_a_round_closes_at_the_target_and_the_next_opens(self, make_case, start_round):
+        case = make_case(cohort_target=2)
+        agents, manifest = start_round(case, 5)
+        for agent in agents[:2]:
+            agent.upload(manifest, agent.constant(1))
+        case.advance()
+        assert case.federation.releases.newest().round == 1
+        assert case.federation.status().round.round == 2
+
+    def test_a_round_closes_when_all_who_could_upload_have(self, make_case, start_round):
+        case = make_case(cohort_target=4, min_cohort=2)
+        agents, manifest = start_round(case, 3)
+        for agent in agents[:2]:
+            agent.upload(manifest, agent.constant(1))
+        case.advance()
+        assert case.federation.status().newest_release == 0
+        agents[2].withdraw(manifest.round)
+        case.advance()
+        assert case.federation.releases.newest().aggregation.n_agents == 2
+
+    def test_at_the_deadline_enough_uploads_close_the_round(self, make_case, start_round):
+        case = make_case(cohort_target=4, min_cohort=2)
+        agents, manifest = start_round(case, 4)
+        for agent in agents[:2]:
+            agent.upload(manifest, agent.constant(1))
+        case.advance(case.manifest.rounds.deadline_s - 10)
+        assert phase_of(case) is RoundPhase.OPEN
+        case.advance(10)
+        assert case.federation.releases.newest().aggregation.n_agents == 2
+
+    def test_too_few_uploads_fail_the_round_and_consume_its_number(self, make_case, start_round):
+        case = make_case(cohort_target=4, min_cohort=2)
+        agents, manifest = start_round(case, 4)
+        agents[0].upload(manifest, agents[0].constant(1))
+        case.advance(case.manifest.rounds.deadline_s)
+        status = case.federation.status()
+        assert status.round.phase is RoundPhase.FAILED
+        assert status.round.failure == "too few uploads: 1 of at least 2"
+        assert status.newest_release == 0
+        for agent in agents:
+            agent.poll()
+        case.advance()
+        second = agents[0].round()
+        assert second.round == 2
+        assert second.schedule_start == 0.0
+
+    def test_an_upload_that_moves_extends_the_wait_until_the_cap(self, make_case, start_round):
+        case = make_case(cohort_target=2, min_cohort=2)
+        agents, manifest = start_round(case, 2)
+        agents[0].upload(manifest, agents[0].constant(1))
+        case.clock.time = manifest.deadline_at - 0.1
+        data = agents[1].constant(3).astype("<f4").tobytes()
+        header = agents[1].header(manifest, data)
+        agents[1].begin(header)
+        case.advance(0.2)
+        assert phase_of(case) is RoundPhase.OPEN
+        agents[1].put(header, 0, data)
+        assert agents[1].complete(header).status_code == 200
+        case.advance()
+        assert case.federation.releases.newest().aggregation.n_agents == 2
+
+    def test_an_upload_that_stands_still_does_not(self, make_case, start_round):
+        case = make_case(cohort_target=2, min_cohort=2)
+        agents, manifest = start_round(case, 2)
+        agents[0].upload(manifest, agents[0].constant(1))
+        header = agents[1].header(manifest, agents[1].constant(3).astype("<f4").tobytes())
+        agents[1].begin(header)
+        case.advance(case.manifest.rounds.deadline_s)
+        assert phase_of(case) is RoundPhase.FAILED
+
+    def test_the_federation_finishes_after_its_rounds(self, make_case, start_round, make_agents):
+        case = make_case(cohort_target=2, n_rounds=2)
+        agents, manifest = start_round(case, 2)
+        for _ in range(2):
+            manifest = agents[0].round()
+            for agent in agents:
+                agent.upload(manifest, agent.constant(1))
+            case.advance()
+        assert reason_of(agents[0]) is WaitReason.FINISHED
+        assert case.federation.status().finished
+        assert manifest.schedule_end == 1.0
+        case.advance(100)
+        assert case.federation.status().round.round == 2
+
+
+class TestAggregation:
+    @pytest.mark.parametrize("sent", [(Factor.A, Factor.B), (Factor.B,)])
+    def test_the_release_is_its_base_plus_the_weighted_mean(self, make_case, start_round, sent):
+        case = make_case(cohort_target=3, sent=sent)
+        agents, manifest = start_round(case, 3)
+        rng = np.random.default_rng(1)
+        n_values = case.federation.charter.layout.n_values
+        vectors = [rng.standard_normal(n_values).astype(np.float32) for _ in agents]
+        for agent, vector, weight in zip(agents, vectors, (1, 20, 300), strict=True):
+            agent.upload(manifest, vector, weight=weight)
+        case.advance()
+        releases = case.federation.releases
+        before, after = (releases.get(n) for n in (0, 1))
+        expected = np.average(np.float64(vectors), axis=0, weights=(1, 20, 300))
+        np.testing.assert_allclose(
+            releases.vector(after) - releases.vector(before), expected, rtol=1e-4, atol=1e-6
+        )
+        assert after.aggregation.update_norm == pytest.approx(np.linalg.norm(expected), rel=1e-5)
+        assert len(after.accepted) == after.aggregation.n_cells == 3
+        assert after.round_digest == manifest.digest()
+
+    def test_with_b_only_the_frozen_a_completes_the_adapter(self, make_case, start_round):
+        case = make_case(cohort_target=2, sent=(Factor.B,))
+        agents, manifest = start_round(case, 2)
+        for agent in agents:
+            agent.upload(manifest, agent.constant(1))
+        case.advance()
+        releases = case.federation.releases
+        before, after = (releases.arrays(releases.get(n)) for n in (0, 1))
+        for name in before:
+            same = np.array_equal(before[name], after[name])
+            assert same == (factor_of(name) is Factor.A)
+        assert releases.get(1).sent != releases.get(1).adapter
+
+    def test_with_both_factors_the_sent_file_is_the_adapter(self, make_case):
+        release = make_case().federation.releases.newest()
+        assert release.sent == release.adapter
+
+    def test_plain_updates_are_deleted_once_they_are_in_a_release(
+        self, make_case, start_round, blob_files
+    ):
+        case = make_case(cohort_target=2)
+        agents, manifest = start_round(case, 2)
+        for agent in agents:
+            agent.upload(manifest, agent.constant(1))
+        assert any(name.startswith("uploads/") for name in blob_files(case))
+        case.advance()
+        assert not any(name.startswith("uploads/") for name in blob_files(case))
+
+    def test_plain_updates_are_kept_when_the_operator_says_so(
+        self, make_case, start_round, blob_files
+    ):
+        def keep(config):
+            server = config.server.model_copy(update={"retention": Retention.KEEP})
+            return config.model_copy(update={"server": server})
+
+        case = make_case(cohort_target=2, edit=keep)
+        agents, manifest = start_round(case, 3)
+        agents[2].begin(agents[2].header(manifest, bytes(manifest.update_n_bytes)))
+        for agent in agents[:2]:
+            agent.upload(manifest, agent.constant(1))
+        case.advance()
+        assert sum(name.startswith("uploads/") for name in blob_files(case)) == 2
+
+    def test_a_mean_that_is_not_finite_fails_the_round_and_publishes_nothing(
+        self, make_case, start_round
+    ):
+        case = make_case(cohort_target=2)
+        agents, manifest = start_round(case, 2)
+        for agent in agents:
+            agent.upload(manifest, agent.constant(3.4e38))
+        case.advance()
+        row = case.federation._store.rounds.get(1)
+        assert row.phase is RoundPhase.PUBLISHED  # a mean of 3.4e38 is a number still
+        manifest = agents[0].round()
+        for agent in agents:
+            agent.upload(manifest, agent.constant(3.4e38))
+        case.advance()
+        row = case.federation._store.rounds.get(2)
+        assert row.phase is RoundPhase.FAILED
+        assert "not finite" in row.failure
+        assert case.federation.status().newest_release == 1
+
+    def test_the_order_of_arrival_does_not_change_the_release(self, make_case, start_round):
+        from aggregator_server.aggregation.fedavg import average
+
+        case = make_case(cohort_target=3)
+        agents, manifest = start_round(case, 3)
+        for agent, value in zip(agents, (1e8, 1.0, -1e8), strict=True):
+            agent.upload(manifest, agent.constant(value))
+        cells = case.federation._store.uploads.cells(1)
+        assert [cell.transcript for cell, _ in cells] == sorted(
+            cell.transcript for cell, _ in cells
+        )
+        sums = (case.federation.uploads.load(upload) for _, upload in cells)
+        assert average(sums, n_values=manifest.update_n_bytes // 4).n_cells == 3
+
+
+class TestFaults:
+    @pytest.fixture
+    def closing(self, make_case, start_round):
+        """A round with all its uploads, which the next `advance` will close and publish."""
+        case = make_case(cohort_target=2)
+        agents, manifest = start_round(case, 2)
+        for agent, value in zip(agents, (1.0, 3.0), strict=True):
+            agent.upload(manifest, agent.constant(value))
+        return case
+
+    def test_an_unknown_fault_fails_the_round_without_telling_everyone_why(
+        self, closing, monkeypatch
+    ):
+        def broken(*_args: object) -> None:
+            msg = "secret/path"
+            raise RuntimeError(msg)
+
+        monkeypatch.setattr(closing.federation.uploads, "load", broken)
+        closing.advance()
+        row = closing.federation._store.rounds.get(1)
+        assert row.phase is RoundPhase.FAILED
+        assert "secret" not in row.failure
+        assert "log" in row.failure
+
+    @pytest.mark.parametrize("error", [NoSpaceError("full"), StoreBusyError("locked")])
+    def test_a_fault_that_may_pass_leaves_the_round_waiting(self, closing, monkeypatch, error):
+        def failing(*_args: object, **_kwargs: object) -> None:
+            raise error
+
+        monkeypatch.setattr(closing.federation._blobs, "put", failing)
+        closing.advance()
+        assert phase_of(closing) is RoundPhase.GATED
+        monkeypatch.undo()
+        closing.advance()
+        assert closing.federation.releases.newest().round == 1
+
+    def test_a_kill_between_any_two_writes_leaves_the_same_round_to_go_on(
+        self, make_case, start_round, monkeypatch
+    ):
+        """Kills the server after each of its writes in turn, and restarts it."""
+        case = make_case(cohort_target=2)
+        agents, manifest = start_round(case, 2)
+        for agent, value in zip(agents, (1.0, 3.0), strict=True):
+            agent.upload(manifest, agent.constant(value))
+        n_kills = 0
+        while case.federation.status().newest_release == 0:
+            with monkeypatch.context() as patch:
+                kill_after_first_write(patch, case.federation._store)
+                with pytest.raises(KilledError):
+                    case.federation.advance()
+            n_kills += 1
+            case.restart()
+        assert n_kills >= 4  # unmasked, filtered, gated, published
+        releases = case.federation.releases
+        moved = releases.vector(releases.get(1)) - releases.vector(releases.get(0))
+        np.testing.assert_allclose(moved, 2.0, rtol=1e-5)
+        assert releases.get(1).aggregation.n_agents == 2
+        assert releases.verify() == 1
+
+
+class KilledError(BaseException):
+    """As if the process had ended here."""
+
+
+def kill_after_first_write(patch: pytest.MonkeyPatch, store: Store) -> None:
+    from contextlib import contextmanager
+
+    writing = store._database.writing
+
+    @contextmanager
+    def once():
+        with writing() as connection:
+            yield connection
+        raise KilledError
+
+    patch.setattr(store._database, "writing", once)
+
+
+def test_a_round_number_has_one_manifest_digest(make_case, start_round, make_agents):
+    case = make_case(cohort_target=2)
+    (agent, *_), manifest = start_round(case, 2)
+    for _ in range(3):
+        make_agents(case, 1)
+        case.advance(5)
+        case.restart()
+        again: RoundManifest | None = agent.round()
+        assert again is not None
+        assert (again.round, again.digest()) == (1, manifest.digest())

@@ -1,0 +1,129 @@
+"""Keys and documents that the tests of several packages need; every call makes valid ones."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from protocol.manifest import (
+    AggregationReport,
+    BaseBlock,
+    BlobRef,
+    FederationManifest,
+    FilterReport,
+    LoraBlock,
+    Release,
+    RoundManifest,
+    RoundsBlock,
+    TrainingBlock,
+    Verdict,
+)
+from protocol.signing import Signer
+
+NOW = 1_800_000_000.0
+
+
+@pytest.fixture
+def server_key() -> Signer:
+    return Signer.from_private_bytes(bytes(range(32)))
+
+
+@pytest.fixture
+def agent_key() -> Signer:
+    return Signer.from_private_bytes(bytes(range(32, 64)))
+
+
+@pytest.fixture
+def make_manifest(server_key: Signer) -> Callable[..., FederationManifest]:
+    def make(**changes: Any) -> FederationManifest:
+        values = {
+            "federation": bytes(range(16)),
+            "name": "Test",
+            "server": server_key.identity,
+            "registrar": server_key.identity,
+            "registrar_held_by_server": True,
+            "created_at": NOW,
+            "base": BaseBlock(
+                model="synthetic/tiny",
+                source_dtype="bfloat16",
+                fingerprint=bytes([1]) * 32,
+                tokenizer_digest=bytes([2]) * 32,
+            ),
+            "lora": LoraBlock(rank=4, alpha=8.0, target_modules=("q_proj", "v_proj"), init_seed=7),
+            "layout": bytes([3]) * 32,
+            "training": TrainingBlock(local_steps=10, learning_rate=1e-3),
+            "rounds": RoundsBlock(n_rounds=3, cohort_target=2, min_cohort=1),
+        }
+        return FederationManifest(**{**values, **changes})
+
+    return make
+
+
+@pytest.fixture
+def make_release(
+    make_manifest: Callable[..., FederationManifest],
+) -> Callable[..., Release]:
+    """Release 0, or one that follows `after`."""
+
+    def make(
+        manifest: FederationManifest | None = None, *, after: Release | None = None, **changes: Any
+    ) -> Release:
+        manifest = manifest or make_manifest()
+        number = 0 if after is None else after.number + 1
+        blob = BlobRef(sha256=bytes([number]) * 32, n_bytes=100)
+        values = {
+            "federation": manifest.federation,
+            "number": number,
+            "round": number,
+            "previous": None if after is None else after.digest(),
+            "federation_digest": manifest.digest(),
+            "round_digest": None if after is None else bytes([4]) * 32,
+            "adapter": blob,
+            "sent": blob,
+            "config": blob,
+            "accepted": (),
+            "rejected": (),
+            "aggregation": AggregationReport(
+                rule="none" if after is None else "fedavg", n_cells=0, n_agents=0, update_norm=0.0
+            ),
+            "filter": FilterReport(rule="none", n_cells=0, n_rejected=0),
+            "verdict": Verdict(rule="none", accepted=True),
+            "created_at": NOW,
+        }
+        return Release(**{**values, **changes})
+
+    return make
+
+
+@pytest.fixture
+def make_round(
+    make_manifest: Callable[..., FederationManifest], make_release: Callable[..., Release]
+) -> Callable[..., RoundManifest]:
+    """A round that starts from `release`."""
+
+    def make(
+        manifest: FederationManifest | None = None,
+        release: Release | None = None,
+        **changes: Any,
+    ) -> RoundManifest:
+        manifest = manifest or make_manifest()
+        release = release or make_release(manifest)
+        values = {
+            "federation": manifest.federation,
+            "federation_digest": manifest.digest(),
+            "round": release.number + 1,
+            "release": release.number,
+            "release_digest": release.digest(),
+            "sent": release.sent,
+            "selection_seed": bytes([5]) * 32,
+            "cohort_size": 2,
+            "schedule_start": 0.0,
+            "schedule_end": 0.5,
+            "update_n_bytes": 400,
+            "opened_at": NOW,
+            "deadline_at": NOW + 3600.0,
+            "cap_at": NOW + 7200.0,
+        }
+        return RoundManifest(**{**values, **changes})
+
+    return make
