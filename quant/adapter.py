@@ -24,6 +24,7 @@ from protocol.base_description import BaseDescription
 from protocol.layout import VectorLayout
 from protocol.manifest import BaseBlock, Factor, FederationManifest, LoraBlock, Release
 from quant.errors import AdapterError
+from quant.tiny import EMBEDDED_NAME
 
 Float32Array = NDArray[np.float32]
 AdapterArrays = dict[str, Float32Array]
@@ -99,8 +100,9 @@ def initial_adapter(base: BaseDescription, lora: LoraBlock) -> AdapterArrays:
         if factor_of(name) is Factor.A:
             stream = np.random.SeedSequence([lora.init_seed, *name.encode()])
             bound = 1.0 / np.sqrt(shape[1])
-            values = np.random.Generator(np.random.PCG64(stream)).uniform(-bound, bound, shape)
-            arrays[name] = values.astype(np.float32)
+            # Not `uniform`, whose multiplication and addition some machines round as one.
+            unit = np.random.Generator(np.random.PCG64(stream)).random(shape)
+            arrays[name] = ((2.0 * unit - 1.0) * bound).astype(np.float32)
         else:
             arrays[name] = np.zeros(shape, np.float32)
     return arrays
@@ -234,13 +236,21 @@ tags: [lora, federated, sheepfold]
 | Release digest | `{release.digest().hex()}` |
 
 ```python
-from peft import PeftModel
-from transformers import AutoModelForCausalLM
-
-base = AutoModelForCausalLM.from_pretrained({json.dumps(manifest.base.model)})
-model = PeftModel.from_pretrained(base, "this-folder")
+{_loading_code(manifest.base.model)}
 ```
 """
+
+
+def _loading_code(model: str) -> str:
+    if model == EMBEDDED_NAME:
+        first, where = "from quant.tiny import tiny_base_path\n", "tiny_base_path()"
+    else:
+        first, where = "", json.dumps(model)
+    return (
+        f"from peft import PeftModel\n{first}from transformers import AutoModelForCausalLM\n\n"
+        f"base = AutoModelForCausalLM.from_pretrained({where})\n"
+        'model = PeftModel.from_pretrained(base, "this-folder")'
+    )
 
 
 def write_folder(folder: Path, *, weights: bytes, config: bytes, card: str) -> None:

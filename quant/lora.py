@@ -15,6 +15,7 @@ The per-example gradients leave out only the sum over b: the same products, summ
 cost 4 bytes a parameter for each example in flight and no further pass.
 """
 
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -141,9 +142,11 @@ class AdaptedModel:
             bias="none",
             task_type="CAUSAL_LM",
         )
-        self.model: PeftModel = cast(
-            "PeftModel", get_peft_model(base.model, config, autocast_adapter_dtype=False)
-        )
+        with warnings.catch_warnings():
+            # peft 0.21 asks for checkpointing by a name that transformers 5 deprecates.
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+            peft_model = get_peft_model(base.model, config, autocast_adapter_dtype=False)
+        self.model = cast("PeftModel", peft_model)
         self.factors: dict[str, torch.nn.Parameter] = {}
         for layer in self._adapted_layers():
             self.factors[tensor_name(layer.name, Factor.A)] = layer.a

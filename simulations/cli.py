@@ -1,7 +1,6 @@
 """`sheepfold-sim`: the laboratory's commands."""
 
 import json
-import logging
 import sys
 from pathlib import Path
 from typing import Annotated, Final
@@ -13,6 +12,7 @@ from edge_agent.errors import AgentError
 from protocol.errors import ProtocolError
 from protocol.manifest import Factor
 from quant.errors import QuantError
+from quant.quiet import quiet_libraries
 from simulations.errors import SimulationError
 
 app = typer.Typer(
@@ -29,8 +29,7 @@ console: Final = Console(stderr=True)
 
 def main() -> None:
     """Run the command line; errors of ours are one sentence and exit code 1."""
-    # It announces at import, to everyone, that it did not find a package that we keep out.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    quiet_libraries()
     try:
         app()
     except (SimulationError, AgentError, QuantError, ProtocolError) as error:

@@ -30,8 +30,8 @@ from protocol.messages import FederationStatus
 from quant.adapter import AdapterArrays, adapter_shapes, from_safetensors
 from quant.base_model import LoadedBase, load_base, set_threads
 from quant.lora import AdaptedModel
-from quant.tiny.instructions import make_records
-from quant.tiny.world import make_world
+from quant.tiny.instructions import Category, make_records
+from quant.tiny.world import Split, make_world
 from simulations.errors import OutputError, ProcessError
 from simulations.measuring import MeasureJob, Measurement, measure_all
 from simulations.processes import Process, command_of, run_command, start_server
@@ -47,12 +47,12 @@ _N_LOOP_RECORDS: Final = 6
 class DemoRecipe:
     """The demo's federation; found by measurement, see docs/LOG.md."""
 
-    categories: tuple[tuple[str, ...], ...] = (
-        ("brainstorming", "classification"),
-        ("closed_qa", "creative_writing"),
-        ("general_qa", "information_extraction"),
-        ("open_qa",),
-        ("summarization",),
+    categories: tuple[tuple[Category, ...], ...] = (
+        (Category.BRAINSTORMING, Category.CLASSIFICATION),
+        (Category.CLOSED_QA, Category.CREATIVE_WRITING),
+        (Category.GENERAL_QA, Category.INFORMATION_EXTRACTION),
+        (Category.OPEN_QA, Category.SUMMARIZATION),
+        (Category.CLOSED_QA, Category.OPEN_QA),
     )
     n_per_category: int = 200
     n_held_out: int = 25
@@ -148,7 +148,7 @@ class AgentView:
     """An agent as the live view shows it."""
 
     number: int
-    categories: tuple[str, ...]
+    categories: tuple[Category, ...]
     n_records: int
     activity: str
     bytes_sent: int
@@ -204,14 +204,14 @@ def write_data(folder: DemoFolder, recipe: DemoRecipe) -> None:
         rows = make_records(
             world,
             n_per_category=recipe.n_per_category,
-            split="train",
+            split=Split.TRAIN,
             rng=rng,
             categories=categories,
         )
         _write_jsonl(folder.records(number), rows)
     for seed in recipe.evaluation_seeds:
         rng = np.random.Generator(np.random.PCG64(seed))
-        rows = make_records(world, n_per_category=recipe.n_held_out, split="test", rng=rng)
+        rows = make_records(world, n_per_category=recipe.n_held_out, split=Split.TEST, rng=rng)
         _write_jsonl(folder.held_out(seed), rows)
 
 
@@ -380,7 +380,7 @@ class _Watcher:
         self.arrays = (*self.arrays[:1], arrays)
         self._last = release
 
-    def _agent(self, number: int, categories: tuple[str, ...]) -> AgentView:
+    def _agent(self, number: int, categories: tuple[Category, ...]) -> AgentView:
         home = self._folder.agent(number)
         activity, n_bytes = "starting", 0
         if home.journal_path.exists():

@@ -1,6 +1,5 @@
 """What the demo shows: a live view, a table, a figure, answers side by side, JSON."""
 
-import math
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
@@ -157,13 +156,14 @@ def table(result: DemoResult) -> Table:
     models = (result.base, *result.local, result.federated, result.centralised)
     shown = Table(
         title=f"Exact match on held-out records, {len(result.recipe.evaluation_seeds)} draws, %",
-        caption="Average counts categories alike; ± is the standard deviation over the draws.\n"
-        "A star marks an agent's own categories.",
+        caption="1 to 5: an agent alone; fed: the federation; central: all data in one place.\n"
+        "* its own categories. Average counts categories alike; ± standard deviation over draws.",
     )
-    shown.add_column("category")
+    shown.add_column("category", no_wrap=True)
     for found in models:
         style = "bold green" if found is result.federated else ""
-        shown.add_column(found.name, justify="right", style=style)
+        short = found.name.removeprefix("agent ").removesuffix("eration").removesuffix("ised")
+        shown.add_column(short, justify="right", style=style, no_wrap=True)
     for category in result.base.score.by_category("exact_match"):
         cells = []
         for found in models:
@@ -179,7 +179,7 @@ def table(result: DemoResult) -> Table:
         ("loss", "loss", 1, 2),
     ):
         cells = [
-            f"{scale * found.score.average(measure):.{digits}f} "
+            f"{scale * found.score.average(measure):.{digits}f}\n"
             f"±{scale * found.score.spread(measure):.{max(1, digits)}f}"
             for found in models
         ]
@@ -227,21 +227,27 @@ def draw(result: DemoResult, path: Path) -> None:
     groups = [*result.base.score.by_category("exact_match"), "average"]
     series = (
         ("base", [result.base], _GREY),
-        ("best agent alone", list(result.local), _ORANGE),
+        ("agents alone: mean, and each", list(result.local), _ORANGE),
         ("federation", [result.federated], _BLUE),
         ("all data in one place", [result.centralised], _GREEN),
     )
     width = 0.8 / len(series)
     for index, (label, models, colour) in enumerate(series):
-        heights = [100 * max(_value(found, group) for found in models) for group in groups]
         at = [position + (index - 1.5) * width for position in range(len(groups))]
-        best = max(models, key=lambda found: found.score.average("exact_match"))
-        errors = [math.nan] * (len(groups) - 1) + [100 * best.score.spread("exact_match")]
-        bars.bar(at, heights, width, label=label, color=colour, yerr=errors, capsize=2)
+        shares = [[100 * _value(found, group) for found in models] for group in groups]
+        means = [sum(group) / len(group) for group in shares]
+        bars.bar(at, means, width, label=label, color=colour)
+        if len(models) > 1:
+            for x, group in zip(at, shares, strict=True):
+                bars.plot([x] * len(group), group, "k.", markersize=3)
+        else:
+            spread = 100 * models[0].score.spread("exact_match")
+            bars.errorbar(at[-1], means[-1], yerr=spread, color="black", capsize=2)
     bars.set_xticks(range(len(groups)), [g.replace("_", "\n") for g in groups], fontsize=8)
     bars.set_ylabel("exact match, %")
-    bars.set_title("Held-out records by category (best agent alone: the best in each category)")
-    bars.legend(fontsize=8)
+    bars.set_ylim(0, 118)
+    bars.set_title("Held-out records by category")
+    bars.legend(fontsize=8, ncol=len(series), loc="upper center")
     curve.plot(range(len(result.losses)), result.losses, marker="o", color=_BLUE)
     curve.axhline(
         min(found.score.average("loss") for found in result.local),

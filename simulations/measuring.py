@@ -14,6 +14,7 @@ from protocol.wire import parse
 from quant.adapter import AdapterArrays
 from quant.base_model import load_base, set_threads
 from quant.lora import AdaptedModel
+from quant.quiet import quiet_libraries
 from simulations.yardsticks import ModelScore, score, train_in_one_place
 
 _N_PROCESSES: Final = 2
@@ -81,7 +82,7 @@ def measure_all(
     """
     found: dict[str, Measurement] = {}
     context = multiprocessing.get_context("spawn")  # a fork of a process with threads may hang
-    with ProcessPoolExecutor(_N_PROCESSES, mp_context=context) as pool:
+    with ProcessPoolExecutor(_N_PROCESSES, mp_context=context, initializer=quiet_libraries) as pool:
         futures = [pool.submit(_measure_in_child, job, tuple(held_out)) for job in jobs]
         for number, future in enumerate(as_completed(futures), start=1):
             measurement = future.result()

@@ -85,7 +85,7 @@ class Process:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,  # Ctrl-C reaches the parent alone, which stops them in order
+                start_new_session=True,  # Ctrl-C reaches the parent alone, which stops it in order
             )
         return cls(name=name, popen=popen, log=log)
 
