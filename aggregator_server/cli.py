@@ -354,7 +354,7 @@ def _sentences() -> Iterator[None]:
 def _embedded_base() -> Path:
     from quant.tiny import tiny_base_path
 
-    return Path(tiny_base_path()) / "base.json"
+    return tiny_base_path() / "base.json"
 
 
 def _names(text: str | None) -> tuple[str, ...] | None:

@@ -8,7 +8,7 @@ from protocol.limits import PART_BYTES
 from protocol.manifest import RoundManifest, RoundsBlock
 
 
-class Verdict(Enum):
+class Ending(Enum):
     """What becomes of an open round now."""
 
     WAIT = "wait"
@@ -18,9 +18,9 @@ class Verdict(Enum):
 
 @dataclass(frozen=True, kw_only=True)
 class Decision:
-    """A verdict with its reason, in words for people."""
+    """An ending with its reason, in words for people."""
 
-    verdict: Verdict
+    ending: Ending
     reason: str
 
 
@@ -33,7 +33,7 @@ def decide(
 ) -> Decision:
     """Whether an open round goes on, closes or fails.
 
-    | Situation | Verdict |
+    | Situation | Ending |
     | --- | --- |
     | `cohort_target` uploads | close |
     | every place that is held has an upload, `min_cohort` reached | close |
@@ -51,20 +51,20 @@ def decide(
     n = progress.n_accepted
     enough = n >= rules.min_cohort
     if n >= rules.cohort_target:
-        return Decision(verdict=Verdict.CLOSE, reason=f"{n} uploads, the target")
+        return Decision(ending=Ending.CLOSE, reason=f"{n} uploads, the target")
     if enough and progress.n_open == 0:
-        return Decision(verdict=Verdict.CLOSE, reason=f"all {n} that could upload have")
+        return Decision(ending=Ending.CLOSE, reason=f"all {n} that could upload have")
     if now < manifest.deadline_at:
-        return Decision(verdict=Verdict.WAIT, reason="before the deadline")
+        return Decision(ending=Ending.WAIT, reason="before the deadline")
     if now < manifest.cap_at and any(
         _moves(upload, manifest, rate=rules.min_upload_bytes_per_s, now=now)
         for upload in progress.receiving
     ):
-        return Decision(verdict=Verdict.WAIT, reason="an upload is moving")
+        return Decision(ending=Ending.WAIT, reason="an upload is moving")
     if enough:
-        return Decision(verdict=Verdict.CLOSE, reason=f"{n} uploads at the deadline")
+        return Decision(ending=Ending.CLOSE, reason=f"{n} uploads at the deadline")
     return Decision(
-        verdict=Verdict.FAIL, reason=f"too few uploads: {n} of at least {rules.min_cohort}"
+        ending=Ending.FAIL, reason=f"too few uploads: {n} of at least {rules.min_cohort}"
     )
 
 

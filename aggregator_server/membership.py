@@ -2,6 +2,7 @@
 
 import secrets
 import threading
+from typing import Final
 
 from aggregator_server.charter import Charter
 from aggregator_server.config import Enrolment as EnrolmentPolicy
@@ -31,9 +32,9 @@ from protocol.transport_signing import (
 )
 from protocol.wire import b64u_encode, parse
 
-_SEEN_EVERY_S = 5.0
-_STALE_RETRY_S = 1.0
-_NO_INVITE = "a valid invite with a use left is needed to join; ask the operator for one"
+_SEEN_EVERY_S: Final = 5.0
+_STALE_RETRY_S: Final = 1.0
+_NO_INVITE: Final = "a valid invite with a use left is needed to join; ask the operator for one"
 
 
 class Membership:

@@ -17,8 +17,7 @@ import structlog
 from aggregator_server.aggregation.fedavg import apply_mean, average
 from aggregator_server.blobs import Blobs
 from aggregator_server.charter import Charter
-from aggregator_server.closing import Verdict as ClosingVerdict
-from aggregator_server.closing import decide
+from aggregator_server.closing import Ending, decide
 from aggregator_server.errors import (
     BlobError,
     BlobMissingError,
@@ -103,9 +102,9 @@ class Open:
                 self._store.rounds.select(row.number, drawn)
                 progress = self._store.rounds.progress(row.number)
         decision = decide(self._rules, manifest, progress, now=now)
-        if decision.verdict is ClosingVerdict.WAIT:
+        if decision.ending is Ending.WAIT:
             return None
-        if decision.verdict is ClosingVerdict.FAIL:
+        if decision.ending is Ending.FAIL:
             return Found(
                 event=RoundEvent.FAIL, failure=decision.reason, n_accepted=progress.n_accepted
             )
@@ -134,9 +133,8 @@ class Filtered:
 
     name = RoundPhase.FILTERED
 
-    def work(self, row: RoundRow) -> Found | None:
+    def work(self, row: RoundRow) -> Found | None:  # noqa: ARG002 - every phase is given its round
         """Let the candidate pass."""
-        _log.debug("no gate", round=row.number)
         verdict = Verdict(rule="none", accepted=True)
         return Found(event=RoundEvent.GATE_PASSED, verdict=verdict.canonical().decode("ascii"))
 

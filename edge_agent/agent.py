@@ -25,6 +25,7 @@ from edge_agent.errors import (
     RefusedError,
     TrainingError,
     TrainingStoppedError,
+    TransportError,
     TrustError,
 )
 from edge_agent.home import AgentHome
@@ -199,8 +200,7 @@ class Agent:
         while not self._wishes.stopping():
             reason = self._wishes.reason_to_wait()
             if reason is not None:
-                self._say("waiting", reason)
-                self._clock.sleep(_WAIT_SLICE_S)
+                self._wait_out(reason)
                 continue
             try:
                 pause_s = self._turn()
@@ -211,7 +211,7 @@ class Agent:
                 self._wait(pause_s)
             except TrainingStoppedError:
                 return
-            except RefusedError as error:
+            except TransportError as error:
                 if self._wishes.stopping():
                     return
                 self._after_refusal(error)
@@ -236,16 +236,23 @@ class Agent:
                 self._wait(retry_after_s)
         return None
 
+    def _wait_out(self, reason: str) -> None:
+        # Told once, not at every look: each telling is a write that reaches the disk.
+        self._say("waiting", reason)
+        while not self._wishes.stopping() and self._wishes.reason_to_wait() == reason:
+            self._clock.sleep(_WAIT_SLICE_S)
+
     def _wait(self, duration_s: float) -> None:
         until = self._clock.monotonic() + duration_s
         while not self._wishes.stopping() and self._clock.monotonic() < until:
             self._clock.sleep(min(_WAIT_SLICE_S, max(0.0, until - self._clock.monotonic())))
 
-    def _after_refusal(self, error: RefusedError) -> None:
-        if error.document.advice is Advice.DISCARD:
-            self._abandon_open_part(error.document.title)
-            return
-        raise error
+    def _after_refusal(self, error: TransportError) -> None:
+        """Drop the round's work when that is the advice; where there is none, the owner is told."""
+        discard = isinstance(error, RefusedError) and error.document.advice is Advice.DISCARD
+        if not discard or self._journal.open_part() is None:
+            raise error
+        self._abandon_open_part(str(error))
 
     def _abandon_open_part(self, note: str) -> None:
         part = self._journal.open_part()
@@ -297,9 +304,12 @@ class Agent:
         return release, arrays
 
     def _last_accepted(self) -> tuple[int, AdapterArrays]:
-        """The adapter that this agent last trained from, or release 0."""
-        parts = self._journal.parts()
-        number = parts[-1].manifest.body.release if parts else 0
+        """The adapter that this agent last trained from, or release 0.
+
+        A part that was only begun does not count: its release may be the one to be checked.
+        """
+        trained = [part for part in self._journal.parts() if part.header is not None]
+        number = trained[-1].manifest.body.release if trained else 0
         release = self._journal.release(number)
         if release is None:  # cannot be: the chain was followed from release 0 on
             msg = f"release {number} is not in the verified chain"
@@ -312,16 +322,16 @@ class Agent:
         kept = {newest.sent.sha256.hex()}
         if first is not None:
             kept.add(first.adapter.sha256.hex())
-        for path in self._home.cache.iterdir():
+        for path in self._home.cached_files():
             if path.name not in kept:
                 path.unlink()
 
     def _arrays_of(self, release: Release) -> AdapterArrays:
         path = self._transport.fetch(release.sent, self._home.cache)
-        if release.sent == release.adapter:
-            return from_safetensors(path.read_bytes(), self._shapes)
         sent_shapes = {slot.name: slot.shape for slot in self._layout.slots}
-        arrays = dict(from_safetensors(path.read_bytes(), sent_shapes))
+        arrays = from_safetensors(path.read_bytes(), sent_shapes)
+        if release.sent == release.adapter and len(sent_shapes) == len(self._shapes):
+            return arrays
         first = self._journal.release(0)
         if first is None:  # cannot be: the chain begins with release 0
             msg = "the chain does not begin with release 0"
@@ -357,6 +367,10 @@ class Agent:
         if newest is None:  # cannot be: `_turn` followed the chain up to the round's release
             msg = "a round before the first release"
             raise TrustError(msg)
+        if signed.body.release < newest.number:
+            # The round closed between this agent's poll and its look at the chain: poll again.
+            self._say("waiting", f"round {signed.body.round} closed meanwhile")
+            return
         round_manifest = check_round(
             signed,
             self._manifest,
@@ -367,13 +381,16 @@ class Agent:
         open_part = self._journal.open_part()
         if open_part is not None and open_part.round != round_manifest.round:
             self._abandon_open_part(f"round {round_manifest.round} began")
+        elif open_part is not None and open_part.manifest != signed:
+            msg = f"round {round_manifest.round} is refused: it was begun under another manifest"
+            raise TrustError(msg)
         part = self._journal.begin_part(signed, now=self._clock.now())
         try:
             self._train(part)
         except TrainingStoppedError:
             self._say("stopped", f"round {part.round} is kept and goes on at the next start")
             raise
-        except (TrainingError, DataError) as error:
+        except (TrainingError, DataError, TrustError) as error:
             self._withdraw(part, error)
             raise
 
@@ -441,6 +458,8 @@ class Agent:
         reason = WithdrawalReason.TRAINING_FAILED
         if isinstance(error, OutOfMemoryError):
             reason = WithdrawalReason.OUT_OF_MEMORY
+        elif isinstance(error, TrustError):
+            reason = WithdrawalReason.REFUSED_BY_POLICY
         withdrawal = Withdrawal(
             federation=self._manifest.federation,
             round=part.round,
@@ -449,7 +468,11 @@ class Agent:
         )
         self._journal.move_part(part, AgentEvent.ABANDON, now=self._clock.now(), note=str(error))
         self._discard_files(part)
-        self._transport.withdraw(sign(self._signer, "withdrawal", withdrawal).signed)
+        self._say("withdrawn", f"round {part.round}: {error}")
+        try:
+            self._transport.withdraw(sign(self._signer, "withdrawal", withdrawal).signed)
+        except TransportError as unheard:  # the caller raises what matters to the owner
+            self._say("withdrawn", f"round {part.round}: the server was not told: {unheard}")
 
     # The upload
 
@@ -481,6 +504,9 @@ class Agent:
         status = self._transport.begin_upload(signed)
         if status.state is UploadState.ACCEPTED:
             return True
+        if any(index >= header.n_parts for index in status.missing):
+            msg = f"the server asks for part {max(status.missing)} of {header.n_parts} of an upload"
+            raise TrustError(msg)
         try:
             with self._body_path(part).open("rb") as file:
                 for index in status.missing:

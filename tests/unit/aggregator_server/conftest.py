@@ -1,5 +1,6 @@
 """A federation on a synthetic base, a clock moved by hand, and agents that speak HTTP."""
 
+import logging
 import secrets
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -8,6 +9,7 @@ from pathlib import Path
 import httpx2
 import numpy as np
 import pytest
+import structlog
 from fastapi.testclient import TestClient
 
 from aggregator_server.app import create_app
@@ -228,6 +230,15 @@ class FakeAgent:
 
     def constant(self, value: float) -> np.ndarray:
         return np.full(self.case.federation.charter.layout.n_values, value, np.float32)
+
+
+@pytest.fixture(autouse=True)
+def own_logs() -> Iterator[None]:
+    """Whatever a test sets up for its logs ends with it."""
+    handlers = list(logging.root.handlers)
+    yield
+    structlog.reset_defaults()
+    logging.root.handlers[:] = handlers
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 import pytest
 
-from aggregator_server.closing import Verdict, decide
+from aggregator_server.closing import Ending, decide
 from aggregator_server.store.rows import RoundProgress, UploadProgress
 from protocol.limits import PART_BYTES
 from protocol.manifest import BlobRef, RoundManifest, RoundsBlock
@@ -60,34 +60,34 @@ LATE = uploading(started_at=DEADLINE + 1, n_bytes_received=0)
 
 
 @pytest.mark.parametrize(
-    ("state", "now", "verdict"),
+    ("state", "now", "ending"),
     [
-        (progress(3, n_open=2), OPENED, Verdict.WAIT),
-        (progress(4, n_open=1), OPENED, Verdict.CLOSE),
-        (progress(5, n_open=0), OPENED, Verdict.CLOSE),
-        (progress(2, n_open=0), OPENED, Verdict.CLOSE),
-        (progress(1, n_open=0), OPENED, Verdict.WAIT),
-        (progress(0, n_open=0), OPENED, Verdict.WAIT),
-        (progress(2, n_open=3), DEADLINE - 1, Verdict.WAIT),
-        (progress(2, n_open=3), DEADLINE, Verdict.CLOSE),
-        (progress(1, n_open=4), DEADLINE, Verdict.FAIL),
-        (progress(2, n_open=3, receiving=MOVING), DEADLINE, Verdict.WAIT),
-        (progress(1, n_open=3, receiving=MOVING), DEADLINE, Verdict.WAIT),
-        (progress(1, n_open=3, receiving=STALLED), DEADLINE, Verdict.FAIL),
-        (progress(2, n_open=3, receiving=STALLED), DEADLINE, Verdict.CLOSE),
-        (progress(2, n_open=3, receiving=LATE), DEADLINE + 2, Verdict.CLOSE),
-        (progress(2, n_open=3, receiving=MOVING), CAP, Verdict.CLOSE),
-        (progress(1, n_open=3, receiving=MOVING), CAP, Verdict.FAIL),
+        (progress(3, n_open=2), OPENED, Ending.WAIT),
+        (progress(4, n_open=1), OPENED, Ending.CLOSE),
+        (progress(5, n_open=0), OPENED, Ending.CLOSE),
+        (progress(2, n_open=0), OPENED, Ending.CLOSE),
+        (progress(1, n_open=0), OPENED, Ending.WAIT),
+        (progress(0, n_open=0), OPENED, Ending.WAIT),
+        (progress(2, n_open=3), DEADLINE - 1, Ending.WAIT),
+        (progress(2, n_open=3), DEADLINE, Ending.CLOSE),
+        (progress(1, n_open=4), DEADLINE, Ending.FAIL),
+        (progress(2, n_open=3, receiving=MOVING), DEADLINE, Ending.WAIT),
+        (progress(1, n_open=3, receiving=MOVING), DEADLINE, Ending.WAIT),
+        (progress(1, n_open=3, receiving=STALLED), DEADLINE, Ending.FAIL),
+        (progress(2, n_open=3, receiving=STALLED), DEADLINE, Ending.CLOSE),
+        (progress(2, n_open=3, receiving=LATE), DEADLINE + 2, Ending.CLOSE),
+        (progress(2, n_open=3, receiving=MOVING), CAP, Ending.CLOSE),
+        (progress(1, n_open=3, receiving=MOVING), CAP, Ending.FAIL),
     ],
 )
-def test_an_open_round_ends_by_the_table(state, now, verdict):
-    assert decide(RULES, MANIFEST, state, now=now).verdict is verdict
+def test_an_open_round_ends_by_the_table(state, now, ending):
+    assert decide(RULES, MANIFEST, state, now=now).ending is ending
 
 
 def test_an_upload_moves_while_it_keeps_the_least_rate_counting_the_part_on_its_way():
     elapsed_s = PART_BYTES / RATE
     started_at = DEADLINE - 1
-    for extra_s, verdict in ((-1, Verdict.WAIT), (1, Verdict.FAIL)):
+    for extra_s, ending in ((-1, Ending.WAIT), (1, Ending.FAIL)):
         now = started_at + 2 * elapsed_s + extra_s
         state = progress(
             1,
@@ -95,7 +95,7 @@ def test_an_upload_moves_while_it_keeps_the_least_rate_counting_the_part_on_its_
             receiving=uploading(started_at=started_at, n_bytes_received=PART_BYTES),
         )
         manifest = MANIFEST.model_copy(update={"cap_at": now + 1})
-        assert decide(RULES, manifest, state, now=now).verdict is verdict
+        assert decide(RULES, manifest, state, now=now).ending is ending
 
 
 def test_a_failure_says_how_many_were_needed():

@@ -1,9 +1,12 @@
 """The real process, killed with SIGKILL in the middle of an upload."""
 
+import datetime
+import ipaddress
 import json
 import os
 import secrets
 import signal
+import ssl
 import subprocess
 import sys
 import time
@@ -14,6 +17,10 @@ from pathlib import Path
 import httpx2
 import numpy as np
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 from aggregator_server.federation import open_federation
 from protocol.limits import NONCE_BYTES, PART_BYTES
@@ -46,23 +53,24 @@ class ServerProcess:
     ready_after_s: float
 
     @classmethod
-    def start(cls, directory: Path) -> "ServerProcess":
+    def start(cls, directory: Path, *flags: str) -> "ServerProcess":
         ready = directory.parent / f"ready-{secrets.token_hex(4)}.json"
         started = time.monotonic()
         process = subprocess.Popen(
             [sys.executable, "-c", MAIN, "serve", str(directory), "--port", "0",
-             "--json", str(ready)],
+             "--json", str(ready), *flags],
             stdout=subprocess.PIPE,
         )  # fmt: skip
         assert process.stdout is not None
         line = process.stdout.readline().decode()
-        assert line.startswith("ready http://127.0.0.1:"), line
+        assert line.startswith("ready http"), line
         listening = json.loads(ready.read_text())
         return cls(directory, process, listening["url"], time.monotonic() - started)
 
     def kill(self) -> None:
-        self.process.kill()
-        self.process.communicate()
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.communicate()
 
     def stop(self) -> int:
         self.process.send_signal(signal.SIGTERM)
@@ -230,6 +238,38 @@ def test_a_server_that_is_asked_to_stop_answers_its_long_polls_and_exits_0(found
     poll.join(20)
     assert time.monotonic() - started < 8
     assert parse(TaskReply, answers[0]).task.kind == "wait"
+
+
+def make_certificate(folder: Path) -> tuple[Path, Path]:
+    """A certificate for 127.0.0.1 that signs itself, and its key."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "localhost")])
+    now = datetime.datetime.now(datetime.UTC)
+    address = x509.IPAddress(ipaddress.ip_address("127.0.0.1"))
+    certificate = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(1)
+        .not_valid_before(now - datetime.timedelta(hours=1))
+        .not_valid_after(now + datetime.timedelta(hours=1))
+        .add_extension(x509.SubjectAlternativeName([address]), critical=False)
+        .sign(key, hashes.SHA256())
+    )
+    paths = folder / "cert.pem", folder / "key.pem"
+    paths[0].write_bytes(certificate.public_bytes(Encoding.PEM))
+    paths[1].write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    return paths
+
+
+def test_tls_is_served_with_the_operators_certificate(founded, serve, tmp_path):
+    certificate, key = make_certificate(tmp_path)
+    server = ServerProcess.start(founded, "--tls-cert", str(certificate), "--tls-key", str(key))
+    serve.append(server)
+    assert server.url.startswith("https://127.0.0.1:")
+    context = ssl.create_default_context(cafile=str(certificate))
+    assert httpx2.get(f"{server.url}/healthz", verify=context).text == "ok\n"
 
 
 def open_layout_n_values(directory: Path) -> int:

@@ -316,19 +316,28 @@ class TestAggregation:
         assert "not finite" in row.failure
         assert case.federation.status().newest_release == 1
 
-    def test_the_order_of_arrival_does_not_change_the_release(self, make_case, start_round):
-        from aggregator_server.aggregation.fedavg import average
-
+    def test_cells_are_summed_by_transcript_and_not_by_arrival(
+        self, make_case, start_round, monkeypatch
+    ):
         case = make_case(cohort_target=3)
         agents, manifest = start_round(case, 3)
-        for agent, value in zip(agents, (1e8, 1.0, -1e8), strict=True):
-            agent.upload(manifest, agent.constant(value))
-        cells = case.federation._store.uploads.cells(1)
-        assert [cell.transcript for cell, _ in cells] == sorted(
-            cell.transcript for cell, _ in cells
+        for agent in agents:
+            agent.upload(manifest, agent.constant(1))
+        loaded = []
+        load = case.federation.uploads.load
+        monkeypatch.setattr(
+            case.federation.uploads,
+            "load",
+            lambda upload: (loaded.append(upload.id), load(upload))[1],
         )
-        sums = (case.federation.uploads.load(upload) for _, upload in cells)
-        assert average(sums, n_values=manifest.update_n_bytes // 4).n_cells == 3
+        case.advance()
+        release = case.federation.releases.newest()
+        transcripts = [ref.transcript for ref in release.accepted]
+        assert transcripts == sorted(transcripts)
+        by_upload = {
+            upload.id: cell.transcript for cell, upload in case.federation._store.uploads.cells(1)
+        }
+        assert [by_upload[upload] for upload in loaded] == transcripts
 
 
 class TestFaults:
