@@ -94,6 +94,21 @@ def check_releases(
     return verified
 
 
+def check_first_release(
+    manifest: FederationManifest, releases: Iterable[Signed[Release]]
+) -> Release:
+    """Release 0, with which every chain begins.
+
+    Raises:
+        TrustError: The server shows none, or its checks fail.
+    """
+    verified = check_releases(manifest, None, releases)
+    if not verified:
+        msg = "the server shows no release; a federation begins with release 0"
+        raise TrustError(msg)
+    return verified[0]
+
+
 def check_round(
     signed: Signed[RoundManifest],
     manifest: FederationManifest,
@@ -156,7 +171,8 @@ def check_change(
     """
     limit = max_tensor_change_norm * n_releases
     for name, array in after.items():
-        change = float(np.linalg.norm((array - before[name]).astype(np.float64)))
+        # In float64: a difference of two finite float32 values may be infinite in float32.
+        change = float(np.linalg.norm(array.astype(np.float64) - before[name]))
         if change > limit:
             msg = (
                 f"the received adapter changed {name!r} by {change:.3g}, above the limit of "

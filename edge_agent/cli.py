@@ -1,15 +1,14 @@
 """`sheepfold-agent`: what a volunteer types."""
 
 import json
-import logging
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 from rich.console import Console
@@ -20,9 +19,14 @@ from edge_agent.config import AgentSettings, default_home, load_settings, save_s
 from edge_agent.data.records import OnMalformed
 from edge_agent.errors import AgentError, JournalError, TransportError
 from edge_agent.home import AgentHome
+from edge_agent.plain_text import escaped
 from protocol.clock import SystemClock
 from protocol.errors import ProtocolError
 from quant.errors import QuantError
+from quant.quiet import quiet_libraries
+
+if TYPE_CHECKING:
+    from edge_agent.membership import Offer
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -41,6 +45,7 @@ console: Final = Console(stderr=True)
 
 _JOIN_PATIENCE_S: Final = 30.0
 _MB: Final = 1_000_000
+_N_REASONS_SHOWN: Final = 3
 
 HomeOption = Annotated[
     Path | None,
@@ -73,21 +78,14 @@ YesOption = Annotated[bool, typer.Option("--yes", help="Agree without being aske
 
 def main() -> None:
     """Run the command line; errors of ours are one sentence and exit code 1."""
-    # It announces at import, to everyone, that it did not find a package that we keep out.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    quiet_libraries()
     try:
         app()
-    except (AgentError, QuantError, ProtocolError) as error:
-        console.print(
-            f"[bold red]Error:[/] {_escaped(str(error))}", highlight=False, soft_wrap=True
-        )
+    except (AgentError, QuantError, ProtocolError, OSError) as error:
+        console.print(f"[bold red]Error:[/] {escaped(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(1)
-
-
-def _escaped(text: str) -> str:
-    return text.replace("[", r"\[")
 
 
 def write_json(target: str, value: object) -> None:
@@ -149,7 +147,7 @@ def join(
         "on_malformed": on_malformed,
     }
     settings = load_settings(agent_home.root, flags)
-    console.print(f"Looking at {_escaped(url)} …", highlight=False)
+    console.print(f"Looking at {escaped(url)} …", highlight=False)
     offer = membership.look(
         url, invite, data, settings, clock=SystemClock(), patience_s=_JOIN_PATIENCE_S
     )
@@ -166,26 +164,36 @@ def join(
     _work(agent_home, settings, until_finished=until_finished)
 
 
-def _show_offer(offer: Any) -> None:  # noqa: ANN401 - a type behind a lazy import
+def _show_offer(offer: "Offer") -> None:
     manifest, disclosure = offer.manifest, offer.disclosure
     lines = [
-        f"[bold]{_escaped(manifest.name)}[/]",
-        *([_escaped(manifest.description)] if manifest.description else []),
-        f"Base model: {_escaped(manifest.base.model)}; {manifest.rounds.n_rounds} rounds",
-        f"Your data: {offer.n_records} records from {_escaped(offer.data)}"
-        + (f" ({offer.n_malformed} cannot be used)" if offer.n_malformed else ""),
-        *(f"  {_escaped(line)}" for line in offer.malformed_reasons),
+        f"[bold]{escaped(manifest.name)}[/]",
+        *([escaped(manifest.description)] if manifest.description else []),
+        f"Base model: {escaped(manifest.base.model)}; {manifest.rounds.n_rounds} rounds",
+        *_data_lines(offer),
         "",
         "[bold]What leaves this machine[/]",
-        *(f"• {_escaped(line)}" for line in disclosure.what_leaves),
+        *(f"• {escaped(line)}" for line in disclosure.what_leaves),
         "",
         "[bold]Who is contacted[/]",
-        *(f"• {_escaped(line)}" for line in disclosure.hosts),
+        *(f"• {escaped(line)}" for line in disclosure.hosts),
         "",
         "[bold]What is not promised[/]",
-        *(f"• {_escaped(line)}" for line in disclosure.warnings),
+        *(f"• {escaped(line)}" for line in disclosure.warnings),
     ]
     console.print(Panel("\n".join(lines), title="Before you join", highlight=False))
+
+
+def _data_lines(offer: "Offer") -> list[str]:
+    source = escaped(offer.data)
+    report = offer.report
+    if report is None:
+        return [f"Your data: {source}, fetched and counted once you agree"]
+    lines = [f"Your data: {report.n_records} records from {source}"]
+    if report.n_malformed:
+        lines[0] += f" ({report.n_malformed} cannot be used)"
+    shown = report.malformed[:_N_REASONS_SHOWN]
+    return lines + [escaped(f"  {item.location}: {item.reason}") for item in shown]
 
 
 @app.command()
@@ -215,8 +223,10 @@ def run(
     }
     settings = load_settings(agent_home.root, flags)
     if data is not None:
+        from edge_agent.membership import absolute_source
+
         with _opened(home) as (_, journal):
-            journal.set_data(data)
+            journal.set_data(absolute_source(data))
     _work(agent_home, settings, until_finished=until_finished)
 
 
@@ -227,8 +237,9 @@ def _work(agent_home: AgentHome, settings: AgentSettings, *, until_finished: boo
     with _opened(agent_home.root) as (_, journal), Display(console) as display:
         worker = prepare(agent_home, journal, settings, clock=SystemClock(), on_event=display.show)
 
-        def stop(*_: object) -> None:
+        def stop(number: int, _: object) -> None:
             worker.wishes.stop()
+            signal.signal(number, signal.default_int_handler)  # the second one does not wait
 
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, stop)
@@ -248,7 +259,7 @@ def status(*, home: HomeOption = None, json_path: JsonOption = None) -> None:
         return
     table = Table(show_header=False, box=None)
     for key, value in found.items():
-        table.add_row(f"[bold]{key.replace('_', ' ')}[/]", _escaped(str(value)))
+        table.add_row(f"[bold]{key.replace('_', ' ')}[/]", escaped(str(value)))
     Console().print(table)
 
 
@@ -310,7 +321,7 @@ def leave(*, home: HomeOption = None, yes: YesOption = False) -> None:
             membership.leave(agent_home, journal, clock=SystemClock(), patience_s=_JOIN_PATIENCE_S)
         except TransportError as error:
             console.print(
-                f"[yellow]The server was not told ({_escaped(str(error))}); try again later. This "
+                f"[yellow]The server was not told ({escaped(str(error))}); try again later. This "
                 "agent no longer takes part.[/]",
                 highlight=False,
             )
@@ -322,10 +333,11 @@ def leave(*, home: HomeOption = None, yes: YesOption = False) -> None:
 def forget(*, home: HomeOption = None, yes: YesOption = False) -> None:
     """Remove key, cache and journal from this machine."""
     agent_home = AgentHome(home or default_home())
-    if not agent_home.root.exists():
-        console.print(f"There is nothing in {agent_home.root}.", highlight=False)
+    if not agent_home.journal_path.exists() and not agent_home.key_path.exists():
+        console.print(f"There is no agent in {agent_home.root}.", highlight=False)
         return
-    with _opened(home) as (_, journal):
+    membership = None
+    with suppress(AgentError, ProtocolError), _opened(home) as (_, journal):  # damaged: forget too
         membership = journal.membership()
     if membership is not None and membership.left_at is None:
         console.print("You are still a member: `sheepfold-agent leave` first tells the server.")
@@ -365,13 +377,16 @@ def describe_base(
     ] = None,
 ) -> None:
     """For operators: write what the server must know of a base model (it never loads it)."""
+    from protocol.base_description import BaseDescription
+    from protocol.wire import parse
     from quant.base_model import load_base
 
-    console.print(f"Loading {_escaped(model)} in NF4 …", highlight=False)
+    console.print(f"Loading {escaped(model)} in NF4 …", highlight=False)
     description = load_base(model, revision=revision).description
     if name is not None:
         block = description.base.model_copy(update={"model": name})
-        description = description.model_copy(update={"base": block})
+        renamed = description.model_copy(update={"base": block})
+        description = parse(BaseDescription, renamed.canonical())  # a copy is not checked
     out.write_bytes(description.canonical() + b"\n")
     console.print(
         f"{out}: {description.architecture}, {description.n_parameters:,} parameters, "

@@ -60,9 +60,16 @@ class AgentSettings(BaseSettings):
     """Folder of the base model; None: fetch the one that the federation names."""
     device: Annotated[str, Field(pattern=r"^(cpu|cuda(:\d+)?)$")] | None = None
     threads: Annotated[int, Field(ge=1, le=1024)] | None = None
-    max_vram_gb: Annotated[float, Field(gt=0.0)] | None = None
+    max_vram_gb: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] | None = None
     hours: str | None = None
     on_malformed: OnMalformed = OnMalformed.SKIP
+
+    @field_validator("base")
+    @classmethod
+    def _base(cls, value: str | None) -> str | None:
+        if value is None or not (folder := Path(value).expanduser()).is_dir():
+            return value
+        return str(folder.absolute())  # `run` may be started from anywhere
 
     @field_validator("hours")
     @classmethod
@@ -139,6 +146,6 @@ def save_settings(home: Path, settings: AgentSettings) -> None:
     """
     lines = ["# Sheepfold agent. Flags and SHEEPFOLD_AGENT_* variables beat this file."]
     values = settings.model_dump(mode="json", exclude_defaults=True)
-    # A JSON string or number is a TOML one too.
-    lines += [f"{key} = {json.dumps(value)}" for key, value in values.items()]
+    # A JSON string or number is a TOML one too, but for the escaped halves of a surrogate pair.
+    lines += [f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in values.items()]
     (home / SETTINGS_NAME).write_text("\n".join(lines) + "\n", encoding="utf-8")

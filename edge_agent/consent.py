@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Final
 from urllib.parse import urlsplit
 
-from protocol.layout import VectorLayout
 from protocol.manifest import FederationManifest, Weighting
 from protocol.signing import format_fingerprint
 from quant.tiny import EMBEDDED_NAME
@@ -33,7 +32,8 @@ def disclose(
     *,
     server_host: str,
     base_folder: str | None,
-    layout: VectorLayout | None = None,
+    round_n_bytes: int,
+    data_from_hub: bool = False,
 ) -> Disclosure:
     """Put a federation's manifest into words.
 
@@ -41,13 +41,14 @@ def disclose(
         manifest: Its checks have run.
         server_host: Host and port of the server.
         base_folder: The owner's copy of the base; None: it is fetched from the hub.
-        layout: When known, the size of an update is told.
+        round_n_bytes: Size of what travels each way in a round.
+        data_from_hub: Whether the owner's records are a data set of the hub.
     """
     factors = " and ".join(manifest.lora.sent)
-    size = "" if layout is None else f" ({layout.n_bytes / _MB:.1f} MB)"
+    size = f"{round_n_bytes / _MB:.2f} MB"
     leaves = [
         (
-            f"In each round that draws you: an adapter update{size}, which is the change that "
+            f"In each round that draws you: an adapter update of {size}, which is the change that "
             f"training on your data makes to the factors {factors} of a LoRA adapter of rank "
             f"{manifest.lora.rank}."
         ),
@@ -59,10 +60,13 @@ def disclose(
             "The number of your examples (at most "
             f"{manifest.aggregation.max_weight} is said), as the weight of your update."
         )
+    leaves.append("If a round cannot be finished: that, and why, as one of four codes.")
     leaves.append("Never: your records, your prompts, your losses, your files' names.")
     hosts = [server_host]
     if base_folder is None and manifest.base.model != EMBEDDED_NAME:
         hosts.append(f"{hub_host()} (to download the base model {manifest.base.model})")
+    if data_from_hub:
+        hosts.append(f"{hub_host()} (to download the data set that you named)")
     warnings = [
         (
             "Differential privacy is off (profile P0): ε = ∞. An update can reveal parts of the "

@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
 from edge_agent.agent import AgentEventReport
+from edge_agent.plain_text import plain
 
 
 class Display:
@@ -56,7 +57,7 @@ class Display:
         if self._task is not None and event.kind != "progress":
             self._progress.remove_task(self._task)
             self._task = None
-        line = f"{event.kind}: {event.text}"
+        line = plain(f"{event.kind}: {event.text}")
         if line != self._last:
             self._last = line
             self._progress.console.print(line, highlight=False, markup=False)

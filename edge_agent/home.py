@@ -5,7 +5,7 @@ may work in a home.
 """
 
 import os
-import shutil
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +18,8 @@ from protocol.wire import b64u_decode, b64u_encode
 
 _PRIVATE_FOLDER = 0o700
 _PRIVATE_FILE = 0o600
+_CACHED = re.compile(r"[0-9a-f]{64}(\.partial)?")
+_UPDATE = re.compile(r"\d+-\d+\.f32(\.partial)?")
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,10 @@ class AgentHome:
     def key_path(self) -> Path:
         """The agent's private key, mode 0600."""
         return self.root / "agent.key"
+
+    @property
+    def _partial_key_path(self) -> Path:
+        return self.key_path.with_name(self.key_path.name + ".partial")
 
     @property
     def journal_path(self) -> Path:
@@ -50,6 +56,10 @@ class AgentHome:
     def updates(self) -> Path:
         """Finished updates until they are accepted."""
         return self.root / "updates"
+
+    def cached_files(self) -> list[Path]:
+        """The downloads in the cache; other files in that folder are not the agent's."""
+        return _own_files(self.cache, _CACHED)
 
     def create(self) -> None:
         """Make the folders, readable by the owner alone."""
@@ -89,12 +99,15 @@ class AgentHome:
                 msg = f"the key file {self.key_path} is damaged; `forget` and join again"
                 raise JournalError(msg) from error
         signer = Signer.generate()
+        partial = self._partial_key_path
+        partial.unlink(missing_ok=True)
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
-        descriptor = os.open(self.key_path, flags, _PRIVATE_FILE)
+        descriptor = os.open(partial, flags, _PRIVATE_FILE)
         with os.fdopen(descriptor, "w", encoding="ascii") as file:
             file.write(b64u_encode(signer.private_bytes()) + "\n")
             file.flush()
             os.fsync(file.fileno())
+        partial.replace(self.key_path)  # a kill leaves a whole key or none
         return signer
 
     def forget(self) -> list[Path]:
@@ -104,13 +117,12 @@ class AgentHome:
             What was removed.
         """
         removed: list[Path] = []
-        for folder in (self.cache, self.updates):
-            if folder.exists():
-                shutil.rmtree(folder)
-                removed.append(folder)
         journal = self.journal_path
         own = [
+            *self.cached_files(),
+            *_own_files(self.updates, _UPDATE),
             self.key_path,
+            self._partial_key_path,
             *(journal.with_name(journal.name + suffix) for suffix in ("", "-wal", "-shm")),
             self.training_state,
             self.training_state.with_name(self.training_state.name + ".partial"),
@@ -121,7 +133,14 @@ class AgentHome:
             if path.exists():
                 path.unlink()
                 removed.append(path)
-        if self.root.exists() and not any(self.root.iterdir()):
-            self.root.rmdir()
-            removed.append(self.root)
+        for folder in (self.cache, self.updates, self.root):
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
+                removed.append(folder)
         return removed
+
+
+def _own_files(folder: Path, names: re.Pattern[str]) -> list[Path]:
+    if not folder.is_dir():
+        return []
+    return sorted(path for path in folder.iterdir() if names.fullmatch(path.name))

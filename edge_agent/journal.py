@@ -194,6 +194,10 @@ class Journal:
         with self._transaction():
             self._db.execute("UPDATE membership SET left_at = ?", (now,))
 
+    def has_left(self) -> bool:
+        """Whether the membership was revoked; quick, for the working process to ask often."""
+        return self._one("SELECT 1 FROM membership WHERE left_at IS NOT NULL") is not None
+
     def membership(self) -> Membership | None:
         """What the owner agreed to, or None before the first `join`."""
         row = self._one("SELECT * FROM membership")
@@ -270,7 +274,9 @@ class Journal:
 
     def open_part(self) -> Part | None:
         """The part that is not ended, or None."""
-        row = self._one("SELECT * FROM parts WHERE ended_at IS NULL ORDER BY round DESC LIMIT 1")
+        row = self._one(
+            "SELECT * FROM parts WHERE ended_at IS NULL ORDER BY round DESC, attempt DESC LIMIT 1"
+        )
         return None if row is None else _part(row)
 
     def last_ended_round(self) -> int:
@@ -289,12 +295,24 @@ class Journal:
     ) -> Part:
         """Move a part to its next phase; `UPLOADED` and `ABANDONED` end it in the open mode.
 
+        Args:
+            part: Which one; its phase is the journal's, though `part` may be older.
+            event: What happened.
+            now: Seconds since the Unix epoch.
+            header: Kept with the part, if given.
+            note: For the owner.
+
         Raises:
             TransitionError: The phase does not allow the event; nothing was changed.
+            JournalError: There is no such part.
         """
-        phase = advance(AGENT_TRANSITIONS, part.phase, event)
-        ended = phase in {AgentPhase.UPLOADED, AgentPhase.ABANDONED}
         with self._transaction():
+            found = self.part(part.round, part.attempt)
+            if found is None:
+                msg = f"round {part.round}, attempt {part.attempt} is not in the journal"
+                raise JournalError(msg)
+            phase = advance(AGENT_TRANSITIONS, found.phase, event)
+            ended = phase in {AgentPhase.UPLOADED, AgentPhase.ABANDONED}
             self._db.execute(
                 "UPDATE parts SET phase = ?, header = coalesce(?, header), ended_at = ?, note = ? "
                 "WHERE round = ? AND attempt = ?",

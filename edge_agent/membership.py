@@ -1,18 +1,21 @@
 """Becoming a member, seeing what one is, and leaving: without torch, so the commands are quick."""
 
+import contextlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
-from edge_agent.chain import check_credential, check_discovery
+from edge_agent.chain import check_credential, check_discovery, check_first_release
 from edge_agent.config import AgentSettings
 from edge_agent.consent import Disclosure, disclose
 from edge_agent.data.reading import read_records
+from edge_agent.data.records import ReadReport
+from edge_agent.data.sources import HUB_PREFIX
 from edge_agent.errors import JournalError, RefusedError
 from edge_agent.home import AgentHome
-from edge_agent.journal import Journal, SentItem
+from edge_agent.journal import Journal, Membership, SentItem
 from edge_agent.transport import Outgoing, Transport
 from protocol.clock import Clock
 from protocol.manifest import FederationManifest
@@ -21,8 +24,6 @@ from protocol.phases import AgentPhase
 from protocol.problems import Advice
 from protocol.signing import Invite, Signed, format_fingerprint, prove_invite, sign
 from protocol.wire import sha256
-
-_N_REASONS_SHOWN: Final = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,9 +34,9 @@ class Offer:
     federation: Signed[FederationManifest]
     invite: Invite | None
     data: str
-    n_records: int
-    n_malformed: int
-    malformed_reasons: tuple[str, ...]
+    report: ReadReport | None
+    """What reading the owner's file found; None for a data set of the hub, which is only fetched
+    once the owner has agreed."""
     disclosure: Disclosure
 
     @property
@@ -63,29 +64,45 @@ def look(
         DataError: The records cannot be used.
     """
     parsed = None if invite is None else Invite.parse(invite)
-    local = None if data.startswith("hub:") else str(Path(data).expanduser().absolute())
-    records, report = read_records(local or data, on_malformed=settings.on_malformed)
+    source = absolute_source(data)
+    from_hub = source.startswith(HUB_PREFIX)
+    report = None if from_hub else read_records(source, on_malformed=settings.on_malformed)[1]
     transport = Transport(url, clock=clock, patience_s=patience_s)
     try:
         discovery = transport.discover()
         manifest = check_discovery(discovery, parsed)
-        disclosure = disclose(manifest, server_host=transport.host, base_folder=settings.base)
+        transport.use_federation(manifest)
+        first = check_first_release(manifest, transport.releases(after=-1).releases)
+        disclosure = disclose(
+            manifest,
+            server_host=transport.host,
+            base_folder=settings.base,
+            round_n_bytes=first.sent.n_bytes,
+            data_from_hub=from_hub,
+        )
     finally:
         transport.close()
     if discovery.enrolment == "invite" and parsed is None:
         msg = f"{url} takes members by invite only; add --invite CODE"
         raise JournalError(msg)
-    reasons = tuple(f"{item.location}: {item.reason}" for item in report.malformed)
     return Offer(
         url=transport.url,
         federation=discovery.federation,
         invite=parsed,
-        data=local or data,
-        n_records=len(records),
-        n_malformed=report.n_malformed,
-        malformed_reasons=reasons[:_N_REASONS_SHOWN],
+        data=source,
+        report=report,
         disclosure=disclosure,
     )
+
+
+def absolute_source(data: str) -> str:
+    """A source of records by a name that still holds after a reboot, from any folder.
+
+    Args:
+        data: A path, or a data set of the hub as `hub:owner/name`.
+    """
+    path = Path(data).expanduser()
+    return str(path.absolute()) if path.exists() else data  # a name of nothing is told as typed
 
 
 def enrol(offer: Offer, home: AgentHome, *, clock: Clock, patience_s: float) -> None:
@@ -98,46 +115,57 @@ def enrol(offer: Offer, home: AgentHome, *, clock: Clock, patience_s: float) -> 
         TrustError: Its credential does not hold.
     """
     home.create()
-    journal = Journal(home.journal_path)
     lock = home.lock()
     try:
-        before = journal.membership()
-        if before is not None and before.federation.body.federation != offer.manifest.federation:
-            msg = (
-                f"{home.root} belongs to the federation {before.federation.body.name!r}; use "
-                "another --home, or `forget` first"
-            )
-            raise JournalError(msg)
-        signer = home.load_or_create_signer()
-        journal.join(url=offer.url, federation=offer.federation, data=offer.data, now=clock.now())
-        proof = None
-        if offer.invite is not None:
-            proof = prove_invite(
-                offer.invite.code, agent=signer.identity, server=offer.manifest.server
-            )
-        enrolment = Enrolment(
-            federation=offer.manifest.federation,
-            federation_digest=offer.manifest.digest(),
-            agent=signer.identity,
-            invite=proof,
-        )
-        transport = Transport(
-            offer.url,
-            clock=clock,
-            signer=signer,
-            on_outgoing=record_outgoing(journal, clock),
-            patience_s=patience_s,
-        )
-        transport.use_federation(offer.manifest)
-        try:
-            credential = transport.enrol(sign(signer, "enrolment", enrolment).signed)
-        finally:
-            transport.close()
-        check_credential(credential, offer.manifest, signer.identity)
-        journal.set_credential(credential)
+        with contextlib.closing(Journal(home.journal_path)) as journal:
+            _enrol(offer, home, journal, clock=clock, patience_s=patience_s)
     finally:
-        journal.close()
         lock.release()
+
+
+def _enrol(
+    offer: Offer, home: AgentHome, journal: Journal, *, clock: Clock, patience_s: float
+) -> None:
+    before = journal.membership()
+    if before is not None and not _is_the_same(before, offer.manifest):
+        msg = (
+            f"{home.root} belongs to the federation {before.federation.body.name!r}; use "
+            "another --home, or `forget` first"
+        )
+        raise JournalError(msg)
+    signer = home.load_or_create_signer()
+    journal.join(url=offer.url, federation=offer.federation, data=offer.data, now=clock.now())
+    proof = None
+    if offer.invite is not None:
+        proof = prove_invite(offer.invite.code, agent=signer.identity, server=offer.manifest.server)
+    enrolment = Enrolment(
+        federation=offer.manifest.federation,
+        federation_digest=offer.manifest.digest(),
+        agent=signer.identity,
+        invite=proof,
+    )
+    transport = Transport(
+        offer.url,
+        clock=clock,
+        signer=signer,
+        on_outgoing=record_outgoing(journal, clock),
+        patience_s=patience_s,
+    )
+    transport.use_federation(offer.manifest)
+    try:
+        credential = transport.enrol(sign(signer, "enrolment", enrolment).signed)
+    finally:
+        transport.close()
+    check_credential(credential, offer.manifest, signer.identity)
+    journal.set_credential(credential)
+
+
+def _is_the_same(before: Membership, manifest: FederationManifest) -> bool:
+    """Whether a manifest is of the federation, and under the key, that this home has pinned."""
+    pinned = before.federation.body
+    if before.credential is None:  # nobody joined under it, so the operator may still edit it
+        return (pinned.federation, pinned.server) == (manifest.federation, manifest.server)
+    return pinned == manifest
 
 
 def leave(home: AgentHome, journal: Journal, *, clock: Clock, patience_s: float) -> None:

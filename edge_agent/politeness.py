@@ -34,8 +34,8 @@ class OwnersWishes:
         self._stopping = True
 
     def stopping(self) -> bool:
-        """Whether the agent was asked to stop."""
-        return self._stopping
+        """Whether the agent was asked to stop, or the owner left the federation meanwhile."""
+        return self._stopping or self._journal.has_left()
 
     def wish(self) -> Wish:
         """What the owner wants now; the journal is read at most four times a second."""
@@ -44,8 +44,13 @@ class OwnersWishes:
         now = self._clock.monotonic()
         if now - self._looked_at >= _LOOK_EVERY_S:
             self._looked_at = now
-            self._last = Wish.PAUSE if self.reason_to_wait() else Wish.GO
+            self._last = self._look()
         return self._last
+
+    def _look(self) -> Wish:
+        if self.stopping():
+            return Wish.STOP
+        return Wish.PAUSE if self.reason_to_wait() else Wish.GO
 
     def reason_to_wait(self) -> str | None:
         """Why training may not run now, for people; None when it may."""

@@ -12,6 +12,7 @@ def systemd_unit(home: Path) -> str:
         home: The agent's home, absolute.
     """
     command = shlex.join([sys.executable, "-m", "edge_agent.cli", "run", "--home", str(home)])
+    command = command.replace("%", "%%").replace("$", "$$")  # systemd expands both, quoted or not
     return f"""\
 # Save as ~/.config/systemd/user/sheepfold-agent.service, then:
 #   systemctl --user daemon-reload

@@ -49,9 +49,11 @@ _READ_TIMEOUT_S: Final = 60.0
 _CHUNK_BYTES: Final = 256 * 1024
 _FIRST_PAUSE_S: Final = 0.5
 _LONGEST_PAUSE_S: Final = 60.0
+_LONGEST_RETRY_AFTER_S: Final = 3600.0
+_SLEEP_SLICE_S: Final = 0.5
 _RETRIED: Final = frozenset({Advice.RETRY, Advice.RE_SIGN})
+_OK: Final = 200
 _PARTIAL_CONTENT: Final = 206
-_FIRST_ERROR: Final = 400
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,11 +91,15 @@ def check_url(url: str) -> str:
     Raises:
         TransportError: Another scheme, a path, or http to another machine.
     """
-    parts = urlsplit(url.rstrip("/"))
+    shape = f"the server's address must look like https://host[:port], not {url!r}"
+    try:
+        parts = urlsplit(url.strip().rstrip("/"))
+        _ = parts.port  # read for its error
+    except ValueError as error:
+        raise TransportError(shape) from error
     if parts.scheme not in {"http", "https"} or not parts.hostname:
-        msg = f"the server's address must look like https://host[:port], not {url!r}"
-        raise TransportError(msg)
-    if parts.path or parts.query or parts.fragment or parts.username:
+        raise TransportError(shape)
+    if parts.path or parts.query or parts.fragment or "@" in parts.netloc:
         msg = f"the server's address must have no path, query or user: {url!r}"
         raise TransportError(msg)
     if parts.scheme == "http" and not _is_loopback(parts.hostname):
@@ -154,6 +160,10 @@ class Transport:
         self._patience_s = patience_s
         self._clock_offset_s = 0.0
         self._session = requests.Session()
+        # Ranges count bytes as they are stored, and a small body must stay a small one.
+        self._session.headers["Accept-Encoding"] = "identity"
+        # A netrc of the owner's is nobody's business here.
+        self._session.auth = _no_password
         self._prefix = ""
         self._received_bytes = 0
 
@@ -324,7 +334,7 @@ class Transport:
             retry=tenacity.retry_if_exception(may_be_retried),
             wait=self._pause,
             stop=given_up,
-            sleep=self._clock.sleep,
+            sleep=self._sleep,
             before_sleep=self._tell_retry,
             reraise=True,
         )
@@ -335,10 +345,18 @@ class Transport:
             if error.document.advice is Advice.RE_SIGN and state.attempt_number == 1:
                 return 0.0
             if error.document.retry_after_s is not None:
-                return error.document.retry_after_s
+                return min(error.document.retry_after_s, _LONGEST_RETRY_AFTER_S)
         longest = min(_LONGEST_PAUSE_S, _FIRST_PAUSE_S * 2.0 ** min(state.attempt_number, 10))
         # Jitter keeps a crowd from coming back all at once after a restart.
         return longest * (0.5 + secrets.randbelow(1000) / 2000.0)
+
+    def _sleep(self, duration_s: float) -> None:
+        until = self._clock.monotonic() + duration_s
+        while not self._stopped() and (left_s := until - self._clock.monotonic()) > 0.0:
+            self._clock.sleep(min(_SLEEP_SLICE_S, left_s))
+        if self._stopped():
+            msg = f"no further try to reach {self.host}: stopped by the owner"
+            raise UnreachableError(msg)
 
     def _tell_retry(self, state: tenacity.RetryCallState) -> None:
         if self._on_retry is not None and state.outcome is not None:
@@ -354,15 +372,7 @@ class Transport:
             )
         )
         if request.signed and self._signer is not None:
-            signature = sign_request(
-                self._signer,
-                method=request.method,
-                url=prepared.url or "",
-                body=request.body,
-                created=int(self._clock.now() + self._clock_offset_s),
-                nonce=secrets.token_bytes(limits.NONCE_BYTES),
-            )
-            prepared.headers.update(signature)
+            prepared.headers.update(self._signature(self._signer, request, prepared.url or ""))
         settings = self._session.merge_environment_settings(
             prepared.url or "", {}, stream, None, None
         )
@@ -376,9 +386,23 @@ class Transport:
         except requests.RequestException as error:
             msg = f"no answer from {self.host}: {type(error).__name__}"
             raise UnreachableError(msg) from error
-        if response.status_code >= _FIRST_ERROR:
+        if response.status_code not in {_OK, _PARTIAL_CONTENT}:
             raise self._refusal(response)
         return response
+
+    def _signature(self, signer: Signer, request: _Request, url: str) -> dict[str, str]:
+        try:
+            return sign_request(
+                signer,
+                method=request.method,
+                url=url,
+                body=request.body,
+                created=int(self._clock.now() + self._clock_offset_s),
+                nonce=secrets.token_bytes(limits.NONCE_BYTES),
+            )
+        except ProtocolError as error:
+            msg = f"{request.what} cannot be signed: {error}"
+            raise TransportError(msg) from error
 
     def _try_once(self, request: _Request) -> bytes:
         headers = {"Content-Type": request.content_type} if request.body else {}
@@ -410,14 +434,17 @@ class Transport:
         try:
             with partial.open("ab" if resumed else "wb") as file:
                 for chunk in response.iter_content(_CHUNK_BYTES):
-                    written += len(chunk)
-                    if written > ref.n_bytes:
-                        break  # more than promised: the digest check will refuse it
-                    file.write(chunk)
                     self._received_bytes += len(chunk)
+                    # What comes after the promised bytes is left unread.
+                    written += file.write(chunk[: ref.n_bytes - written])
+                    if written == ref.n_bytes:
+                        break
         except requests.RequestException as error:
             msg = f"the download from {self.host} broke off after {written} bytes"
             raise UnreachableError(msg) from error
+        except OSError as error:
+            msg = f"cannot keep a download in {partial.parent}: {error}; free some space"
+            raise TransportError(msg) from error
         finally:
             response.close()
         if partial.stat().st_size < ref.n_bytes:
@@ -440,6 +467,10 @@ class Transport:
         # No problem document: a proxy speaks, not the server.
         msg = f"{self.host} answered {response.status_code} without a problem document"
         return UnreachableError(msg)
+
+
+def _no_password(request: requests.PreparedRequest) -> requests.PreparedRequest:
+    return request
 
 
 def _read_capped(response: requests.Response) -> bytes:

@@ -249,7 +249,10 @@ class FakeTrainer:
         world.clock.sleep(world.rng.random() * 30)
         return TrainingResult(
             update=PlainUpdate(vector=vector, weight=weight),
-            n_steps=1, n_examples=1, first_loss=1.0, last_loss=1.0,
+            n_steps=1,
+            n_examples=1,
+            first_loss=1.0,
+            last_loss=1.0,
         )
 
 
@@ -272,8 +275,11 @@ class FaultyAgent:
         signer = self.home.load_or_create_signer()
         self.wishes = OwnersWishes(self.journal, world.clock, None)
         transport = Transport(
-            URL, clock=world.clock, signer=signer,
-            on_outgoing=record_outgoing(self.journal, world.clock), patience_s=120.0,
+            URL,
+            clock=world.clock,
+            signer=signer,
+            on_outgoing=record_outgoing(self.journal, world.clock),
+            patience_s=120.0,
         )
         transport._session.mount("http://", Wire(world))
         transport.use_federation(world.manifest)
@@ -297,9 +303,7 @@ class FaultyAgent:
             self.journal.set_credential(credential)
             member = self.journal.membership()
         self.agent = Agent(
-            member=Member(
-                home=self.home, journal=self.journal, membership=member, signer=signer
-            ),
+            member=Member(home=self.home, journal=self.journal, membership=member, signer=signer),
             transport=transport,
             base=FakeBase(make_base(), world, self.index),
             data=FakeData(),
@@ -347,8 +351,15 @@ class World:
         base = make_base()
         sent = (Factor.A, Factor.B) if self.seed % 2 else (Factor.B,)
         options = RecipeOptions(
-            name="Faults", n_rounds=N_ROUNDS, cohort_target=3, min_cohort=2, rank=2,
-            target_modules=("q_proj",), sent=sent, deadline_s=DEADLINE_S, open_enrolment=True,
+            name="Faults",
+            n_rounds=N_ROUNDS,
+            cohort_target=3,
+            min_cohort=2,
+            rank=2,
+            target_modules=("q_proj",),
+            sent=sent,
+            deadline_s=DEADLINE_S,
+            open_enrolment=True,
         )
         directory = self.root / "server"
         config = uniform(make_config(options, base))

@@ -1,7 +1,6 @@
 """Real processes, real HTTP, real 4-bit training: a federation through two kills."""
 
 import json
-import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -110,11 +109,9 @@ def test_a_federation_survives_the_kill_of_its_server_and_of_an_agent(
     processes.append(server)
     assert again == url
     agents[0] = start_agent(0, again=True)
-    wait_for("the end", lambda: not any([agent.check() for agent in agents]))
+    wait_for("the end", lambda: True not in [agent.check() for agent in agents])
 
-    status = json.loads(
-        run_command("aggregator_server.cli", "status", str(folder), "--json", "-")
-    )
+    status = json.loads(run_command("aggregator_server.cli", "status", str(folder), "--json", "-"))
     assert status["finished"] is True
     assert status["newest_release"] == N_ROUNDS
     for number in range(N_AGENTS):
@@ -139,4 +136,4 @@ def test_a_federation_survives_the_kill_of_its_server_and_of_an_agent(
         if "lora_B" in name
     ]
     assert all(np.abs(array).max() > 0 for array in moved)
-    assert os.stat(tmp_path / "home-0" / "agent.key").st_mode & 0o077 == 0
+    assert (tmp_path / "home-0" / "agent.key").stat().st_mode & 0o077 == 0
