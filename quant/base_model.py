@@ -10,7 +10,7 @@ The checkpoint is read from safetensors only, and no code of a model repository 
 
 import hashlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal, cast
@@ -18,6 +18,7 @@ from typing import Any, Final, Literal, cast
 import torch
 from bitsandbytes.functional import QuantState
 from bitsandbytes.nn.modules import Linear4bit
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -107,19 +108,20 @@ def load_base(
 
     Raises:
         BaseModelError: It cannot work, and why: no causal language model, needs code of its own,
-            already quantised, no safetensors, no fast tokenizer, values that are not finite.
+            already quantised, no whole safetensors, no fast tokenizer, values that are not finite,
+            or tokens that see those after them.
         FingerprintError: Another base, source dtype or tokenizer than `expected`.
 
     Source: QLoRA, arXiv 2305.14314, sections 3 and 4.
     """
     device = device or default_device()
     compute_dtype = compute_dtype or default_compute_dtype(device)
-    path = str(tiny_base_path()) if str(source) == EMBEDDED_NAME else str(source)
+    path = _locate(source)
     config = _load_config(path, revision)
     tokenizer = _load_tokenizer(path, revision)
-    model = _load_quantized(path, revision, compute_dtype)
+    model = _load_quantized(path, revision, config, compute_dtype)
     block = BaseBlock(
-        model=_public_name(str(source)),
+        model=_public_name(str(source), path),
         revision=revision,
         source_dtype=_source_dtype(model),
         fingerprint=fingerprint(model),
@@ -167,9 +169,24 @@ def check_same_base(found: BaseBlock, expected: BaseBlock) -> None:
         raise FingerprintError(msg)
 
 
-def _public_name(source: str) -> str:
+def _locate(source: str | Path) -> str:
+    if str(source) == EMBEDDED_NAME:
+        return str(tiny_base_path())
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        return str(folder)
+    text = str(source)
+    if isinstance(source, Path) or text.startswith((".", "/", "~")) or text.count("/") > 1:
+        msg = f"there is no folder {text!r}; name one with a base model, or a model of the hub"
+        raise BaseModelError(msg)
+    return text
+
+
+def _public_name(source: str, path: str) -> str:
     # A path of this machine is nobody else's business: a folder goes by its last part.
-    return Path(source).resolve().name if Path(source).is_dir() else source
+    if source == EMBEDDED_NAME or not Path(path).is_dir():
+        return source
+    return Path(path).resolve().name
 
 
 def _load_config(path: str, revision: str | None) -> PretrainedConfig:
@@ -192,7 +209,17 @@ def _load_config(path: str, revision: str | None) -> PretrainedConfig:
             "Sheepfold quantises to NF4 itself: choose the 16 or 32 bit checkpoint"
         )
         raise BaseModelError(msg)
+    _switch_off_dropout(config)
     return config
+
+
+def _switch_off_dropout(config: PretrainedConfig) -> None:
+    # The base stands in training mode for the sake of checkpointing. Dropout of its own would draw
+    # from torch's global generator, and a resumed training would not equal an uninterrupted one;
+    # the manifest's dropout, of the adapter, is seeded.
+    for name, value in config.to_dict().items():
+        if isinstance(value, float) and "drop" in name:
+            setattr(config, name, 0.0)
 
 
 def _load_tokenizer(path: str, revision: str | None) -> PreTrainedTokenizerFast:
@@ -210,7 +237,9 @@ def _load_tokenizer(path: str, revision: str | None) -> PreTrainedTokenizerFast:
     return cast("PreTrainedTokenizerFast", tokenizer)
 
 
-def _load_quantized(path: str, revision: str | None, compute_dtype: torch.dtype) -> PreTrainedModel:
+def _load_quantized(
+    path: str, revision: str | None, config: PretrainedConfig, compute_dtype: torch.dtype
+) -> PreTrainedModel:
     quantization = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -221,26 +250,48 @@ def _load_quantized(path: str, revision: str | None, compute_dtype: torch.dtype)
     if not sys.stderr.isatty():
         disable_progress_bar()
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             path,
+            config=config,
             revision=revision,
+            output_loading_info=True,
             quantization_config=quantization,
             dtype="auto",
             device_map={"": "cpu"},
             use_safetensors=True,
-            attn_implementation="sdpa",
             trust_remote_code=False,
         )
-    except (OSError, ValueError, RuntimeError, ImportError) as error:
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         msg = f"cannot load {path!r} in 4 bit: {_first_line(error)}"
         raise BaseModelError(msg) from error
+    # transformers' annotation knows the model alone, without what `output_loading_info` adds.
+    model, loading = cast("tuple[PreTrainedModel, Mapping[str, Any]]", loaded)
+    _check_whole(path, model, loading)
     for _, module in linear_modules(model):
         # bitsandbytes 0.49 to 0.50.2 repacks weights in place in evaluation on CPUs with
         # AVX512-BF16, and later training loses its gradient (TRAINING, trap 1).
         module.support_avx512bf16_for_cpu = False
     model.requires_grad_(requires_grad=False)
     model.train()
-    return cast("PreTrainedModel", model)
+    return model
+
+
+def _check_whole(path: str, model: PreTrainedModel, loading: Mapping[str, Any]) -> None:
+    # transformers only warns, and fills what is missing with random numbers; bitsandbytes takes a
+    # weight of any shape.
+    faults = [f"{name} is missing" for name in sorted(loading["missing_keys"])]
+    faults += [f"{name[0]} has another shape" for name in sorted(loading["mismatched_keys"])]
+    faults += [
+        f"{name}.weight has another shape"
+        for name, module in linear_modules(model)
+        if not faults and _quant_state(module).shape != (module.out_features, module.in_features)
+    ]
+    if faults:
+        msg = (
+            f"the checkpoint of {path!r} is not whole: {faults[0]} ({len(faults)} such faults); "
+            "fetch it again"
+        )
+        raise BaseModelError(msg)
 
 
 def linear_modules(model: torch.nn.Module) -> Iterator[tuple[str, Linear4bit]]:
@@ -326,10 +377,9 @@ def _describe(
         LinearModule(name=name, d_out=module.out_features, d_in=module.in_features)
         for name, module in linear_modules(model)
     )
+    weights = {module.name + ".weight" for module in modules}
     n_unquantized = sum(
-        parameter.numel()
-        for name, parameter in model.named_parameters()
-        if name.rpartition(".")[0] not in {module.name for module in modules}
+        parameter.numel() for name, parameter in model.named_parameters() if name not in weights
     )
     return BaseDescription(
         base=block,
@@ -354,12 +404,25 @@ def _probe(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, compute_dtype: torch.dtype
 ) -> None:
     ids = cast("list[int]", tokenizer(_TOKENIZER_PROBES[0])["input_ids"])
+    other_end = [*ids[:-1], ids[0]]
     with torch.inference_mode():
-        logits = model(input_ids=torch.tensor([ids], device=model.device)).logits
-    if not bool(torch.isfinite(logits).all()):
+        first, second = (
+            model(input_ids=torch.tensor([tokens], device=model.device)).logits[0].float()
+            for tokens in (ids, other_end)
+        )
+    if not bool(torch.isfinite(first).all()):
         msg = (
             f"the base gives values that are not finite in {compute_dtype}; use a GPU with native "
             "bfloat16 (compute capability 8.0 or newer), or a Llama-class base"
+        )
+        raise BaseModelError(msg)
+    # Two sequences that differ in their last token; 16 bit kernels may round them differently.
+    tolerance = 1e-4 if compute_dtype is torch.float32 else 0.02
+    moved = float((first - second)[:-1].abs().max())
+    if moved > tolerance * float(first.abs().max()):
+        msg = (
+            f"in the base a token sees those after it ({type(model).__name__} is an encoder); "
+            "choose a decoder-only model such as Llama, Mistral or Qwen"
         )
         raise BaseModelError(msg)
 

@@ -8,7 +8,7 @@ embedded base, with the programs that volunteers and operators run.
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,7 +30,7 @@ from protocol.messages import FederationStatus
 from quant.adapter import AdapterArrays, adapter_shapes, from_safetensors
 from quant.base_model import LoadedBase, load_base, set_threads
 from quant.lora import AdaptedModel
-from quant.tiny.instructions import Category, make_records
+from quant.tiny.instructions import Category, InstructionRecord, make_records
 from quant.tiny.world import Split, make_world
 from simulations.errors import OutputError, ProcessError
 from simulations.measuring import MeasureJob, Measurement, measure_all
@@ -48,24 +48,24 @@ class DemoRecipe:
     """The demo's federation; found by measurement, see docs/LOG.md."""
 
     categories: tuple[tuple[Category, ...], ...] = (
-        (Category.BRAINSTORMING, Category.CLASSIFICATION),
-        (Category.CLOSED_QA, Category.CREATIVE_WRITING),
-        (Category.GENERAL_QA, Category.INFORMATION_EXTRACTION),
-        (Category.OPEN_QA, Category.SUMMARIZATION),
-        (Category.CLOSED_QA, Category.OPEN_QA),
+        (Category.BRAINSTORMING, Category.CLOSED_QA),
+        (Category.INFORMATION_EXTRACTION, Category.OPEN_QA),
+        (Category.CLASSIFICATION, Category.SUMMARIZATION),
+        (Category.CREATIVE_WRITING, Category.GENERAL_QA),
+        (Category.CLOSED_QA, Category.INFORMATION_EXTRACTION),
     )
-    n_per_category: int = 200
+    n_per_category: int = 120
     n_held_out: int = 25
     evaluation_seeds: tuple[int, ...] = (101, 102, 103)
-    n_rounds: int = 6
-    local_steps: int = 20
-    batch_size: int = 16
-    learning_rate: float = 4e-3
+    n_rounds: int = 10
+    local_steps: int = 12
+    batch_size: int = 8
+    learning_rate: float = 6e-3
     rank: int = 16
     alpha: float = 32.0
     sent: tuple[Factor, ...] = (Factor.A, Factor.B)
-    max_length: int = 256
-    max_new_tokens: int = 32
+    max_length: int = 192
+    max_new_tokens: int = 28
     seed: int = 1
 
     @property
@@ -79,9 +79,13 @@ class DemoRecipe:
         return self.n_rounds * self.local_steps
 
     @property
-    def n_centralised_steps(self) -> int:
-        """Steps on all data in one place: as many as all agents of the federation make."""
-        return self.n_alone_steps * self.n_agents
+    def centralised_batch_size(self) -> int:
+        """Batch on all data in one place: as many steps as an agent's, the records of all agents.
+
+        So it sees as many records in all as the federation, and is what averaging after every
+        single step would give.
+        """
+        return self.batch_size * self.n_agents
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,7 +219,7 @@ def write_data(folder: DemoFolder, recipe: DemoRecipe) -> None:
         _write_jsonl(folder.held_out(seed), rows)
 
 
-def _write_jsonl(path: Path, rows: Sequence[Mapping[str, str]]) -> None:
+def _write_jsonl(path: Path, rows: Sequence[InstructionRecord]) -> None:
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
     path.write_text("".join(lines), encoding="utf-8")
 
@@ -293,7 +297,7 @@ def _found(folder: DemoFolder, recipe: DemoRecipe) -> None:
         *("--target-modules", "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"),
         *("--sent", ",".join(recipe.sent), "--max-length", str(recipe.max_length)),
         *("--batch-size", str(recipe.batch_size), "--local-steps", str(recipe.local_steps)),
-        *("--learning-rate", str(recipe.learning_rate), "--schedule", Schedule.COSINE.value),
+        *("--learning-rate", str(recipe.learning_rate), "--schedule", Schedule.LINEAR.value),
         *("--deadline-s", str(_LONGEST_S)),
     )
 
@@ -449,26 +453,26 @@ def _jobs(
     start, final = arrays[0], arrays[-1]
     everyone = tuple(folder.records(number) for number in range(1, recipe.n_agents + 1))
 
-    def job(name: str, adapter: AdapterArrays, data: tuple[Path, ...], n_steps: int) -> MeasureJob:
+    def job(
+        name: str, adapter: AdapterArrays, data: tuple[Path, ...], *, batch_size: int | None = None
+    ) -> MeasureJob:
         return MeasureJob(
             name=name,
             manifest=manifest.canonical(),
             adapter=adapter,
             train_on=data,
-            n_steps=n_steps,
+            n_steps=recipe.n_alone_steps,
+            batch_size=batch_size or recipe.batch_size,
             seed=recipe.seed,
             max_new_tokens=recipe.max_new_tokens,
         )
 
     # The longest first, so that the last to end is a short one.
     return (
-        job("centralised", start, everyone, recipe.n_centralised_steps),
-        *(
-            job(f"agent {number}", start, (path,), recipe.n_alone_steps)
-            for number, path in enumerate(everyone, start=1)
-        ),
-        job("base", start, (), 0),
-        job("federation", final, (), 0),
+        job("centralised", start, everyone, batch_size=recipe.centralised_batch_size),
+        *(job(f"agent {number}", start, (path,)) for number, path in enumerate(everyone, start=1)),
+        job("base", start, ()),
+        job("federation", final, ()),
     )
 
 

@@ -4,6 +4,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
@@ -14,6 +15,7 @@ from simulations.measuring import Measurement
 
 _MB: Final = 1_000_000
 _N_ANSWERS: Final = 6
+_SHORT: Final = {"federation": "fed", "centralised": "all"}
 _BLUE, _ORANGE, _GREY, _GREEN = "#0072b2", "#d55e00", "#999999", "#009e73"
 
 
@@ -155,15 +157,18 @@ def table(result: DemoResult) -> Table:
     """Exact match by category, with the spread of the average over the evaluation seeds."""
     models = (result.base, *result.local, result.federated, result.centralised)
     shown = Table(
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
         title=f"Exact match on held-out records, {len(result.recipe.evaluation_seeds)} draws, %",
-        caption="1 to 5: an agent alone; fed: the federation; central: all data in one place.\n"
-        "* its own categories. Average counts categories alike; ± standard deviation over draws.",
+        caption="1 to 5: an agent alone (* its own categories); fed: the federation;\n"
+        "all: all data in one place. Categories count alike; ± is a standard deviation.",
     )
     shown.add_column("category", no_wrap=True)
     for found in models:
         style = "bold green" if found is result.federated else ""
-        short = found.name.removeprefix("agent ").removesuffix("eration").removesuffix("ised")
-        shown.add_column(short, justify="right", style=style, no_wrap=True)
+        short = _SHORT.get(found.name, found.name.removeprefix("agent "))
+        shown.add_column(short, justify="right", style=style, no_wrap=True, min_width=5)
     for category in result.base.score.by_category("exact_match"):
         cells = []
         for found in models:
@@ -174,16 +179,15 @@ def table(result: DemoResult) -> Table:
             cells.append(f"{100 * share:.0f}{'*' if own else ''}")
         shown.add_row(category, *cells)
     shown.add_section()
-    for label, measure, scale, digits in (
-        ("average", "exact_match", 100, 0),
-        ("loss", "loss", 1, 2),
+    for label, measure, what, scale, digits in (
+        ("average", "exact_match", "average", 100, 0),
+        ("± over the draws", "exact_match", "spread", 100, 1),
+        ("loss", "loss", "average", 1, 2),
+        ("± over the draws", "loss", "spread", 1, 2),
     ):
-        cells = [
-            f"{scale * found.score.average(measure):.{digits}f}\n"
-            f"±{scale * found.score.spread(measure):.{max(1, digits)}f}"
-            for found in models
-        ]
-        shown.add_row(label, *cells, style="bold")
+        values = [scale * float(getattr(found.score, what)(measure)) for found in models]
+        style = "bold" if what == "average" else "dim"
+        shown.add_row(label, *(f"{value:.{digits}f}" for value in values), style=style)
     return shown
 
 

@@ -31,6 +31,7 @@ class MeasureJob:
     train_on: tuple[Path, ...]
     """Records to train on first; empty: the adapter is measured as it is."""
     n_steps: int
+    batch_size: int
     seed: int
     max_new_tokens: int
 
@@ -54,6 +55,7 @@ def measure(
         draws: Held-out records, one sequence for each evaluation seed.
     """
     block = parse(FederationManifest, job.manifest).training
+    block = block.model_copy(update={"batch_size": job.batch_size})
     arrays = job.adapter
     if job.train_on:
         records = [record for path in job.train_on for record in read_records(path)[0]]

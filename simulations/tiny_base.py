@@ -4,10 +4,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
-from quant.tiny.pretrain import SHIPPED_SEED, make_tiny_base
-
 from quant.base_model import load_base
 from quant.tiny import EMBEDDED_NAME
+from quant.tiny.pretrain import SHIPPED_SEED, make_tiny_base
 from simulations.errors import OutputError
 
 DESCRIPTION_NAME: Final = "base.json"
