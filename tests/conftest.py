@@ -27,7 +27,7 @@ def data_dir() -> Path:
 
 @pytest.fixture(scope="session")
 def random_base_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint of a two-layer Llama with random weights, stored in bfloat16, and a tokenizer."""
+    """A checkpoint of a two-layer Llama with random weights in bfloat16, and a tokenizer."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast

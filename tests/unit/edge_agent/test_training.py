@@ -28,16 +28,25 @@ from quant.lora import AdaptedModel
 N_STEPS = 6
 
 
-def make_lora(*, dropout: float = 0.0, sent: tuple[Factor, ...] = (Factor.A, Factor.B)) -> LoraBlock:
+def make_lora(
+    *, dropout: float = 0.0, sent: tuple[Factor, ...] = (Factor.A, Factor.B)
+) -> LoraBlock:
     return LoraBlock(
-        rank=4, alpha=8.0, dropout=dropout, target_modules=("q_proj", "v_proj", "down_proj"),
-        sent=sent, init_seed=7,
+        rank=4,
+        alpha=8.0,
+        dropout=dropout,
+        target_modules=("q_proj", "v_proj", "down_proj"),
+        sent=sent,
+        init_seed=7,
     )
 
 
 def make_block(**changes: object) -> TrainingBlock:
     values: dict[str, object] = {
-        "batch_size": 5, "local_steps": N_STEPS, "learning_rate": 1e-2, "max_length": 64,
+        "batch_size": 5,
+        "local_steps": N_STEPS,
+        "learning_rate": 1e-2,
+        "max_length": 64,
     }
     return TrainingBlock(**{**values, **changes})  # type: ignore[arg-type]
 
@@ -52,7 +61,10 @@ def make_examples(n_examples: int = 12, *, seed: int = 0) -> list[Example]:
         examples.append(
             Example(
                 input_ids=rng.integers(3, 300, n_tokens).astype(np.int32),
-                loss_mask=mask, source=f"made[{number}]", category=None, truncated=False,
+                loss_mask=mask,
+                source=f"made[{number}]",
+                category=None,
+                truncated=False,
             )
         )
     return examples
@@ -71,7 +83,10 @@ class Bench:
         self.layout = sent_layout(adapter_shapes(self.base.description, self.lora), self.lora.sent)
 
     def trainer(
-        self, options: TrainerOptions | None = None, *, block: TrainingBlock | None = None,
+        self,
+        options: TrainerOptions | None = None,
+        *,
+        block: TrainingBlock | None = None,
         examples: list[Example] | None = None,
     ) -> LocalTrainer:
         examples = examples or make_examples()
@@ -80,9 +95,7 @@ class Bench:
             self.adapted,
             examples,
             RoundRecipe(training=block, schedule_start=0.0, schedule_end=0.5, seed=3),
-            sampler=ShuffledBatches(
-                n_examples=len(examples), batch_size=block.batch_size, seed=11
-            ),
+            sampler=ShuffledBatches(n_examples=len(examples), batch_size=block.batch_size, seed=11),
             clock=SystemClock(),
             options=options,
         )
@@ -119,7 +132,8 @@ def test_guarantee_1_a_killed_run_that_starts_again_equals_an_uninterrupted_one(
     steps: list[int] = []
     resumed = bench.update(
         TrainerOptions(
-            state_path=tmp_path / "state", save_every_steps=2,
+            state_path=tmp_path / "state",
+            save_every_steps=2,
             on_progress=lambda progress: steps.append(progress.step),
         )
     )
@@ -197,7 +211,7 @@ def test_examples_without_a_token_to_learn_are_refused(random_base: LoadedBase) 
     bench = Bench(random_base)
     example = make_examples(1)[0]
     barren = replace(example, loss_mask=np.zeros_like(example.loss_mask))
-    with pytest.raises(TrainingError, match="no.* a token to learn"):
+    with pytest.raises(TrainingError, match=r"no.* a token to learn"):
         bench.trainer(examples=[barren])
 
 
@@ -235,7 +249,9 @@ def test_a_pause_and_a_stop_come_at_a_micro_batch_and_lose_nothing(
 
     options = TrainerOptions(
         control=Script([Wish.GO, Wish.PAUSE, Wish.GO, Wish.GO, Wish.GO, Wish.STOP]),
-        micro_tokens=40, state_path=tmp_path / "state", save_every_steps=100,
+        micro_tokens=40,
+        state_path=tmp_path / "state",
+        save_every_steps=100,
     )
     with pytest.raises(TrainingStoppedError, match="continues from there"):
         bench.update(options)

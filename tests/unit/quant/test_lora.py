@@ -62,9 +62,7 @@ def test_guarantee_1_losses_and_gradients_equal_those_of_stock_peft(
     config = peft_config(adapted.base.description.base, LORA)
     write_folder(tmp_path, weights=to_safetensors(adapted.arrays()), config=config, card="")
     stock = PeftModel.from_pretrained(load_base(random_base_dir).model, tmp_path, is_trainable=True)
-    logits = stock(
-        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]
-    ).logits
+    logits = stock(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
     expected = []
     for row in range(3):
         at = batch["loss_mask"][row, 1:].nonzero()[:, 0]
@@ -125,7 +123,7 @@ def test_guarantee_3_load_then_arrays_returns_the_same_bytes(adapted: AdaptedMod
 def test_an_adapter_of_another_shape_is_refused_whole(adapted: AdaptedModel) -> None:
     before = to_safetensors(adapted.arrays())
     arrays = adapted.arrays()
-    first, last = sorted(arrays)[0], sorted(arrays)[-1]
+    first, last = min(arrays), max(arrays)
     arrays[first] += 1.0
     arrays[last] = np.zeros((2, 2), np.float32)
     with pytest.raises(AdapterError, match="shape"):
