@@ -223,10 +223,10 @@ class Agent:
             self._upload(part)
             return None
         reply = self._transport.task(after=self._journal.last_ended_round(), wait_s=LONG_POLL_S)
-        self._follow_chain(reply.newest_release)
+        moved = self._follow_chain(reply.newest_release)
         match reply.task:
             case TrainTask(round=manifest):
-                self._take_part(manifest)
+                self._take_part(manifest, chain_moved=moved)
             case WaitTask(reason=WaitReason.FINISHED, retry_after_s=retry_after_s):
                 self._abandon_open_part("the federation ended")
                 self._say("finished", "the federation made its last release")
@@ -259,14 +259,15 @@ class Agent:
         if part is None:
             return
         self._journal.move_part(part, AgentEvent.ABANDON, now=self._clock.now(), note=note)
-        self._discard_files(part)
+        self._discard_files()
         self._say("abandoned", f"round {part.round}: {note}")
 
     # The chain and the global adapter
 
-    def _follow_chain(self, newest: int) -> None:
-        """Fetch and verify the releases between the last verified one and `newest`."""
+    def _follow_chain(self, newest: int) -> bool:
+        """Fetch and verify the releases between the last verified one and `newest`, if any."""
         last = self._journal.newest_release()
+        moved = last is None or last.number < newest
         while last is None or last.number < newest:
             page = self._transport.releases(after=-1 if last is None else last.number)
             verified = check_releases(self._manifest, last, page.releases)
@@ -276,6 +277,7 @@ class Agent:
             for release, signed in zip(verified, page.releases, strict=True):
                 self._journal.add_release(release.number, signed)
             last = verified[-1]
+        return moved
 
     def global_adapter(self) -> tuple[Release, AdapterArrays]:
         """The newest verified release with its arrays, fetched and checked.
@@ -362,12 +364,12 @@ class Agent:
 
     # A round
 
-    def _take_part(self, signed: Signed[RoundManifest]) -> None:
+    def _take_part(self, signed: Signed[RoundManifest], *, chain_moved: bool) -> None:
         newest = self._journal.newest_release()
         if newest is None:  # cannot be: `_turn` followed the chain up to the round's release
             msg = "a round before the first release"
             raise TrustError(msg)
-        if signed.body.release < newest.number:
+        if chain_moved and signed.body.release < newest.number:
             # The round closed between this agent's poll and its look at the chain: poll again.
             self._say("waiting", f"round {signed.body.round} closed meanwhile")
             return
@@ -467,7 +469,7 @@ class Agent:
             reason=reason,
         )
         self._journal.move_part(part, AgentEvent.ABANDON, now=self._clock.now(), note=str(error))
-        self._discard_files(part)
+        self._discard_files()
         self._say("withdrawn", f"round {part.round}: {error}")
         try:
             self._transport.withdraw(sign(self._signer, "withdrawal", withdrawal).signed)
@@ -479,8 +481,10 @@ class Agent:
     def _body_path(self, part: Part) -> Path:
         return self._home.updates / f"{part.round}-{part.attempt}.f32"
 
-    def _discard_files(self, part: Part) -> None:
-        self._body_path(part).unlink(missing_ok=True)
+    def _discard_files(self) -> None:
+        # All of them: one is left over when a kill came between acceptance and this.
+        for path in self._home.update_files():
+            path.unlink(missing_ok=True)
         self._home.training_state.unlink(missing_ok=True)
 
     def _upload(self, part: Part) -> None:
@@ -494,7 +498,7 @@ class Agent:
                 self._journal.move_part(
                     part, AgentEvent.UPLOAD_ACCEPTED, now=self._clock.now(), note="accepted"
                 )
-                self._discard_files(part)
+                self._discard_files()
                 self._say("uploaded", f"round {part.round} was accepted")
                 return
         self._abandon_open_part(f"the server did not take it in {_MAX_UPLOAD_TRIES} tries")

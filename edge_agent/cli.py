@@ -231,20 +231,24 @@ def run(
 
 
 def _work(agent_home: AgentHome, settings: AgentSettings, *, until_finished: bool) -> None:
-    from edge_agent.display import Display
-    from edge_agent.worker import prepare
+    with _opened(agent_home.root) as (_, journal):
+        # Now: who has not joined is told so without waiting for torch.
+        from edge_agent.display import Display
+        from edge_agent.worker import prepare
 
-    with _opened(agent_home.root) as (_, journal), Display(console) as display:
-        worker = prepare(agent_home, journal, settings, clock=SystemClock(), on_event=display.show)
+        with Display(console) as display:
+            worker = prepare(
+                agent_home, journal, settings, clock=SystemClock(), on_event=display.show
+            )
 
-        def stop(number: int, _: object) -> None:
-            worker.wishes.stop()
-            signal.signal(number, signal.default_int_handler)  # the second one does not wait
+            def stop(number: int, _: object) -> None:
+                worker.wishes.stop()
+                signal.signal(number, signal.default_int_handler)  # the second one does not wait
 
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, stop)
-        with worker:
-            worker.agent.run(until_finished=until_finished)
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, stop)
+            with worker:
+                worker.agent.run(until_finished=until_finished)
 
 
 @app.command()

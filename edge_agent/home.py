@@ -61,6 +61,10 @@ class AgentHome:
         """The downloads in the cache; other files in that folder are not the agent's."""
         return _own_files(self.cache, _CACHED)
 
+    def update_files(self) -> list[Path]:
+        """The finished updates, whole or not."""
+        return _own_files(self.updates, _UPDATE)
+
     def create(self) -> None:
         """Make the folders, readable by the owner alone."""
         for folder in (self.root, self.cache, self.updates):
@@ -120,7 +124,7 @@ class AgentHome:
         journal = self.journal_path
         own = [
             *self.cached_files(),
-            *_own_files(self.updates, _UPDATE),
+            *self.update_files(),
             self.key_path,
             self._partial_key_path,
             *(journal.with_name(journal.name + suffix) for suffix in ("", "-wal", "-shm")),

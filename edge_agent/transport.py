@@ -46,7 +46,9 @@ ReplyT = TypeVar("ReplyT", bound=BaseModel)
 
 _CONNECT_TIMEOUT_S: Final = 10.0
 _READ_TIMEOUT_S: Final = 60.0
-_CHUNK_BYTES: Final = 256 * 1024
+_CHUNK_BYTES: Final = 16 * 1024
+"""Of a transfer that breaks, at most this much is fetched twice."""
+
 _FIRST_PAUSE_S: Final = 0.5
 _LONGEST_PAUSE_S: Final = 60.0
 _LONGEST_RETRY_AFTER_S: Final = 3600.0

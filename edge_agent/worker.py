@@ -126,6 +126,9 @@ def _active_membership(journal: Journal) -> Membership:
     if member.left_at is not None:
         msg = "this membership was revoked by `leave`; `join` again to take part"
         raise JournalError(msg)
+    if member.credential is None:  # told before a base is fetched and loaded in vain
+        msg = "the enrolment was not finished; run `join` again"
+        raise JournalError(msg)
     return member
 
 

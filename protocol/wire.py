@@ -170,6 +170,9 @@ def explain(what: str, error: ValidationError) -> str:
     first = error.errors(include_url=False)[0]
     where = ".".join(str(part) for part in first["loc"]) or "(the whole)"
     more = error.error_count() - 1
-    given = "" if first["type"] == "missing" else f" (given: {str(first['input'])[:80]!r})"
+    # A whole block is no help where the sentence of one of its own rules names the values.
+    told = first["type"] == "missing" or isinstance(first["input"], Mapping)
+    given = "" if told else f" (given: {str(first['input'])[:80]!r})"
     suffix = f"; and {more} more" if more else ""
-    return f"{what}: {where}: {first['msg']}{given}{suffix}"
+    sentence = first["msg"].removeprefix("Value error, ")
+    return f"{what}: {where}: {sentence}{given}{suffix}"

@@ -104,6 +104,7 @@ def make_round(
     def make(
         manifest: FederationManifest | None = None,
         release: Release | None = None,
+        /,
         **changes: Any,
     ) -> RoundManifest:
         manifest = manifest or make_manifest()

@@ -1,0 +1,253 @@
+"""Manifests: what is accepted, and how the rest is refused."""
+
+import copy
+import json
+from collections.abc import Callable
+
+import pytest
+from pydantic import BaseModel
+
+from protocol.errors import ManifestError
+from protocol.manifest import FederationManifest, Release, RoundManifest
+from protocol.signing import Signer
+from protocol.wire import b64u_encode, domain_hash, parse
+
+MakeManifest = Callable[..., FederationManifest]
+
+
+def altered(document: BaseModel, path: str, value: object) -> bytes:
+    """The document's JSON with one value exchanged; a value of `...` removes the key."""
+    whole = copy.deepcopy(document.as_json())  # type: ignore[attr-defined]
+    *parents, last = path.split(".")
+    where = whole
+    for key in parents:
+        where = where[key]
+    if value is ...:
+        del where[last]
+    else:
+        where[last] = value
+    return json.dumps(whole).encode()
+
+
+def refusal(kind: type[BaseModel], data: bytes) -> str:
+    with pytest.raises(ManifestError) as caught:
+        parse(kind, data)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_every_document_round_trips(
+    make_manifest: MakeManifest,
+    make_round: Callable[..., RoundManifest],
+    make_release: Callable[..., Release],
+) -> None:
+    first = make_release()
+    for document in (make_manifest(), make_round(), first, make_release(after=first)):
+        again = parse(type(document), document.canonical())
+        assert again == document
+        assert again.digest() == document.digest()
+        assert again.canonical() == document.canonical()
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("version", 2),
+        ("base.version", 2),
+        ("lora.version", 2),
+        ("training.version", 2),
+        ("masking.version", 2),
+        ("privacy.version", 2),
+        ("aggregation.version", 2),
+        ("filter.version", 2),
+        ("gate.version", 2),
+        ("rounds.version", 2),
+        ("change_limits.version", 2),
+        ("masking.mode", "cells"),
+        ("masking.mode", "helper"),
+        ("privacy.profile", "P1"),
+        ("privacy.profile", None),
+        ("aggregation.rule", "krum"),
+        ("filter.rule", "median"),
+        ("gate.rule", "evaluator"),
+        ("base.quantization", "int8"),
+        ("base.source_dtype", "int8"),
+        ("training.template", "own"),
+        ("training.schedule", "cyclic"),
+        ("training.loss_on", "prompt"),
+        ("aggregation.weighting", "by-trust"),
+        ("lora.sent.0", "C"),
+    ],
+)
+def test_an_unknown_version_mode_rule_or_profile_is_refused_by_its_name(
+    make_manifest: MakeManifest, path: str, value: object
+) -> None:
+    if path == "lora.sent.0":
+        data = altered(make_manifest(), "lora.sent", [value, "B"])
+    else:
+        data = altered(make_manifest(), path, value)
+    message = refusal(FederationManifest, data)
+    assert f": {path}: " in message
+    assert repr(value) in message
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["code", "base.code", "lora.code", "training.dp_noise", "masking.threshold", "rounds.x"],
+)
+def test_an_unknown_key_is_refused_by_its_name(make_manifest: MakeManifest, path: str) -> None:
+    message = refusal(FederationManifest, altered(make_manifest(), path, 1))
+    assert f": {path}: " in message
+
+
+@pytest.mark.parametrize(
+    "path", ["federation", "server", "base", "base.fingerprint", "lora.init_seed", "rounds"]
+)
+def test_a_missing_key_is_refused_by_its_name(make_manifest: MakeManifest, path: str) -> None:
+    message = refusal(FederationManifest, altered(make_manifest(), path, ...))
+    assert f": {path}: Field required" in message
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("name", ""),
+        ("name", "x" * 201),
+        ("description", "x" * 2_001),
+        ("created_at", -1.0),
+        ("created_at", 1e15),
+        ("federation", b64u_encode(bytes(15))),
+        ("server", b64u_encode(bytes(31))),
+        ("lora.rank", 0),
+        ("lora.rank", 1025),
+        ("lora.rank", 8.5),
+        ("lora.alpha", 0.0),
+        ("lora.dropout", 1.0),
+        ("lora.target_modules", []),
+        ("lora.target_modules", ["q_proj\n"]),
+        ("lora.target_modules", ["q proj"]),
+        ("lora.target_modules", ["../x"]),
+        ("lora.target_modules", [".*"]),
+        ("lora.target_modules", ["q_proj"] * 2),
+        ("lora.target_modules", [f"m{i}" for i in range(65)]),
+        ("lora.sent", []),
+        ("lora.sent", ["A"]),
+        ("lora.sent", ["B", "A"]),
+        ("lora.sent", ["B", "B"]),
+        ("lora.init_seed", -1),
+        ("lora.init_seed", 2**53),
+        ("training.max_length", 15),
+        ("training.batch_size", 0),
+        ("training.local_steps", 0),
+        ("training.local_steps", 2**53),
+        ("training.learning_rate", 0.0),
+        ("training.learning_rate", 1.1),
+        ("training.beta1", 1.0),
+        ("training.eps", 0.0),
+        ("training.final_frac", 1.5),
+        ("training.max_grad_norm", 0.0),
+        ("aggregation.max_weight", 0),
+        ("aggregation.max_weight", 1_000_001),
+        ("rounds.n_rounds", 0),
+        ("rounds.over_selection", 0.5),
+        ("rounds.deadline_s", 0.0),
+        ("rounds.min_upload_bytes_per_s", 0.0),
+        ("change_limits.max_tensor_change_norm", 0.0),
+    ],
+)
+def test_a_value_out_of_range_is_refused_by_its_name(
+    make_manifest: MakeManifest, path: str, value: object
+) -> None:
+    message = refusal(FederationManifest, altered(make_manifest(), path, value))
+    block, _, field = path.rpartition(".")
+    assert f": {path}" in message or (f": {block}: " in message and field in message)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "says"),
+    [
+        ("training.local_epochs", 2, "exactly one of local_steps and local_epochs"),
+        ("training.local_steps", None, "exactly one of local_steps and local_epochs"),
+        ("rounds.min_cohort", 3, "min_cohort 3 is above cohort_target 2"),
+        ("rounds.cap_s", 3600.0, "cap_s 3600.0 is before deadline_s"),
+        ("registrar_held_by_server", False, "registrar is the server's own key"),
+    ],
+)
+def test_fields_that_contradict_each_other_are_refused(
+    make_manifest: MakeManifest, path: str, value: object, says: str
+) -> None:
+    assert says in refusal(FederationManifest, altered(make_manifest(), path, value))
+
+
+def test_a_separate_registrar_may_say_so(make_manifest: MakeManifest, agent_key: Signer) -> None:
+    manifest = make_manifest(registrar=agent_key.identity, registrar_held_by_server=False)
+    assert parse(FederationManifest, manifest.canonical()) == manifest
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "says"),
+    [
+        ("deadline_at", 1.0, "out of order"),
+        ("cap_at", 1.0, "out of order"),
+        ("opened_at", 1.9e9, "out of order"),
+        ("schedule_start", 0.75, "schedule_start is after schedule_end"),
+        ("schedule_end", 1.5, "schedule_end"),
+        ("round", 0, "round"),
+        ("round", 2**31, "round"),
+        ("update_n_bytes", 0, "update_n_bytes"),
+        ("update_n_bytes", 2**31 + 4, "update_n_bytes"),
+        ("release", -1, "release"),
+        ("version", 2, "version"),
+        ("code", "x", "code"),
+    ],
+)
+def test_a_round_that_contradicts_itself_is_refused(
+    make_round: Callable[..., RoundManifest], path: str, value: object, says: str
+) -> None:
+    assert says in refusal(RoundManifest, altered(make_round(), path, value))
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "says"),
+    [
+        ("previous", b64u_encode(bytes(32)), "exactly release 0 has no predecessor"),
+        ("round_digest", b64u_encode(bytes(32)), "release 0 comes from no round"),
+        ("number", 1, "exactly release 0 has no predecessor"),
+        ("verdict.rule", "evaluator", "verdict.rule"),
+        ("filter.rule", "norm", "filter.rule"),
+        ("aggregation.rule", "median", "aggregation.rule"),
+        ("aggregation.update_norm", -1.0, "aggregation.update_norm"),
+        ("adapter.n_bytes", 2**31 + 1, "adapter.n_bytes"),
+        ("adapter.url", "http://x", "adapter.url"),
+        ("version", 2, "version"),
+    ],
+)
+def test_a_release_that_contradicts_itself_is_refused(
+    make_release: Callable[..., Release], path: str, value: object, says: str
+) -> None:
+    assert says in refusal(Release, altered(make_release(), path, value))
+
+
+def test_every_field_is_in_the_digest(
+    make_manifest: MakeManifest,
+    make_round: Callable[..., RoundManifest],
+    make_release: Callable[..., Release],
+) -> None:
+    """A field that were left out could be changed under a valid signature."""
+    first = make_release()
+    for document in (make_manifest(), make_round(), make_release(after=first)):
+        hashed = document.as_json()
+        assert set(hashed) == set(type(document).model_fields)
+        name = {FederationManifest: "federation", RoundManifest: "round", Release: "release"}
+        assert document.digest() == domain_hash(name[type(document)], hashed)
+        for field in hashed:
+            changed = {**hashed, field: "changed"}
+            assert domain_hash(name[type(document)], changed) != document.digest()
+
+
+def test_two_kinds_of_documents_never_share_a_digest(
+    make_manifest: MakeManifest, make_release: Callable[..., Release]
+) -> None:
+    release, manifest = make_release(), make_manifest()
+    assert len({release.digest(), manifest.digest()}) == 2
