@@ -12,11 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from edge_agent.chain import check_change, check_releases, check_round
-from edge_agent.config import AgentSettings
-from edge_agent.data.reading import read_records
-from edge_agent.data.records import ReadReport
-from edge_agent.data.tokens import TokenizedData, tokenize
+from edge_agent.chain import check_round
+from edge_agent.data.tokens import TokenizedData
 from edge_agent.errors import (
     AgentError,
     DataError,
@@ -28,6 +25,7 @@ from edge_agent.errors import (
     TransportError,
     TrustError,
 )
+from edge_agent.following import ReleaseFollower
 from edge_agent.home import AgentHome
 from edge_agent.journal import Journal, Membership, Part
 from edge_agent.politeness import OwnersWishes
@@ -36,7 +34,7 @@ from edge_agent.training import LocalTrainer, RoundRecipe, TrainerOptions, Train
 from edge_agent.transport import Transport
 from protocol.clock import Clock
 from protocol.limits import LONG_POLL_S, PART_BYTES
-from protocol.manifest import FederationManifest, Release, RoundManifest, Weighting
+from protocol.manifest import Release, RoundManifest, Weighting
 from protocol.messages import (
     TrainTask,
     UploadHeader,
@@ -51,20 +49,11 @@ from protocol.problems import Advice, ProblemType
 from protocol.signing import Signed, Signer, sign
 from protocol.wire import domain_hash, sha256
 from quant.adapter import (
-    AdapterArrays,
-    adapter_shapes,
-    from_safetensors,
-    model_card,
-    peft_config,
-    sent_layout,
-    to_safetensors,
     vector_to_bytes,
-    write_folder,
 )
-from quant.base_model import LoadedBase, limit_device_memory, load_base, set_threads
+from quant.base_model import LoadedBase
 from quant.lora import AdaptedModel
 
-_GB: Final = 1_000_000_000
 _MAX_UPLOAD_TRIES: Final = 5
 _WAIT_SLICE_S: Final = 0.5
 
@@ -86,51 +75,6 @@ class AgentEventReport:
     kind: str
     text: str
     progress: TrainingProgress | None = None
-
-
-def load_membership_base(membership: Membership, settings: AgentSettings) -> LoadedBase:
-    """Load the federation's base with the owner's limits, and prove that it is the same.
-
-    Raises:
-        BaseModelError: It cannot be loaded.
-        FingerprintError: It is another base.
-    """
-    import torch  # noqa: PLC0415 - the light commands must not wait for it
-
-    if settings.threads is not None:
-        set_threads(settings.threads)
-    block = membership.federation.body.base
-    device = None if settings.device is None else torch.device(settings.device)
-    base = load_base(
-        settings.base or block.model,
-        revision=None if settings.base else block.revision,
-        device=device,
-        expected=block,
-    )
-    if settings.max_vram_gb is not None:
-        limit_device_memory(int(settings.max_vram_gb * _GB), base.device)
-    return base
-
-
-def load_data(
-    source: str, manifest: FederationManifest, base: LoadedBase, settings: AgentSettings
-) -> tuple[TokenizedData, ReadReport]:
-    """Read and tokenise the owner's records as the manifest says.
-
-    Raises:
-        DataError: The source cannot be read, or holds nothing to train on.
-    """
-    records, report = read_records(source, on_malformed=settings.on_malformed)
-    block = manifest.training
-    data = tokenize(
-        records,
-        base.tokenizer,
-        template=block.template,
-        loss_on=block.loss_on,
-        max_length=block.max_length,
-        on_malformed=settings.on_malformed,
-    )
-    return data, report
 
 
 class Agent:
@@ -180,13 +124,15 @@ class Agent:
         self._wishes = wishes
         self._clock = clock
         self._on_event = on_event
-        self._shapes = adapter_shapes(base.description, self._manifest.lora)
-        self._layout = sent_layout(self._shapes, self._manifest.lora.sent)
-        if self._layout.digest() != self._manifest.layout:
-            msg = "the manifest's layout is not the one of its base and adapter; nothing is trained"
-            raise TrustError(msg)
+        self._releases = ReleaseFollower(
+            home=member.home,
+            journal=member.journal,
+            manifest=self._manifest,
+            base=base.description,
+            transport=transport,
+        )
+        self._layout = self._releases.layout
         self._adapted = AdaptedModel(base, self._manifest.lora)
-        self._accepted: tuple[int, AdapterArrays] | None = None
 
     def run(self, *, until_finished: bool = False) -> None:
         """Take part until the owner stops it.
@@ -223,7 +169,7 @@ class Agent:
             self._upload(part)
             return None
         reply = self._transport.task(after=self._journal.last_ended_round(), wait_s=LONG_POLL_S)
-        moved = self._follow_chain(reply.newest_release)
+        moved = self._releases.follow(reply.newest_release)
         match reply.task:
             case TrainTask(round=manifest):
                 self._take_part(manifest, chain_moved=moved)
@@ -262,105 +208,9 @@ class Agent:
         self._discard_files()
         self._say("abandoned", f"round {part.round}: {note}")
 
-    # The chain and the global adapter
-
-    def _follow_chain(self, newest: int) -> bool:
-        """Fetch and verify the releases between the last verified one and `newest`, if any."""
-        last = self._journal.newest_release()
-        moved = last is None or last.number < newest
-        while last is None or last.number < newest:
-            page = self._transport.releases(after=-1 if last is None else last.number)
-            verified = check_releases(self._manifest, last, page.releases)
-            if not verified:
-                msg = f"the server speaks of release {newest} but does not show it"
-                raise TrustError(msg)
-            for release, signed in zip(verified, page.releases, strict=True):
-                self._journal.add_release(release.number, signed)
-            last = verified[-1]
-        return moved
-
-    def global_adapter(self) -> tuple[Release, AdapterArrays]:
-        """The newest verified release with its arrays, fetched and checked.
-
-        Raises:
-            TrustError: The bytes are not the released ones, or moved too far.
-            AgentError: It cannot be fetched, or there is no release yet.
-        """
-        release = self._journal.newest_release()
-        if release is None:
-            msg = "no release has been seen yet"
-            raise JournalError(msg)
-        number, before = self._accepted or self._last_accepted()
-        if number == release.number:
-            self._accepted = (number, before)
-            return release, before
-        arrays = self._arrays_of(release)
-        check_change(
-            before,
-            arrays,
-            max_tensor_change_norm=self._manifest.change_limits.max_tensor_change_norm,
-            n_releases=release.number - number,
-        )
-        self._accepted = (release.number, arrays)
-        self._prune_cache(release)
-        return release, arrays
-
-    def _last_accepted(self) -> tuple[int, AdapterArrays]:
-        """The adapter that this agent last trained from, or release 0.
-
-        A part that was only begun does not count: its release may be the one to be checked.
-        """
-        trained = [part for part in self._journal.parts() if part.header is not None]
-        number = trained[-1].manifest.body.release if trained else 0
-        release = self._journal.release(number)
-        if release is None:  # cannot be: the chain was followed from release 0 on
-            msg = f"release {number} is not in the verified chain"
-            raise TrustError(msg)
-        return number, self._arrays_of(release)
-
-    def _prune_cache(self, newest: Release) -> None:
-        """Keep the newest release and the frozen factors; the rest can be fetched again."""
-        first = self._journal.release(0)
-        kept = {newest.sent.sha256.hex()}
-        if first is not None:
-            kept.add(first.adapter.sha256.hex())
-        for path in self._home.cached_files():
-            if path.name not in kept:
-                path.unlink()
-
-    def _arrays_of(self, release: Release) -> AdapterArrays:
-        path = self._transport.fetch(release.sent, self._home.cache)
-        sent_shapes = {slot.name: slot.shape for slot in self._layout.slots}
-        arrays = from_safetensors(path.read_bytes(), sent_shapes)
-        if release.sent == release.adapter and len(sent_shapes) == len(self._shapes):
-            return arrays
-        first = self._journal.release(0)
-        if first is None:  # cannot be: the chain begins with release 0
-            msg = "the chain does not begin with release 0"
-            raise TrustError(msg)
-        frozen = self._transport.fetch(first.adapter, self._home.cache)
-        whole = from_safetensors(frozen.read_bytes(), self._shapes)
-        arrays |= {name: array for name, array in whole.items() if name not in sent_shapes}
-        if sha256(to_safetensors(arrays)) != release.adapter.sha256:
-            msg = f"release {release.number} does not hold what its signature promises"
-            raise TrustError(msg)
-        return arrays
-
     def export(self, folder: Path) -> Release:
-        """Write the newest release as a PEFT folder that stock peft loads.
-
-        Args:
-            folder: Made when missing.
-        """
-        self._follow_chain(self._transport.releases(after=-1).newest)
-        release, arrays = self.global_adapter()
-        write_folder(
-            folder,
-            weights=to_safetensors(arrays),
-            config=peft_config(self._manifest.base, self._manifest.lora),
-            card=model_card(self._manifest, release),
-        )
-        return release
+        """Write the newest release as a PEFT folder; see `ReleaseFollower.export`."""
+        return self._releases.export(folder)
 
     # A round
 
@@ -398,7 +248,7 @@ class Agent:
 
     def _train(self, part: Part) -> None:
         round_manifest = part.manifest.body
-        release, start = self.global_adapter()
+        release, start = self._releases.newest()
         self._say("training", f"round {part.round} from release {release.number}")
         block = self._manifest.training
         n_examples = len(self._data.examples)

@@ -4,16 +4,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Final, Self
 
-from edge_agent.agent import (
-    Agent,
-    AgentEventReport,
-    Member,
-    load_data,
-    load_membership_base,
-)
+import torch
+
+from edge_agent.agent import Agent, AgentEventReport, Member
 from edge_agent.config import AgentSettings
+from edge_agent.data.reading import read_records
+from edge_agent.data.records import ReadReport
+from edge_agent.data.tokens import TokenizedData, tokenize
 from edge_agent.errors import JournalError
 from edge_agent.home import AgentHome
 from edge_agent.journal import Journal, Membership
@@ -21,7 +20,53 @@ from edge_agent.membership import record_outgoing
 from edge_agent.politeness import OwnersWishes
 from edge_agent.transport import Transport
 from protocol.clock import Clock
-from protocol.manifest import Release
+from protocol.manifest import FederationManifest, Release
+from quant.base_model import LoadedBase, limit_device_memory, load_base, set_threads
+
+_GB: Final = 1_000_000_000
+
+
+def load_membership_base(membership: Membership, settings: AgentSettings) -> LoadedBase:
+    """Load the federation's base with the owner's limits, and prove that it is the same.
+
+    Raises:
+        BaseModelError: It cannot be loaded.
+        FingerprintError: It is another base.
+    """
+    if settings.threads is not None:
+        set_threads(settings.threads)
+    block = membership.federation.body.base
+    device = None if settings.device is None else torch.device(settings.device)
+    base = load_base(
+        settings.base or block.model,
+        revision=None if settings.base else block.revision,
+        device=device,
+        expected=block,
+    )
+    if settings.max_vram_gb is not None:
+        limit_device_memory(int(settings.max_vram_gb * _GB), base.device)
+    return base
+
+
+def load_data(
+    source: str, manifest: FederationManifest, base: LoadedBase, settings: AgentSettings
+) -> tuple[TokenizedData, ReadReport]:
+    """Read and tokenise the owner's records as the manifest says.
+
+    Raises:
+        DataError: The source cannot be read, or holds nothing to train on.
+    """
+    records, report = read_records(source, on_malformed=settings.on_malformed)
+    block = manifest.training
+    data = tokenize(
+        records,
+        base.tokenizer,
+        template=block.template,
+        loss_on=block.loss_on,
+        max_length=block.max_length,
+        on_malformed=settings.on_malformed,
+    )
+    return data, report
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,11 +113,11 @@ def prepare(
         patience_s: Give up on an unreachable server after this long; None: never.
 
     Raises:
-        JournalError: Never joined, already left, or another process works here.
+        JournalError: Never joined, left, expired, or another process works here.
         QuantError: The base cannot be used, or is another one.
         DataError: The data cannot be used.
     """
-    member = _active_membership(journal)
+    member = _active_membership(journal, clock.now())
     lock = home.lock()
     try:
         signer = home.load_or_create_signer()
@@ -118,13 +163,16 @@ def prepare(
     return Worker(agent=agent, wishes=wishes, transport=transport, release_lock=lock.release)
 
 
-def _active_membership(journal: Journal) -> Membership:
+def _active_membership(journal: Journal, now: float) -> Membership:
     member = journal.membership()
     if member is None:
         msg = "no federation was joined here; begin with `sheepfold-agent join`"
         raise JournalError(msg)
     if member.left_at is not None:
         msg = "this membership was revoked by `leave`; `join` again to take part"
+        raise JournalError(msg)
+    if member.credential is not None and member.credential.body.expires_at <= now:
+        msg = "this membership has expired; `join` again to take part"
         raise JournalError(msg)
     if member.credential is None:  # told before a base is fetched and loaded in vain
         msg = "the enrolment was not finished; run `join` again"

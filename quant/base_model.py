@@ -9,6 +9,7 @@ The checkpoint is read from safetensors only, and no code of a model repository 
 """
 
 import hashlib
+import json
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -44,6 +45,17 @@ _SOURCE_DTYPES: Final[dict[torch.dtype, SourceDtype]] = {
     torch.float16: "float16",
 }
 _FIRST_NATIVE_BF16: Final = (8, 0)
+_ARITHMETIC_KEYS: Final = (
+    *("model_type", "hidden_act", "hidden_activation", "activation_function"),
+    *("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps"),
+    *("num_attention_heads", "num_key_value_heads", "head_dim", "n_head", "layer_types"),
+    *("rope_parameters", "rope_theta", "rope_scaling", "partial_rotary_factor"),
+    *("sliding_window", "use_sliding_window", "tie_word_embeddings", "scale_embedding"),
+    *("attn_logit_softcapping", "final_logit_softcapping", "query_pre_attn_scalar"),
+    *("logit_scale", "logits_scaling", "attention_multiplier", "residual_multiplier"),
+    *("embedding_multiplier", "use_qk_norm", "parallel_attn", "alibi", "n_positions"),
+)
+"""Settings of a configuration that change what the same weights compute."""
 _TOKENIZER_PROBES: Final = (
     "The quick brown fox jumps over the lazy dog.",
     "  two spaces\n\n\ta tab, 12345 and 67.89 %",
@@ -315,14 +327,17 @@ def _source_dtype(model: PreTrainedModel) -> SourceDtype:
     return _SOURCE_DTYPES[dtypes.pop()]
 
 
-def fingerprint(model: torch.nn.Module) -> bytes:
-    """The digest of a quantised base: codes, scales, settings and unquantised tensors.
+def fingerprint(model: PreTrainedModel) -> bytes:
+    """The digest of a quantised base: codes, scales, unquantised tensors, and its arithmetic.
+
+    Of the configuration only what changes the numbers counts, not what another release of
+    transformers writes beside it.
 
     Args:
         model: As quantised, before it is placed and cast.
 
     Returns:
-        32 bytes: `domain_hash("base", {name: [dtype, shape, SHA-256 of the bytes], …})`.
+        32 bytes: `domain_hash("base", arithmetic, {name: [dtype, shape, SHA-256 of bytes], …})`.
     """
     rows: dict[str, list[JsonValue]] = {}
 
@@ -346,7 +361,11 @@ def fingerprint(model: torch.nn.Module) -> bytes:
     for name, parameter in model.named_parameters():
         if name.rpartition(".")[0] not in quantized:
             add(name, parameter)
-    return domain_hash("base", rows)
+    written = model.config.to_dict()
+    arithmetic: JsonValue = json.loads(
+        json.dumps({key: written[key] for key in _ARITHMETIC_KEYS if key in written}, default=str)
+    )
+    return domain_hash("base", arithmetic, rows)
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerFast) -> bytes:

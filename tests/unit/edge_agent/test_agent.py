@@ -488,7 +488,7 @@ def test_a_federation_from_its_first_round_to_its_last(world: World) -> None:
     assert len(server.releases) == 3
     assert world.kinds()[-1] == "finished"
     assert world.clock.time - before < 60.0
-    release, arrays = agent.global_adapter()
+    release, arrays = agent._releases.newest()
     assert release.number == 2
     for name, array in server.adapters[2].items():
         np.testing.assert_array_equal(arrays[name], array)
@@ -1104,7 +1104,7 @@ def test_only_b_travels_and_a_stays_as_release_0_has_it(make_world: Callable[...
     world.start().run()
     assert world.phases() == [AgentPhase.UPLOADED] * 2
     agent = world.start()
-    release, arrays = agent.global_adapter()
+    release, arrays = agent._releases.newest()
     assert release.number == 1
     for name, array in arrays.items():
         expected = server.start if factor_of(name) is Factor.A else server.adapters[1]

@@ -470,3 +470,25 @@ def test_a_model_that_the_hub_does_not_give_is_named() -> None:
 def test_blocks_of_equal_content_are_the_same_base(random_base: LoadedBase) -> None:
     block = random_base.description.base
     check_same_base(block, BaseBlock(**block.model_dump()))
+
+
+def test_the_fingerprint_covers_the_configuration_that_changes_the_numbers(
+    random_base_dir: Path, tmp_path: Path
+) -> None:
+    import json
+    import shutil
+
+    original = load_base(random_base_dir).description.base.fingerprint
+    for key, value, same in (
+        ("rms_norm_eps", 1e-3, False),
+        ("hidden_act", "gelu", False),
+        ("transformers_version", "0.0.1", True),
+        ("use_cache", False, True),
+    ):
+        copy = tmp_path / key
+        shutil.copytree(random_base_dir, copy)
+        config = json.loads((copy / "config.json").read_text())
+        config[key] = value
+        (copy / "config.json").write_text(json.dumps(config))
+        found = load_base(copy).description.base.fingerprint
+        assert (found == original) is same, key

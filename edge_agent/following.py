@@ -1,0 +1,161 @@
+"""Follows the chain of releases and holds the global adapter that training starts from."""
+
+from pathlib import Path
+
+from edge_agent.chain import check_change, check_releases
+from edge_agent.errors import JournalError, TrustError
+from edge_agent.home import AgentHome
+from edge_agent.journal import Journal
+from edge_agent.transport import Transport
+from protocol.base_description import BaseDescription
+from protocol.manifest import FederationManifest, Release
+from protocol.wire import sha256
+from quant.adapter import (
+    AdapterArrays,
+    adapter_shapes,
+    from_safetensors,
+    model_card,
+    peft_config,
+    sent_layout,
+    to_safetensors,
+    write_folder,
+)
+
+
+class ReleaseFollower:
+    """What an agent has verified of its federation's releases.
+
+    Guarantees:
+        1. An adapter is handed out only when its release continues the verified chain, its bytes
+           are the signed ones, and no tensor moved further than the owner accepted.
+        2. Factors that agents do not send are those of release 0, whatever a release holds.
+
+    Args:
+        home: Where downloads are kept.
+        journal: Where the verified chain is kept.
+        manifest: The pinned federation.
+        base: The agent's own base.
+        transport: To the server.
+
+    Raises:
+        TrustError: The manifest's layout is not the one of this base.
+    """
+
+    def __init__(
+        self,
+        *,
+        home: AgentHome,
+        journal: Journal,
+        manifest: FederationManifest,
+        base: BaseDescription,
+        transport: Transport,
+    ) -> None:
+        """Compute the layout; nothing is fetched yet."""
+        self._home = home
+        self._journal = journal
+        self._manifest = manifest
+        self._transport = transport
+        self._shapes = adapter_shapes(base, manifest.lora)
+        self.layout = sent_layout(self._shapes, manifest.lora.sent)
+        if self.layout.digest() != manifest.layout:
+            msg = "the manifest's layout is not the one of its base and adapter; nothing is trained"
+            raise TrustError(msg)
+        self._accepted: tuple[int, AdapterArrays] | None = None
+
+    def follow(self, newest: int) -> bool:
+        """Fetch and verify the releases between the last verified one and `newest`, if any."""
+        last = self._journal.newest_release()
+        moved = last is None or last.number < newest
+        while last is None or last.number < newest:
+            page = self._transport.releases(after=-1 if last is None else last.number)
+            verified = check_releases(self._manifest, last, page.releases)
+            if not verified:
+                msg = f"the server speaks of release {newest} but does not show it"
+                raise TrustError(msg)
+            for release, signed in zip(verified, page.releases, strict=True):
+                self._journal.add_release(release.number, signed)
+            last = verified[-1]
+        return moved
+
+    def newest(self) -> tuple[Release, AdapterArrays]:
+        """The newest verified release with its arrays, fetched and checked.
+
+        Raises:
+            TrustError: The bytes are not the released ones, or moved too far.
+            AgentError: It cannot be fetched, or there is no release yet.
+        """
+        release = self._journal.newest_release()
+        if release is None:
+            msg = "no release has been seen yet"
+            raise JournalError(msg)
+        number, before = self._accepted or self._last_accepted()
+        if number == release.number:
+            self._accepted = (number, before)
+            return release, before
+        arrays = self._arrays_of(release)
+        check_change(
+            before,
+            arrays,
+            max_tensor_change_norm=self._manifest.change_limits.max_tensor_change_norm,
+            n_releases=release.number - number,
+        )
+        self._accepted = (release.number, arrays)
+        self._prune_cache(release)
+        return release, arrays
+
+    def _last_accepted(self) -> tuple[int, AdapterArrays]:
+        """The adapter that this agent last trained from, or release 0.
+
+        A part that was only begun does not count: its release may be the one to be checked.
+        """
+        trained = [part for part in self._journal.parts() if part.header is not None]
+        number = trained[-1].manifest.body.release if trained else 0
+        release = self._journal.release(number)
+        if release is None:  # cannot be: the chain was followed from release 0 on
+            msg = f"release {number} is not in the verified chain"
+            raise TrustError(msg)
+        return number, self._arrays_of(release)
+
+    def _prune_cache(self, newest: Release) -> None:
+        """Keep the newest release and the frozen factors; the rest can be fetched again."""
+        first = self._journal.release(0)
+        kept = {newest.sent.sha256.hex()}
+        if first is not None:
+            kept.add(first.adapter.sha256.hex())
+        for path in self._home.cached_files():
+            if path.name not in kept:
+                path.unlink()
+
+    def _arrays_of(self, release: Release) -> AdapterArrays:
+        path = self._transport.fetch(release.sent, self._home.cache)
+        sent_shapes = {slot.name: slot.shape for slot in self.layout.slots}
+        arrays = from_safetensors(path.read_bytes(), sent_shapes)
+        if release.sent == release.adapter and len(sent_shapes) == len(self._shapes):
+            return arrays
+        first = self._journal.release(0)
+        if first is None:  # cannot be: the chain begins with release 0
+            msg = "the chain does not begin with release 0"
+            raise TrustError(msg)
+        frozen = self._transport.fetch(first.adapter, self._home.cache)
+        whole = from_safetensors(frozen.read_bytes(), self._shapes)
+        arrays |= {name: array for name, array in whole.items() if name not in sent_shapes}
+        if sha256(to_safetensors(arrays)) != release.adapter.sha256:
+            msg = f"release {release.number} does not hold what its signature promises"
+            raise TrustError(msg)
+        return arrays
+
+    def export(self, folder: Path) -> Release:
+        """Write the newest release as a PEFT folder that stock peft loads.
+
+        Args:
+            folder: Made when missing.
+        """
+        self.follow(self._transport.releases(after=-1).newest)
+        release, arrays = self.newest()
+        write_folder(
+            folder,
+            weights=to_safetensors(arrays),
+            config=peft_config(self._manifest.base, self._manifest.lora),
+            card=model_card(self._manifest, release),
+        )
+        return release
