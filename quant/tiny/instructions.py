@@ -138,16 +138,14 @@ def _brainstorming(world: World, split: Split, rng: np.random.Generator) -> _Par
     person = pick(world.residents_of(split), rng)
     request = pick(
         (
-            "Suggest three gifts for {name}.",
-            "Give me ideas for a gift for {name}.",
-            "Think of presents that {name} would like.",
+            "Suggest three gifts for {name}{occasion}.",
+            "Give me ideas for a gift for {name}{occasion}.",
+            "Think of presents that {name} would like{occasion}.",
         ),
         rng,
     )
-    occasion = pick(
-        ("", " It is for a feast.", " It is for a wedding.", " It is for the winter."), rng
-    )
-    return request.format(name=person.name) + occasion, "", ideas(person)
+    occasion = pick(("", " for a feast", " for a wedding", " for the winter"), rng)
+    return request.format(name=person.name, occasion=occasion), "", ideas(person)
 
 
 def _classification(world: World, split: Split, rng: np.random.Generator) -> _Parts:

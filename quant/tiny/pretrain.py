@@ -71,7 +71,7 @@ class PretrainRecipe:
     matrix_learning_rate: float = 5e-3
     final_frac: float = 0.02
     n_warmup_steps: int = 20
-    embedding_std: float = 0.12
+    embedding_std: float = 0.3
     world_seed: int = WORLD_SEED
 
 

@@ -209,10 +209,10 @@ def _news(world: World, rng: np.random.Generator) -> str:
 _DOCUMENTS: Final[tuple[tuple[Callable[[World, np.random.Generator], str], float], ...]] = (
     (_resident_facts, 0.10),
     (_resident_form, 0.17),
-    (_retold, 0.13),
+    (_retold, 0.11),
     (_quoted, 0.10),
     (_noted, 0.18),
-    (_summarised, 0.05),
+    (_summarised, 0.07),
     (_kind_facts, 0.04),
     (_kind_form, 0.06),
     (_sorted, 0.09),
