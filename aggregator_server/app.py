@@ -9,27 +9,29 @@ from itertools import chain
 from typing import Annotated, Final
 
 import structlog
-from anyio import to_thread
+from anyio import CapacityLimiter, to_thread
 from fastapi import APIRouter, Depends, FastAPI, Path, Query, Request, Response
 from fastapi.responses import StreamingResponse
 
 from aggregator_server import metrics as metrics_module
-from aggregator_server.errors import Refusal
+from aggregator_server.errors import Refusal, ServerError
 from aggregator_server.federation import Federation
 from aggregator_server.metrics import Metrics
 from aggregator_server.web.edge import (
     BodySlots,
     ProblemRoute,
+    Threads,
     in_thread,
     install_problem_handlers,
     parse_body,
     read_body,
     reply,
+    verify_head,
     verify_transport,
 )
 from aggregator_server.web.openapi import body_of, install_openapi, reply_of
 from aggregator_server.web.ranges import parse_range
-from protocol.limits import LONG_POLL_S, MAX_JSON_BYTES, PART_BYTES
+from protocol.limits import KIB, LONG_POLL_S, PART_BYTES
 from protocol.messages import (
     Acknowledged,
     Credential,
@@ -52,6 +54,8 @@ from protocol.version import PROTOCOL_VERSION
 _log = structlog.get_logger(__name__)
 _TICK_S: Final = 1.0
 """Longest time between two looks at the clock, and at what other processes wrote."""
+_MAX_MESSAGE_BYTES: Final = 64 * KIB
+"""Of a request; the largest message that an agent sends has about 1 kB."""
 _N_PARTS_IN_MEMORY: Final = 64
 """Parts received at once: 64 times 4 MiB."""
 _BLOB_NAME: Final = re.compile(r"[0-9a-f]{64}")
@@ -80,6 +84,7 @@ def create_app(federation: Federation) -> FastAPI:
     app.state.federation = federation
     app.state.metrics = Metrics()
     app.state.part_slots = BodySlots(_N_PARTS_IN_MEMORY)
+    app.state.threads = Threads()
     install_problem_handlers(app)
     app.include_router(_public_router())
     app.include_router(_member_router())
@@ -91,7 +96,8 @@ def create_app(federation: Federation) -> FastAPI:
 
 @asynccontextmanager
 async def _clockwork(app: FastAPI) -> AsyncIterator[None]:
-    task = asyncio.create_task(_tick(app.state.federation))
+    threads: Threads = app.state.threads
+    task = asyncio.create_task(_tick(app.state.federation, threads.clockwork))
     try:
         yield
     finally:
@@ -100,25 +106,29 @@ async def _clockwork(app: FastAPI) -> AsyncIterator[None]:
         await asyncio.gather(task, return_exceptions=True)
 
 
-async def _tick(federation: Federation) -> None:
+async def _tick(federation: Federation, limiter: CapacityLimiter) -> None:
     work = federation.work
     while not work.closed:
         ticket = work.ticket()
         try:
-            await to_thread.run_sync(federation.advance)
+            await to_thread.run_sync(federation.advance, limiter=limiter)
+        except ServerError as error:
+            _log.warning("the clockwork waits", error=str(error))
+            await asyncio.sleep(_TICK_S)
         except Exception as error:  # noqa: BLE001 - the clockwork never stops
             _log.error("the clockwork failed and goes on", exc_info=error)
             await asyncio.sleep(_TICK_S)
         await work.wait(ticket, _TICK_S)
 
 
-def _federation(request: Request) -> Federation:
+# Both are coroutines, or the framework would run them in its threads, where they would wait.
+async def _federation(request: Request) -> Federation:
     federation: Federation = request.app.state.federation
     return federation
 
 
-def _this_federation(request: Request, federation: str) -> Federation:
-    service = _federation(request)
+async def _this_federation(request: Request, federation: str) -> Federation:
+    service = await _federation(request)
     if federation != service.charter.path_id:
         raise Refusal(
             ProblemType.UNKNOWN_FEDERATION, f"here is only the federation {service.charter.path_id}"
@@ -143,6 +153,18 @@ async def _admit(
     return await to_thread.run_sync(check), body
 
 
+def _expect(service: Federation, request: Request) -> bytes:
+    """The member whose large body is about to be read; `_admit` has the last word on it."""
+    identity = verify_head(request)
+    service.membership.require_member(identity)
+    return identity
+
+
+def _threads(request: Request) -> Threads:
+    threads: Threads = request.app.state.threads
+    return threads
+
+
 def _public_router() -> APIRouter:
     router = APIRouter(route_class=ProblemRoute)
 
@@ -152,16 +174,17 @@ def _public_router() -> APIRouter:
         return reply(service.discovery())
 
     @router.get("/healthz")
-    def health(service: Anywhere) -> Response:
+    async def health(request: Request, service: Anywhere) -> Response:
         """Whether the database answers."""
-        service.status()
+        await to_thread.run_sync(service.check, limiter=_threads(request).probes)
         return Response("ok\n", media_type="text/plain")
 
     @router.get("/metrics")
-    def metrics(request: Request, service: Anywhere) -> Response:
+    async def metrics(request: Request, service: Anywhere) -> Response:
         """Counters and gauges for Prometheus."""
         rendered: Metrics = request.app.state.metrics
-        return Response(rendered.render(service.status()), media_type=metrics_module.CONTENT_TYPE)
+        status = await to_thread.run_sync(service.status, limiter=_threads(request).probes)
+        return Response(rendered.render(status), media_type=metrics_module.CONTENT_TYPE)
 
     return router
 
@@ -176,7 +199,7 @@ def _member_router() -> APIRouter:
     )
     async def enrol(request: Request, service: Here) -> Response:
         """Become a member; signed."""
-        body = await read_body(request, limit=MAX_JSON_BYTES)
+        body = await read_body(request, limit=_MAX_MESSAGE_BYTES)
 
         def call() -> Signed[Credential]:
             verified = verify_transport(request, body)
@@ -191,7 +214,7 @@ def _member_router() -> APIRouter:
     )
     async def revoke(request: Request, service: Here) -> Response:
         """End one's membership; signed."""
-        identity, body = await _admit(service, request, limit=MAX_JSON_BYTES, even_revoked=True)
+        identity, body = await _admit(service, request, limit=_MAX_MESSAGE_BYTES, even_revoked=True)
 
         def call() -> Acknowledged:
             service.revoke(identity, parse_body(Signed[Revocation], body))
@@ -215,7 +238,7 @@ def _member_router() -> APIRouter:
     )
     async def withdraw(request: Request, service: Here) -> Response:
         """Give one's place in a round to another; signed."""
-        identity, body = await _admit(service, request, limit=MAX_JSON_BYTES)
+        identity, body = await _admit(service, request, limit=_MAX_MESSAGE_BYTES)
 
         def call() -> Acknowledged:
             service.withdraw(identity, parse_body(Signed[Withdrawal], body))
@@ -237,7 +260,7 @@ def _release_router() -> APIRouter:
     @router.get("/releases", responses=reply_of(ReleasePage))
     def releases(service: Here, after: Annotated[int, Query(ge=-1, le=_MAX_INT)] = -1) -> Response:
         """The releases after a number, oldest first."""
-        return reply(service.releases.page(after=after))
+        return Response(service.releases.page(after=after), media_type="application/json")
 
     @router.get("/blobs/{name}", response_class=StreamingResponse)
     def blob(request: Request, service: Here, name: str) -> Response:
@@ -257,12 +280,12 @@ def _upload_router() -> APIRouter:
     @router.post("", openapi_extra=body_of(Signed[UploadHeader]))
     async def begin(request: Request, service: Here) -> Response:
         """Announce an upload by its signed header; signed."""
-        identity, body = await _admit(service, request, limit=MAX_JSON_BYTES)
+        identity, body = await _admit(service, request, limit=_MAX_MESSAGE_BYTES)
 
         def call() -> UploadStatus:
             return service.begin_upload(identity, parse_body(Signed[UploadHeader], body))
 
-        return await in_thread(call)
+        return await in_thread(call, _threads(request).uploads)
 
     @router.get("/{round_number}/{attempt}")
     async def status(
@@ -282,10 +305,10 @@ def _upload_router() -> APIRouter:
     ) -> Response:
         """Store one part, raw; signed."""
         slots: BodySlots = request.app.state.part_slots
-        async with slots.one():
+        async with slots.one(await to_thread.run_sync(_expect, service, request)):
             identity, body = await _admit(service, request, limit=PART_BYTES)
             call = partial(service.uploads.put_part, identity, round_number, attempt, n, body)
-            return await in_thread(call)
+            return await in_thread(call, _threads(request).uploads)
 
     @router.post("/{round_number}/{attempt}/complete")
     async def complete(
@@ -293,7 +316,8 @@ def _upload_router() -> APIRouter:
     ) -> Response:
         """Have a whole upload verified and accepted; signed."""
         identity, _ = await _admit(service, request)
-        return await in_thread(partial(service.complete_upload, identity, round_number, attempt))
+        call = partial(service.complete_upload, identity, round_number, attempt)
+        return await in_thread(call, _threads(request).uploads)
 
     return router
 

@@ -14,9 +14,12 @@ from typing import Any, Final, Protocol
 import fsspec
 
 from aggregator_server.errors import BlobError, BlobMissingError, ConfigError, NoSpaceError
-from protocol.limits import MIB
+from protocol.limits import KIB, MIB
 
-_CHUNK_BYTES: Final = MIB
+_CHUNK_BYTES: Final = 128 * KIB
+"""Of a file: each download under way has a chunk or two in memory."""
+_REMOTE_CHUNK_BYTES: Final = MIB
+"""Of an object store, where each chunk is a request."""
 _FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 
@@ -65,7 +68,27 @@ class Blobs(Protocol):
         ...
 
     def delete(self, key: str) -> None:
-        """Delete a blob; a missing one is no error."""
+        """Delete a blob; a missing one is no error.
+
+        Raises:
+            BlobError: It cannot be deleted.
+        """
+        ...
+
+    def names(self, prefix: str) -> tuple[str, ...]:
+        """What comes next, after `prefix` + "/", in the names that begin so; each once.
+
+        Raises:
+            BlobError: They cannot be listed.
+        """
+        ...
+
+    def tidy(self, prefix: str) -> None:
+        """Delete what killed writes have left right under `prefix`; while none is going on.
+
+        Raises:
+            BlobError: It cannot be deleted.
+        """
         ...
 
     def require_space(self, n_bytes: int) -> None:
@@ -73,6 +96,7 @@ class Blobs(Protocol):
 
         Raises:
             NoSpaceError: Too little is left.
+            BlobError: The disk does not tell.
         """
         ...
 
@@ -155,16 +179,39 @@ class FolderBlobs:
         except FileNotFoundError:
             return
         except OSError as error:
-            msg = f"cannot delete the blobs under {prefix}: {error.strerror}"
-            raise BlobError(msg) from error
+            raise _delete_error(prefix, error) from error
 
     def delete(self, key: str) -> None:
         """Delete a blob; see `Blobs.delete`."""
-        (self._root / key).unlink(missing_ok=True)
+        try:
+            (self._root / key).unlink(missing_ok=True)
+        except OSError as error:
+            raise _delete_error(key, error) from error
+
+    def names(self, prefix: str) -> tuple[str, ...]:
+        """What comes next in the names; see `Blobs.names`."""
+        try:
+            found = sorted(path.name for path in (self._root / prefix).iterdir())
+        except FileNotFoundError:
+            return ()
+        except OSError as error:
+            raise _read_error(prefix, error) from error
+        return tuple(name for name in found if not name.startswith("."))
+
+    def tidy(self, prefix: str) -> None:
+        """Delete temporary files; see `Blobs.tidy`."""
+        try:
+            for path in (self._root / prefix).glob(".*"):
+                path.unlink()
+        except OSError as error:
+            raise _delete_error(prefix, error) from error
 
     def require_space(self, n_bytes: int) -> None:
         """Refuse when space is short; see `Blobs.require_space`."""
-        free = shutil.disk_usage(self._root).free
+        try:
+            free = shutil.disk_usage(self._root).free
+        except OSError as error:
+            raise _read_error(str(self._root), error) from error
         if free - n_bytes < self._min_free_bytes:
             msg = (
                 f"{free} bytes are free; {n_bytes} more would leave less than "
@@ -174,7 +221,11 @@ class FolderBlobs:
 
 
 class FsspecBlobs:
-    """Blobs in any other file system of fsspec; object stores put atomically by themselves."""
+    """Blobs in any other file system of fsspec; object stores put atomically by themselves.
+
+    Its drivers raise whatever the libraries beneath them raise, so every fault is a `BlobError`:
+    one that passes must not end a round.
+    """
 
     def __init__(self, file_system: Any, root: str) -> None:  # noqa: ANN401 - fsspec has no types
         """Use a file system under a root."""
@@ -187,23 +238,23 @@ class FsspecBlobs:
         try:
             self._fs.makedirs(path.rpartition("/")[0], exist_ok=True)
             self._fs.pipe_file(path, data)
-        except OSError as error:
+        except Exception as error:
             raise _write_error(key, error) from error
 
     def read(self, key: str) -> bytes:
         """A whole blob; see `Blobs.read`."""
         try:
             return bytes(self._fs.cat_file(self._path(key)))
-        except OSError as error:
+        except Exception as error:
             raise _read_error(key, error) from error
 
     def stream(self, key: str, start: int, stop: int) -> Iterator[bytes]:
         """Bytes `start` to `stop`; see `Blobs.stream`."""
         while start < stop:
-            end = min(start + _CHUNK_BYTES, stop)
+            end = min(start + _REMOTE_CHUNK_BYTES, stop)
             try:
                 chunk = bytes(self._fs.cat_file(self._path(key), start=start, end=end))
-            except OSError as error:
+            except Exception as error:
                 raise _read_error(key, error) from error
             if len(chunk) != end - start:
                 msg = f"blob {key} is shorter than {stop} bytes"
@@ -214,12 +265,12 @@ class FsspecBlobs:
     def delete_all(self, prefix: str) -> None:
         """Delete by prefix; see `Blobs.delete_all`."""
         try:
+            self._fs.invalidate_cache()
             self._fs.rm(self._path(prefix), recursive=True)
         except FileNotFoundError:
             return
-        except OSError as error:
-            msg = f"cannot delete the blobs under {prefix}: {error.strerror or error}"
-            raise BlobError(msg) from error
+        except Exception as error:
+            raise _delete_error(prefix, error) from error
 
     def delete(self, key: str) -> None:
         """Delete a blob; see `Blobs.delete`."""
@@ -227,6 +278,22 @@ class FsspecBlobs:
             self._fs.rm_file(self._path(key))
         except FileNotFoundError:
             return
+        except Exception as error:
+            raise _delete_error(key, error) from error
+
+    def names(self, prefix: str) -> tuple[str, ...]:
+        """What comes next in the names; see `Blobs.names`."""
+        try:
+            self._fs.invalidate_cache()  # other processes write and delete too
+            found = self._fs.ls(self._path(prefix), detail=False)
+        except FileNotFoundError:
+            return ()
+        except Exception as error:
+            raise _read_error(prefix, error) from error
+        return tuple(sorted({path.rstrip("/").rpartition("/")[2] for path in found}))
+
+    def tidy(self, prefix: str) -> None:
+        """Object stores show a blob when it is whole: there is nothing to delete."""
 
     def require_space(self, n_bytes: int) -> None:
         """Object stores do not tell their free space: a write that fails says so."""
@@ -248,13 +315,23 @@ def _fsync_folders(folder: Path, root: Path) -> None:
         folder = folder.parent
 
 
-def _write_error(key: str, error: OSError) -> BlobError:
-    if error.errno in _FULL:
+def _write_error(key: str, error: Exception) -> BlobError:
+    if isinstance(error, OSError) and error.errno in _FULL:
         return NoSpaceError(f"no space for blob {key}; nothing was stored")
-    return BlobError(f"cannot write blob {key}: {error.strerror or error}")
+    return BlobError(f"cannot write blob {key}: {_reason(error)}")
 
 
-def _read_error(key: str, error: OSError) -> BlobError:
+def _read_error(key: str, error: Exception) -> BlobError:
     if isinstance(error, FileNotFoundError):
         return BlobMissingError(f"there is no blob {key}")
-    return BlobError(f"cannot read blob {key}: {error.strerror or error}")
+    return BlobError(f"cannot read blob {key}: {_reason(error)}")
+
+
+def _delete_error(key: str, error: Exception) -> BlobError:
+    return BlobError(f"cannot delete blob {key}: {_reason(error)}")
+
+
+def _reason(error: Exception) -> str:
+    # The class alone of what is not the operating system's: its text may hold a URL's secrets.
+    told = error.strerror if isinstance(error, OSError) else None
+    return told or type(error).__name__

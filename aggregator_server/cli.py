@@ -15,6 +15,7 @@ from quant.errors import QuantError
 
 if TYPE_CHECKING:
     from aggregator_server.federation import Federation
+    from aggregator_server.lock import ServeLock
     from aggregator_server.web.serving import Listening
 
 app = typer.Typer(
@@ -34,6 +35,11 @@ releases_app = typer.Typer(
     help="The published adapters: list, show, roll back, export.", no_args_is_help=True
 )
 app.add_typer(releases_app, name="releases")
+agents_app = typer.Typer(
+    help="The members: list them, end a membership.",
+    no_args_is_help=True,
+)
+app.add_typer(agents_app, name="agents")
 
 Directory = Annotated[Path, typer.Argument(metavar="DIR", help="The federation's folder.")]
 JsonPath = Annotated[
@@ -90,15 +96,36 @@ def init(  # noqa: PLR0917 - one parameter for each option
     open_enrolment: Annotated[
         bool, typer.Option("--open-enrolment", help="Let anyone join, without an invite.")
     ] = False,
+    database_url: Annotated[
+        str,
+        typer.Option(
+            envvar="SHEEPFOLD_SERVER_DATABASE_URL",
+            help="postgresql://user@host/name.  [default: SQLite in DIR]",
+            show_default=False,
+        ),
+    ] = "",
+    blobs_url: Annotated[
+        str,
+        typer.Option(
+            envvar="SHEEPFOLD_SERVER_BLOBS_URL",
+            help="An fsspec URL, as s3://bucket/name.  [default: a folder in DIR]",
+            show_default=False,
+        ),
+    ] = "",
     json_path: JsonPath = None,
 ) -> None:
     """Found a federation: keys, release 0 and a commented federation.toml.
+
+    A password in a URL is not written: keep it in the environment.
 
     Examples:
     sheepfold-server init fed --embedded --open-enrolment --rounds 5
 
     sheepfold-server init fed --base base.json --name "Clinic notes" --cohort 10 --sent B
+
+    sheepfold-server init fed --embedded --database-url postgresql://sheepfold@db.internal/fed
     """
+    from aggregator_server.config import secret_settings
     from aggregator_server.founding import CONFIG_NAME, found_federation, load_base
     from aggregator_server.recipes import RecipeOptions, make_config
     from protocol.clock import SystemClock
@@ -130,6 +157,8 @@ def init(  # noqa: PLR0917 - one parameter for each option
             schedule=schedule,
             deadline_s=deadline_s,
             open_enrolment=open_enrolment,
+            database_url=database_url,
+            blobs_url=blobs_url,
         )
         config = make_config(options, described)
         charter = found_federation(directory, config=config, base=described, clock=SystemClock())
@@ -142,6 +171,9 @@ def init(  # noqa: PLR0917 - one parameter for each option
         f"Each update has {n_bytes:,} bytes. The server's fingerprint is {fingerprint}.\n"
         f"Look through {directory / CONFIG_NAME}, then run: sheepfold-server serve {directory}"
     )
+    secrets = secret_settings(config.server)
+    if secrets:
+        text += f"\nNot written, as it holds a password; set it always: {', '.join(secrets)}"
     _answer(
         json_path,
         text,
@@ -150,6 +182,7 @@ def init(  # noqa: PLR0917 - one parameter for each option
             "federation": charter.path_id,
             "fingerprint": fingerprint,
             "update_n_bytes": n_bytes,
+            "keep_in_environment": secrets,
         },
     )
 
@@ -182,8 +215,9 @@ def serve(
     sheepfold-server serve fed --host 0.0.0.0 --tls-cert cert.pem --tls-key key.pem
     """
     from aggregator_server.federation import open_federation, read_settings
+    from aggregator_server.lock import only_server
     from aggregator_server.logs import configure_logs
-    from aggregator_server.web.serving import only_server, run
+    from aggregator_server.web.serving import run
 
     flags = {
         "host": host,
@@ -194,10 +228,10 @@ def serve(
     }
     with _sentences():
         configure_logs(read_settings(directory, flags=flags).log_format, verbose=verbose)
-        with only_server(directory):
+        with only_server(directory) as lock:
             federation = open_federation(directory, flags=flags, may_edit=True)
             try:
-                run(federation, on_ready=_announcer(json_path))
+                run(federation, on_ready=_announcer(json_path, lock))
             finally:
                 federation.close()
 
@@ -210,19 +244,24 @@ def invite(
 ) -> None:
     """Make an invite and print the command that a volunteer runs.
 
+    Its address is public_url, or else where the server listens now.
+
     Example:
     sheepfold-server invite fed --uses 10
     """
+    from aggregator_server.addresses import join_address
+    from aggregator_server.lock import served_at
+
     with _opened(directory) as federation:
+        address = join_address(federation.config.server, running=served_at(directory))
         made = federation.membership.invite(n_uses=uses).format()
-        settings = federation.config.server
-    scheme = "https" if settings.tls_cert else "http"
-    url = settings.public_url or f"{scheme}://{settings.host}:{settings.port}"
-    command = f"sheepfold-agent join {url} --data FILE --invite {made}"
+    command = f"sheepfold-agent join {address.url or 'URL'} --data FILE --invite {made}"
+    if address.note is not None:
+        typer.echo(address.note, err=True)
     _answer(
         json_path,
         f"{made}\n\nLets in {uses}. Hand it over privately; a volunteer runs:\n{command}",
-        {"invite": made, "uses": uses, "url": url, "command": command},
+        {"invite": made, "uses": uses, "url": address.url, "command": command},
     )
 
 
@@ -252,14 +291,53 @@ def status(directory: Directory, json_path: JsonPath = None) -> None:
     _answer(json_path, "\n".join(lines), now.as_json())
 
 
+@agents_app.command("list")
+def list_agents(directory: Directory, json_path: JsonPath = None) -> None:
+    """List all members, past ones too.
+
+    Example:
+    sheepfold-server agents list fed
+    """
+    from aggregator_server.listing import as_json, table
+
+    with _opened(directory) as federation:
+        members = federation.membership.members()
+    _answer(json_path, table(members), as_json(members))
+
+
+# One identity in 64 begins with a dash, which is no option then.
+@agents_app.command("revoke", context_settings={"ignore_unknown_options": True})
+def revoke_agent(
+    directory: Directory,
+    identity: Annotated[
+        str, typer.Argument(metavar="IDENTITY", help="From the list; its beginning will do.")
+    ],
+    json_path: JsonPath = None,
+) -> None:
+    """End a membership at once; its place in an open round goes to another.
+
+    The agent comes back only by an invite made after this. What it sent before stays in the round
+    and in the releases: see `releases rollback`.
+
+    Example:
+    sheepfold-server agents revoke fed k3Jx9Qb
+    """
+    from protocol.wire import b64u_encode
+
+    with _opened(directory) as federation:
+        agent = b64u_encode(federation.membership.expel(identity))
+    _answer(json_path, f"{agent} is no member any more.", {"agent": agent})
+
+
 @releases_app.command("list")
 def list_releases(directory: Directory, json_path: JsonPath = None) -> None:
-    """List all releases.
+    """List all releases, and check the whole chain.
 
     Example:
     sheepfold-server releases list fed
     """
     with _opened(directory) as federation:
+        federation.releases.verify()
         releases = [signed.body for signed in federation.releases.all()]
     lines = ["release  round  agents  update norm  note"]
     for release in releases:
@@ -369,8 +447,9 @@ def _factors(text: str) -> tuple[Factor, ...]:
         raise typer.BadParameter(message) from error
 
 
-def _announcer(json_path: Path | None) -> Callable[["Listening"], None]:
+def _announcer(json_path: Path | None, lock: "ServeLock") -> Callable[["Listening"], None]:
     def announce(listening: "Listening") -> None:
+        lock.tell(listening.url)
         if json_path is not None:
             _write_json(json_path, listening.as_json())
         if json_path is None or str(json_path) != "-":

@@ -7,6 +7,7 @@ is run: flags beat the environment (`SHEEPFOLD_SERVER_<KEY>`), which beats the f
 
 import difflib
 import json
+import re
 import tomllib
 from collections.abc import Mapping
 from enum import StrEnum
@@ -30,6 +31,10 @@ ENVIRONMENT_PREFIX: Final = "SHEEPFOLD_SERVER_"
 Setting: TypeAlias = str | int | float | bool
 _MIB: Final = limits.MIB
 _SECRET_KEYS: Final = frozenset({"database_url", "blobs_url"})
+_PASSWORDS: Final = (
+    (re.compile(r"(?<=://)([^:/@]*):[^@]*@"), r"\1@"),
+    (re.compile(r"(?i)([?&])(?:ssl)?password=[^&]*&?"), r"\1"),
+)
 
 
 class Enrolment(StrEnum):
@@ -70,7 +75,7 @@ class ServerSection(_Section):
     enrolment: Enrolment = Enrolment.INVITE
     host: Annotated[str, Field(min_length=1)] = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = 8750
-    public_url: str = ""
+    public_url: Annotated[str, Field(pattern=r"^(https?://[^\s/]\S*)?$")] = ""
     tls_cert: str = ""
     tls_key: str = ""
     behind_proxy: bool = False
@@ -157,6 +162,23 @@ def parse_config(
         return ServerConfig.model_validate_json(json.dumps(tree))
     except (TypeError, ValueError) as error:
         raise ConfigError(_explain(error, source)) from error
+
+
+def secret_settings(settings: ServerSection) -> list[str]:
+    """The environment variables that must be set, as the file does not hold their passwords."""
+    urls = {key: getattr(settings, key).get_secret_value() for key in sorted(_SECRET_KEYS)}
+    return [
+        ENVIRONMENT_PREFIX + key.upper()
+        for key, url in urls.items()
+        if without_password(url) != url
+    ]
+
+
+def without_password(url: str) -> str:
+    """A URL of a database or of blobs as it may be written down and shown."""
+    for pattern, kept in _PASSWORDS:
+        url = pattern.sub(kept, url)
+    return url.rstrip("?&")
 
 
 def _from_environment(environment: Mapping[str, str]) -> dict[str, Setting]:

@@ -13,6 +13,7 @@ ServerError
 │   └── NoSpaceError     the disk is full, or nearly so; nothing was stored
 ├── ChainError           the releases do not follow one another
 ├── AggregationError     an average that cannot be published
+├── MemberError          no member, or several, of the name that was given
 ├── InUseError           another process serves this federation
 └── Refusal              a request that gets a problem document; nothing was changed
 ```
@@ -67,6 +68,10 @@ class ChainError(ServerError):
 
 class AggregationError(ServerError):
     """An average that cannot be published."""
+
+
+class MemberError(ServerError):
+    """No member, or several, of the name that was given."""
 
 
 class InUseError(ServerError):

@@ -9,7 +9,7 @@ import structlog
 from aggregator_server.blobs import Blobs, open_blobs
 from aggregator_server.charter import Charter
 from aggregator_server.config import ServerConfig, ServerSection, Setting, load_config
-from aggregator_server.errors import NoSpaceError, Refusal, StoreError
+from aggregator_server.errors import BlobError, Refusal, StoreError
 from aggregator_server.founding import CONFIG_NAME, places_of, reconcile, stored_charter
 from aggregator_server.keys import load_keys
 from aggregator_server.membership import (
@@ -17,7 +17,7 @@ from aggregator_server.membership import (
     require_author,
     require_federation,
 )
-from aggregator_server.releases import Releases
+from aggregator_server.releases import ADAPTERS, Releases
 from aggregator_server.rounds import Rounds, round_manifest
 from aggregator_server.store.database import Database
 from aggregator_server.store.rows import RoundRow
@@ -86,10 +86,10 @@ class Federation:
         self._changes = -1
 
     def advance(self) -> bool:
-        """Move the round on as far as it goes now, and wake the long polls if anything changed.
+        """Move the round on as far as it goes now, and wake the long polls if that concerns them.
 
         Returns:
-            Whether anything changed, here or in another process.
+            Whether an agent that waits may have something to do now, by this process or another.
 
         Raises:
             ServerError: A fault that belongs to no round; the next call tries again.
@@ -183,6 +183,14 @@ class Federation:
         self.uploads.sweep()
         self.work.notify()
 
+    def check(self) -> None:
+        """Ask the database for one number.
+
+        Raises:
+            StoreError: It does not answer.
+        """
+        self._store.changes()
+
     def status(self) -> FederationStatus:
         """The federation as anyone may see it: counts, no identities."""
         now = self.clock.now()
@@ -221,7 +229,7 @@ class Federation:
     def _has_space(self) -> bool:
         try:
             self._blobs.require_space(self.charter.layout.n_bytes)
-        except NoSpaceError:
+        except BlobError:
             return False
         return True
 
@@ -241,9 +249,9 @@ def open_federation(
         clock: The one source of time; the machine's by default.
         environment: Settings of `[server]`; `os.environ` by default.
         flags: Settings that go before both.
-        may_edit: Whether an edited recipe makes the manifest and release 0 anew, or is refused
-            once somebody has joined; only for the one process that serves. Others go by the
-            manifest that is served.
+        may_edit: Only for the one process that serves: an edited recipe makes the manifest and
+            release 0 anew, or is refused once somebody has joined, and what a killed server left
+            on disk is deleted. Others go by the manifest that is served.
 
     Raises:
         ConfigError: The settings cannot be honoured, or differ from what the members accepted.
@@ -270,11 +278,21 @@ def open_federation(
             blobs=blobs,
             clock=clock or SystemClock(),
         )
-        federation.releases.verify()
+        federation.releases.verify_newest()
+        if may_edit:
+            _tidy(federation.uploads, blobs)
     except BaseException:
         store.close()
         raise
     return federation
+
+
+def _tidy(uploads: Uploads, blobs: Blobs) -> None:
+    try:
+        uploads.tidy()
+        blobs.tidy(ADAPTERS)
+    except BlobError as error:
+        _log.warning("what a killed server left behind is not deleted yet", error=str(error))
 
 
 def read_settings(

@@ -14,13 +14,23 @@ from aggregator_server.charter import Charter, make_charter
 from aggregator_server.config import ServerConfig
 from aggregator_server.errors import ConfigError
 from aggregator_server.keys import Keys, create_keys
-from aggregator_server.releases import first_release, sign_release, store_adapter
+from aggregator_server.releases import (
+    ADAPTERS,
+    blob_key,
+    first_release,
+    most_cells,
+    sign_release,
+    store_adapter,
+)
+from aggregator_server.selection import most_selected
 from aggregator_server.store.database import Database
 from aggregator_server.store.store import Store
 from aggregator_server.template import render
+from aggregator_server.uploads import UPLOADS
 from protocol.base_description import BaseDescription
 from protocol.clock import Clock
 from protocol.errors import ProtocolError
+from protocol.limits import MAX_JSON_BYTES
 from protocol.manifest import FederationManifest
 from protocol.signing import Signed, sign, verify
 from protocol.wire import parse
@@ -28,6 +38,7 @@ from quant.adapter import adapter_shapes, initial_adapter, sent_layout
 
 CONFIG_NAME: Final = "federation.toml"
 BASE_NAME: Final = "base.json"
+_SQLITE: Final = "sqlite:///"
 _ID_BYTES: Final = 16
 _log = structlog.get_logger(__name__)
 
@@ -44,13 +55,14 @@ def found_federation(
         clock: For the manifest's date.
 
     Raises:
-        ConfigError: The folder is not empty, or the database already holds a federation.
+        ConfigError: The recipe cannot work, the folder is not empty, or the database or the place
+            for blobs is a federation's already.
         ManifestError: A target module is not in the base.
         KeyFileError: The keys cannot be written.
         StoreError: The database cannot be used.
         BlobError: Release 0 cannot be stored.
     """
-    adapter_shapes(base, config.lora)  # refuses unknown modules before anything is written
+    check_recipe(config, base)
     _make_directory(directory)
     database_url, blobs_url = places_of(directory, config)
     store = Store(Database(database_url))
@@ -58,6 +70,8 @@ def found_federation(
         if store.is_founded():
             msg = "the database already holds a federation; give this one a database of its own"
             raise ConfigError(msg)
+        blobs = open_blobs(blobs_url, min_free_bytes=config.server.min_free_bytes)
+        _require_unused(blobs)
         keys = create_keys(directory)
         _write(directory / BASE_NAME, base.model_dump_json(indent=2) + "\n")
         manifest = build_manifest(
@@ -67,7 +81,6 @@ def found_federation(
             federation=secrets.token_bytes(_ID_BYTES),
             created_at=clock.now(),
         )
-        blobs = open_blobs(blobs_url, min_free_bytes=config.server.min_free_bytes)
         charter = _found(manifest, base, keys, store, blobs)
     finally:
         store.close()
@@ -113,8 +126,11 @@ def reconcile(
             f"{', '.join(changed)}; change it back, or found another federation"
         )
         raise ConfigError(msg)
+    replaced = store.releases.blobs()
     charter = _found(wanted, base, keys, store, blobs)
     _log.info("the manifest was edited; release 0 was made anew", changed=changed)
+    for sha in replaced - store.releases.blobs():
+        blobs.delete(blob_key(sha))
     return charter
 
 
@@ -145,8 +161,10 @@ def build_manifest(
         created_at: Seconds since the Unix epoch.
 
     Raises:
+        ConfigError: The recipe cannot work; see `check_recipe`.
         ManifestError: A target module is not in the base.
     """
+    check_recipe(config, base)
     layout = sent_layout(adapter_shapes(base, config.lora), config.lora.sent)
     return FederationManifest(
         federation=federation,
@@ -166,14 +184,36 @@ def build_manifest(
     )
 
 
+def check_recipe(config: ServerConfig, base: BaseDescription) -> None:
+    """Refuse a recipe that no round could be made from.
+
+    Raises:
+        ConfigError: A round could have more updates than its release can name.
+        ManifestError: A target module is not in the base.
+    """
+    adapter_shapes(base, config.lora)
+    rounds = config.rounds
+    selected, most = most_selected(rounds), most_cells()
+    if selected > most:
+        msg = (
+            f"rounds.cohort_target = {rounds.cohort_target} with over_selection = "
+            f"{rounds.over_selection:g} selects {selected} agents; a release names each update "
+            f"and may have {MAX_JSON_BYTES} bytes, which is enough for {most}: lower one of the two"
+        )
+        raise ConfigError(msg)
+
+
 def places_of(directory: Path, config: ServerConfig) -> tuple[str, str]:
-    """The URLs of database and blobs; empty settings stand for places in the folder."""
-    database = config.server.database_url.get_secret_value()
-    blobs = config.server.blobs_url.get_secret_value()
-    return (
-        database or f"sqlite:///{directory.resolve() / 'federation.db'}",
-        blobs or str(directory.resolve() / "blobs"),
-    )
+    """The URLs of database and blobs.
+
+    Empty settings stand for places in the federation's folder; relative paths begin there.
+    """
+    folder = directory.resolve()
+    database = config.server.database_url.get_secret_value() or _SQLITE + "federation.db"
+    blobs = config.server.blobs_url.get_secret_value() or "blobs"
+    if database.startswith(_SQLITE):
+        database = f"{_SQLITE}{folder / database.removeprefix(_SQLITE)}"
+    return database, blobs if "://" in blobs else str(folder / blobs)
 
 
 def load_base(path: Path) -> BaseDescription:
@@ -202,6 +242,16 @@ def _found(
     row = sign_release(keys.server, release, round_number=None)
     store.found(signed.canonical(), row, files.rows())
     return charter
+
+
+def _require_unused(blobs: Blobs) -> None:
+    for prefix in (ADAPTERS, UPLOADS):
+        if found := blobs.names(prefix):
+            msg = (
+                f"blobs_url is not empty (it holds {prefix}/{found[0]}); give this federation a "
+                "place of its own, as two would delete each other's files"
+            )
+            raise ConfigError(msg)
 
 
 def _stored_manifest(store: Store, keys: Keys) -> Signed[FederationManifest]:

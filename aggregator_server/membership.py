@@ -6,8 +6,8 @@ from typing import Final
 
 from aggregator_server.charter import Charter
 from aggregator_server.config import Enrolment as EnrolmentPolicy
-from aggregator_server.errors import Refusal
-from aggregator_server.store.rows import AgentRow, InviteRow
+from aggregator_server.errors import MemberError, Refusal, StoreError
+from aggregator_server.store.rows import AgentRow, InviteRow, MemberRow
 from aggregator_server.store.store import Store
 from protocol.clock import Clock
 from protocol.errors import SignatureError
@@ -74,19 +74,32 @@ class Membership:
         Raises:
             Refusal: Not a member (`unknown-agent`, `revoked`), `stale` or `replayed`.
         """
-        agent = self._store.agents.get(request.identity)
-        if agent is None:
-            raise Refusal(
-                ProblemType.UNKNOWN_AGENT, f"{b64u_encode(request.identity)} has not enrolled here"
-            )
-        if agent.revoked_at is not None and not even_revoked:
-            raise Refusal(
-                ProblemType.REVOKED, f"{b64u_encode(request.identity)} has left this federation"
-            )
+        agent = self.require_member(request.identity, even_revoked=even_revoked)
         self._admit_fresh(request)
         if agent.revoked_at is None:
             self._saw(agent)
         return request.identity
+
+    def require_member(self, identity: bytes, *, even_revoked: bool = False) -> AgentRow:
+        """A member, or a refusal.
+
+        Args:
+            identity: Its key.
+            even_revoked: Whether a former member will do.
+
+        Raises:
+            Refusal: Not a member (`unknown-agent`, `revoked`).
+        """
+        agent = self._store.agents.get(identity)
+        if agent is None:
+            raise Refusal(
+                ProblemType.UNKNOWN_AGENT, f"{b64u_encode(identity)} has not enrolled here"
+            )
+        if agent.revoked_at is not None and not even_revoked:
+            raise Refusal(
+                ProblemType.REVOKED, f"the membership of {b64u_encode(identity)} has ended"
+            )
+        return agent
 
     def enrol(self, request: VerifiedRequest, signed: Signed[Enrolment]) -> Signed[Credential]:
         """Make an agent a member.
@@ -115,7 +128,7 @@ class Membership:
             )
         known = self._store.agents.get(body.agent)
         member = known is not None and known.revoked_at is None
-        invite = None if member else self._check_invite(body)
+        invite = None if member else self._check_invite(body, known)
         self._admit_fresh(request)
         if known is not None and member:
             self._saw(known)
@@ -143,6 +156,37 @@ class Membership:
             raise Refusal(ProblemType.BAD_SIGNATURE, str(error)) from error
         require_federation(self._charter, signed.body.federation)
         self._store.agents.revoke(identity, now=self._clock.now())
+
+    def members(self) -> tuple[MemberRow, ...]:
+        """All members, past ones too, in the order of their enrolment."""
+        return self._store.agents.members()
+
+    def expel(self, name: str) -> bytes:
+        """End a membership at the operator's wish, at once; its place in an open round is freed.
+
+        The agent comes back only by an invite made since. An update of its that was accepted
+        stays: it was acknowledged.
+
+        Args:
+            name: The identity in base64url, or as many of its first characters as tell it apart.
+
+        Returns:
+            The identity.
+
+        Raises:
+            MemberError: No agent, or several, whose identity begins so.
+        """
+        found = [
+            member.identity
+            for member in self._store.agents.members()
+            if b64u_encode(member.identity).startswith(name)
+        ]
+        if len(found) != 1 or not name:
+            begins = f"{len(found)} agents have" if found else "no agent has"
+            msg = f"{begins} an identity that begins with {name!r}; `agents list` shows them"
+            raise MemberError(msg)
+        self._store.agents.revoke(found[0], now=self._clock.now(), bar=True)
+        return found[0]
 
     def invite(self, *, n_uses: int = 1) -> Invite:
         """Draw and journal an invite.
@@ -173,17 +217,28 @@ class Membership:
 
         A killed server forgets what was not yet journalled: agents show up again by themselves,
         and the count of bytes served is a little short.
+
+        Raises:
+            StoreError: Nothing was journalled; the next call tries again.
         """
         with self._lock:
             seen, self._seen = self._seen, {}
             n_bytes, self._bytes_down = self._bytes_down, 0
-        if seen or n_bytes:
+        if not seen and not n_bytes:
+            return
+        try:
             self._store.agents.saw(seen, bytes_down=n_bytes)
+        except StoreError:
+            with self._lock:
+                self._seen = {**seen, **self._seen}
+                self._bytes_down += n_bytes
+            raise
 
     def _saw(self, agent: AgentRow) -> None:
         now = self._clock.now()
         with self._lock:
-            if now - self._journalled.get(agent.identity, agent.last_seen) < _SEEN_EVERY_S:
+            elapsed_s = now - self._journalled.get(agent.identity, agent.last_seen)
+            if 0 <= elapsed_s < _SEEN_EVERY_S:  # negative: the clock was set back
                 return
             self._journalled[agent.identity] = now
             self._seen[agent.identity] = now
@@ -197,8 +252,9 @@ class Membership:
         except ReplayedSignatureError as error:
             raise Refusal(ProblemType.REPLAYED, str(error)) from error
 
-    def _check_invite(self, body: Enrolment) -> bytes | None:
-        if self._policy is EnrolmentPolicy.OPEN:
+    def _check_invite(self, body: Enrolment, known: AgentRow | None) -> bytes | None:
+        barred = known is not None and known.barred
+        if self._policy is EnrolmentPolicy.OPEN and not barred:
             return None
         return self._check_proof(body.agent, body.invite)
 

@@ -1,10 +1,10 @@
 """The settings that `init` writes: the paper's recipe, with what the operator asked for."""
 
 import secrets
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
-from pydantic import ValidationError
+from pydantic import SecretStr, ValidationError
 
 from aggregator_server.config import (
     Enrolment,
@@ -45,6 +45,8 @@ class RecipeOptions:
     schedule: Schedule = Schedule.COSINE
     deadline_s: float = 24 * 3600.0
     open_enrolment: bool = False
+    database_url: str = field(default="", repr=False)
+    blobs_url: str = field(default="", repr=False)
 
 
 def make_config(options: RecipeOptions, base: BaseDescription) -> ServerConfig:
@@ -93,7 +95,9 @@ def make_config(options: RecipeOptions, base: BaseDescription) -> ServerConfig:
                 cap_s=rules.deadline_s + max(60.0, rules.deadline_s / 12),
             ),
             server=ServerSection(
-                enrolment=Enrolment.OPEN if rules.open_enrolment else Enrolment.INVITE
+                enrolment=Enrolment.OPEN if rules.open_enrolment else Enrolment.INVITE,
+                database_url=SecretStr(rules.database_url),
+                blobs_url=SecretStr(rules.blobs_url),
             ),
         )
     except ValidationError as error:

@@ -40,8 +40,13 @@ from quant.adapter import (
     write_folder,
 )
 
+ADAPTERS: Final = "adapters"
+"""Where the files of releases are kept among the blobs."""
 _PAGE_BYTES: Final = MAX_JSON_BYTES - 64 * 1024
 """Room for the releases of one reply; the rest is for the reply's own keys."""
+_RELEASE_BYTES: Final = 8 * 1024
+"""More than a signed release has that names no cell."""
+_N_CHECKED_AT_START: Final = 50
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,28 +121,31 @@ class Releases:
             raise ChainError(msg)
         return parse_release(row).body
 
-    def page(self, *, after: int) -> ReleasePage:
+    def page(self, *, after: int) -> bytes:
         """The releases after a number, as many as one reply holds.
 
         Args:
             after: -1 for all.
-        """
-        rows = self._store.releases.page(after=after, limit=MAX_RELEASES_PER_REPLY)
-        kept: list[Signed[Release]] = []
-        n_bytes = 0
-        for row in rows:
-            n_bytes += len(row.signed) + 1
-            if kept and n_bytes > _PAGE_BYTES:
-                break
-            kept.append(parse_release(row))
-        return ReleasePage(releases=tuple(kept), newest=self.newest().number)
 
-    def all(self) -> Iterable[Signed[Release]]:
-        """Every release, oldest first."""
-        after = -1
-        while rows := self._store.releases.page(after=after, limit=MAX_RELEASES_PER_REPLY):
+        Returns:
+            Canonical JSON of a `ReleasePage`.
+        """
+        rows = self._rows(after)
+        # Put together from what is stored, which is canonical already: every agent asks for every
+        # release, and one that names a thousand cells takes long to read and to write.
+        empty = ReleasePage(releases=(), newest=self.newest().number).canonical()
+        return empty.replace(b"[]", b"[" + b",".join(row.signed for row in rows) + b"]")
+
+    def all(self, *, after: int = -1) -> Iterable[Signed[Release]]:
+        """Every release after a number, oldest first."""
+        while rows := self._rows(after):
             yield from (parse_release(row) for row in rows)
             after = rows[-1].number
+
+    def _rows(self, after: int) -> tuple[ReleaseRow, ...]:
+        return self._store.releases.page(
+            after=after, limit=MAX_RELEASES_PER_REPLY, max_bytes=_PAGE_BYTES
+        )
 
     def vector(self, release: Release) -> Float32Array:
         """What agents of a round start from: [n_values] float32 in the layout's order.
@@ -285,10 +293,27 @@ class Releases:
         Raises:
             ChainError: It is broken.
         """
+        return self._verify(self.all(), None)
+
+    def verify_newest(self) -> int:
+        """Check the end of the chain, in a time that does not grow with it.
+
+        Returns:
+            The newest number.
+
+        Raises:
+            ChainError: It is broken there.
+        """
+        first = self.newest().number - _N_CHECKED_AT_START
+        previous = self.get(first) if first >= 0 else None
+        return self._verify(self.all(after=max(first, -1)), previous)
+
+    def _verify(self, releases: Iterable[Signed[Release]], previous: Release | None) -> int:
         return verify_chain(
-            self.all(),
+            releases,
             server=self._charter.keys.server.identity,
             federation_digest=self._charter.digest,
+            previous=previous,
         )
 
 
@@ -358,9 +383,13 @@ def parse_release(row: ReleaseRow) -> Signed[Release]:
 
 
 def verify_chain(
-    releases: Iterable[Signed[Release]], *, server: bytes, federation_digest: bytes
+    releases: Iterable[Signed[Release]],
+    *,
+    server: bytes,
+    federation_digest: bytes,
+    previous: Release | None = None,
 ) -> int:
-    """Check that releases follow one another from number 0.
+    """Check that releases follow one another, from number 0 or from one that is trusted.
 
     Guarantees:
         1. Returns only when every release is signed by the server, belongs to the federation,
@@ -370,6 +399,7 @@ def verify_chain(
         releases: Oldest first.
         server: The pinned identity.
         federation_digest: Of the manifest.
+        previous: The release before the first one; None when that is number 0.
 
     Returns:
         The newest number.
@@ -377,7 +407,6 @@ def verify_chain(
     Raises:
         ChainError: The first release that does not follow.
     """
-    previous: Release | None = None
     for signed in releases:
         number = 0 if previous is None else previous.number + 1
         try:
@@ -405,9 +434,15 @@ def verify_chain(
     return previous.number
 
 
+def most_cells() -> int:
+    """How many cells a release can name and still go into one reply (`limits.MAX_JSON_BYTES`)."""
+    cell = CellRef(transcript=bytes(32), members=bytes(32))
+    return (_PAGE_BYTES - _RELEASE_BYTES) // (len(cell.canonical()) + 1)
+
+
 def blob_key(sha: bytes) -> str:
     """Where a file of a release is kept."""
-    return f"adapters/{sha.hex()}"
+    return f"{ADAPTERS}/{sha.hex()}"
 
 
 def cell_refs(cells: Sequence[tuple[bytes, bytes]]) -> tuple[CellRef, ...]:

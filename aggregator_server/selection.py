@@ -5,6 +5,7 @@ import math
 from collections.abc import Iterable
 
 from aggregator_server.store.rows import SelectionRow
+from protocol.limits import MAX_COUNT
 from protocol.manifest import RoundsBlock
 
 
@@ -18,6 +19,15 @@ def cohort_size(rounds: RoundsBlock, *, n_present: int) -> int:
     # 1.1 · 10 is 11.000000000000002 in binary: rounded first, so that it stays 11.
     wanted = math.ceil(round(rounds.over_selection * rounds.cohort_target, 9))
     return min(n_present, wanted)
+
+
+def most_selected(rounds: RoundsBlock) -> int:
+    """How many agents a round selects when enough are present.
+
+    Args:
+        rounds: The manifest's block.
+    """
+    return cohort_size(rounds, n_present=MAX_COUNT)
 
 
 def rank(selection_seed: bytes, identity: bytes) -> bytes:

@@ -7,7 +7,7 @@ from typing import Final
 
 from pydantic import BaseModel, SecretStr
 
-from aggregator_server.config import ServerConfig
+from aggregator_server.config import ServerConfig, without_password
 
 _HEADER: Final = """\
 # The settings of this federation. Edit the recipe until the first agent enrols; from then on it
@@ -65,11 +65,12 @@ _EXPLAINED: Final[Mapping[str, Mapping[str, str]]] = {
         "enrolment": '"invite" needs an invite to join; "open" lets anyone in.',
         "host": "Address to listen on.",
         "port": "Port to listen on; 0 takes any free one.",
-        "public_url": "How agents reach this server, for the invite's join command.",
+        "public_url": "How agents reach this server, for the invite's join command; https://…",
         "tls_cert": "Certificate chain (PEM). Without one, only loopback is served.",
         "tls_key": "Its private key (PEM).",
         "behind_proxy": "true when a TLS proxy on this network stands in front of plain http.",
-        "database_url": 'Empty: SQLite in this folder. Or "postgresql://user:password@host/name".',
+        "database_url": 'Empty: SQLite here. Or "postgresql://user@host/name"; a password belongs '
+        "in the environment: SHEEPFOLD_SERVER_DATABASE_URL is the whole URL.",
         "blobs_url": 'Empty: a folder here. Or any fsspec URL of its own, as "s3://bucket/name".',
         "retention": '"delete" single updates once they are in a release, or "keep" them.',
         "min_free_bytes": "Below this much free disk space, uploads are refused.",
@@ -83,7 +84,8 @@ def render(config: ServerConfig) -> str:
     """The text of `federation.toml` for these settings, each key explained.
 
     Guarantees:
-        1. Reading the text gives these settings back.
+        1. Reading the text gives these settings back, but for passwords in URLs.
+        2. No password in a URL is written: the environment is the place for it.
     """
     sections = [_HEADER]
     for section, keys in _EXPLAINED.items():
@@ -107,7 +109,7 @@ def _line(key: str, value: object) -> str:
 
 def _toml(value: object) -> str:
     if isinstance(value, SecretStr):
-        return _toml(value.get_secret_value())
+        return _toml(without_password(value.get_secret_value()))
     if isinstance(value, Enum):
         return _toml(value.value)
     if isinstance(value, tuple):

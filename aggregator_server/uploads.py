@@ -37,6 +37,10 @@ from protocol.problems import ProblemType
 from protocol.signing import Signed, verify
 from protocol.wire import b64u_encode, canonical_json, domain_hash, parse, sha256
 
+UPLOADS: Final = "uploads"
+"""Where the bytes of uploads are kept among the blobs."""
+_MAX_ATTEMPTS: Final = 1000
+"""Of an agent in a round: each leaves a row in the journal for good."""
 _N_LOCKS: Final = 64
 _MAX_FLOAT32: Final = float(np.finfo(np.float32).max)
 _log = structlog.get_logger(__name__)
@@ -222,6 +226,20 @@ class Uploads:
                 continue
             self._store.uploads.deleted(upload.id)
 
+    def tidy(self) -> None:
+        """Delete bytes of which the journal knows nothing any more; when the server starts.
+
+        A part may reach the disk just after the bytes of its upload were deleted. The server
+        deletes it again, unless it is killed in between.
+
+        Raises:
+            BlobError: They cannot be listed or deleted; calling again goes on.
+        """
+        known = self._store.uploads.with_bytes()
+        for name in self._blobs.names(UPLOADS):
+            if name.isdecimal() and int(name) not in known:
+                self._blobs.delete_all(_folder(int(name)))
+
     def _check_header(self, header: UploadHeader, row: RoundRow) -> None:
         manifest = parse(Signed[RoundManifest], row.manifest).body
         rule = self._charter.manifest.aggregation
@@ -229,6 +247,7 @@ class Uploads:
         problems = {
             "round_digest is not that of the round's manifest": header.round_digest != row.digest,
             "layout is not the federation's": header.layout != self._charter.manifest.layout,
+            f"attempt {header.attempt} is above {_MAX_ATTEMPTS}": header.attempt > _MAX_ATTEMPTS,
             f"weight {header.weight} is above {max_weight}": header.weight > max_weight,
             f"body_n_bytes is {header.body_n_bytes}, not {manifest.update_n_bytes}": (
                 header.body_n_bytes != manifest.update_n_bytes
@@ -304,7 +323,7 @@ def _header(upload: UploadRow) -> UploadHeader:
 
 
 def _folder(upload: int) -> str:
-    return f"uploads/{upload}"
+    return f"{UPLOADS}/{upload}"
 
 
 def _part_key(part: PartRow) -> str:

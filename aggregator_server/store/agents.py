@@ -2,14 +2,14 @@
 
 from collections.abc import Mapping
 
-from sqlalchemy import Connection, func, insert, select, update
+from sqlalchemy import Connection, and_, func, insert, select, update
 
 from aggregator_server.errors import Refusal
 from aggregator_server.store import counters
 from aggregator_server.store.counters import Counter
 from aggregator_server.store.database import Database
-from aggregator_server.store.rows import AgentRow, InviteRow
-from aggregator_server.store.schema import agents, invite_uses, invites
+from aggregator_server.store.rows import AgentRow, InviteRow, MemberRow, UploadPhase
+from aggregator_server.store.schema import agents, invite_uses, invites, uploads
 from aggregator_server.store.uploads import free_places
 from protocol.problems import ProblemType
 
@@ -50,13 +50,21 @@ class AgentStore:
             The member; when a request that raced with this one enrolled it, as that one did.
 
         Raises:
-            Refusal: The invite has no use left.
+            Refusal: The invite has no use left, or the operator ended the membership and the invite
+                is no newer than that.
         """
         with self._database.writing() as connection:
             known = _agent(connection, identity)
             if known is not None and known.revoked_at is None:
                 return known
-            values = {"credential": credential, "revoked_at": None, "last_seen": now}
+            if known is not None and known.barred:
+                _require_newer_invite(connection, invite, than=known.revoked_at)
+            values = {
+                "credential": credential,
+                "revoked_at": None,
+                "last_seen": now,
+                "barred": False,
+            }
             if known is None:
                 connection.execute(
                     insert(agents).values(identity=identity, enrolled_at=now, **values)
@@ -67,7 +75,6 @@ class AgentStore:
                 )
             if invite is not None:
                 _use_invite(connection, invite, identity, now)
-            counters.add(connection, Counter.CHANGES)
             row = connection.execute(select(agents).where(agents.c.identity == identity)).one()
             return AgentRow(**row._mapping)
 
@@ -78,17 +85,45 @@ class AgentStore:
                 update(agents).where(agents.c.identity == identity).values(credential=credential)
             )
 
-    def revoke(self, identity: bytes, *, now: float) -> None:
-        """End a membership and free its places; accepted uploads stay. Again changes nothing."""
+    def revoke(self, identity: bytes, *, now: float, bar: bool = False) -> None:
+        """End a membership and free its places; accepted uploads stay. Again changes nothing.
+
+        Args:
+            identity: The member.
+            now: Seconds since the Unix epoch.
+            bar: Whether the agent comes back only by an invite made after `now`; bars a former
+                member too.
+        """
+        which = agents.c.barred.is_(False) if bar else agents.c.revoked_at.is_(None)
         with self._database.writing() as connection:
             changed = connection.execute(
                 update(agents)
-                .where(agents.c.identity == identity, agents.c.revoked_at.is_(None))
-                .values(revoked_at=now)
+                .where(agents.c.identity == identity, which)
+                .values(revoked_at=now, barred=bar)
             )
             if changed.rowcount:
                 free_places(connection, identity, reason="revoked")
-                counters.add(connection, Counter.CHANGES)
+
+    def members(self) -> tuple[MemberRow, ...]:
+        """All members, past ones too, in the order of their enrolment."""
+        accepted = and_(
+            uploads.c.agent == agents.c.identity, uploads.c.phase == UploadPhase.ACCEPTED.value
+        )
+        shown = (
+            agents.c.identity,
+            agents.c.enrolled_at,
+            agents.c.last_seen,
+            agents.c.revoked_at,
+            agents.c.barred,
+        )
+        query = (
+            select(*shown, func.count(uploads.c.id).label("n_accepted"))
+            .outerjoin(uploads, accepted)
+            .group_by(*shown)
+            .order_by(agents.c.enrolled_at, agents.c.identity)
+        )
+        with self._database.reading() as connection:
+            return tuple(MemberRow(**row._mapping) for row in connection.execute(query))
 
     def saw(self, last_seen: Mapping[bytes, float], *, bytes_down: int) -> None:
         """Journal when agents were last seen, and what they fetched.
@@ -149,6 +184,18 @@ def present_agents(connection: Connection, seen_after: float) -> tuple[bytes, ..
 def _agent(connection: Connection, identity: bytes) -> AgentRow | None:
     row = connection.execute(select(agents).where(agents.c.identity == identity)).first()
     return None if row is None else AgentRow(**row._mapping)
+
+
+def _require_newer_invite(
+    connection: Connection, invite: bytes | None, *, than: float | None
+) -> None:
+    query = select(invites.c.created_at).where(invites.c.id == invite)
+    made_at = connection.execute(query).scalar_one_or_none()
+    if made_at is None or than is None or made_at <= than:
+        raise Refusal(
+            ProblemType.INVITE_REFUSED,
+            "the operator ended this membership; an invite made since then is needed",
+        )
 
 
 def _use_invite(connection: Connection, invite: bytes, agent: bytes, now: float) -> None:

@@ -13,8 +13,7 @@ class Counter(StrEnum):
     BYTES_UP = "bytes-up"
     BYTES_DOWN = "bytes-down"
     CHANGES = "changes"
-    """Raised with every write that may change what an agent should do: wakes the long polls of
-    other processes."""
+    """Raised with every write that may give an agent that waits something to do."""
 
 
 def create_counters(connection: Connection) -> None:

@@ -9,16 +9,25 @@ Guarantees:
 """
 
 import sqlite3
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Final
 
-from sqlalchemy import Connection, Engine, create_engine, event, make_url, text
-from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
+from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url, text
+from sqlalchemy.exc import (
+    ArgumentError,
+    DBAPIError,
+    InterfaceError,
+    NoSuchModuleError,
+    OperationalError,
+)
+from sqlalchemy.exc import TimeoutError as NoConnectionError
 
 from aggregator_server.errors import ConfigError, NoSpaceError, StoreBusyError
 
 _BUSY_TIMEOUT_S: Final = 30.0
+_CONNECT_TIMEOUT_S: Final = 10
 _WRITE: Final = "sheepfold_write"
 _DISK_FULL_SQLSTATES: Final = {"53100"}
 _LOCK: Final = text("SELECT pg_advisory_xact_lock(hashtextextended(current_schema()::text, 7337))")
@@ -42,9 +51,7 @@ class Database:
             if kind == "sqlite":
                 engine = _sqlite_engine(url)
             elif kind == "postgresql":
-                engine = create_engine(
-                    parsed.set(drivername="postgresql+psycopg"), hide_parameters=True
-                )
+                engine = _postgres_engine(parsed)
             else:
                 msg = f"database {kind!r}: use sqlite:///PATH or postgresql://…"
                 raise ConfigError(msg)
@@ -56,6 +63,7 @@ class Database:
         snapshot: dict[str, Any] = {"isolation_level": "REPEATABLE READ"} if self._postgres else {}
         self._readers = engine.execution_options(**snapshot)
         self._writers = engine.execution_options(**{_WRITE: True})
+        self._queue = threading.Lock()
 
     @contextmanager
     def reading(self) -> Iterator[Connection]:
@@ -75,14 +83,43 @@ class Database:
             NoSpaceError: The disk is full; nothing was written.
             StoreBusyError: The database does not answer, or is locked for long.
         """
-        with _translated(), self._writers.begin() as connection:
-            if self._postgres:
-                connection.execute(_LOCK)
-            yield connection
+        # Waiting here, and not inside the database, takes no connection away from readers.
+        if not self._queue.acquire(timeout=_BUSY_TIMEOUT_S):
+            msg = "other writes have kept the database busy for long; nothing was stored"
+            raise StoreBusyError(msg)
+        try:
+            with _translated(), self._writers.begin() as connection:
+                if self._postgres:
+                    connection.execute(_LOCK)
+                yield connection
+        finally:
+            self._queue.release()
 
     def close(self) -> None:
         """Close all connections."""
         self.engine.dispose()
+
+
+def _postgres_engine(url: URL) -> Engine:
+    timeout = (
+        {}
+        if "connect_timeout" in url.query
+        else {"connect_args": {"connect_timeout": _CONNECT_TIMEOUT_S}}
+    )
+    engine = create_engine(
+        url.set(drivername="postgresql+psycopg"),
+        hide_parameters=True,
+        pool_pre_ping=True,  # connections that a restart of the database has cut
+        **timeout,
+    )
+
+    def on_connect(connection: Any, _record: object) -> None:  # noqa: ANN401 - any driver's own
+        connection.autocommit = True
+        connection.execute(f"SET lock_timeout = '{_BUSY_TIMEOUT_S:.0f}s'")
+        connection.autocommit = False
+
+    event.listen(engine, "connect", on_connect)
+    return engine
 
 
 def _sqlite_engine(url: str) -> Engine:
@@ -114,7 +151,12 @@ def _translated() -> Iterator[None]:
         ):
             msg = "the database's disk is full; nothing was stored"
             raise NoSpaceError(msg) from error
-        if type(cause).__name__ == "OperationalError":
-            msg = "the database does not answer; nothing was stored"
+        # SQLAlchemy's classes: a driver's own are subclasses with names of their own.
+        if isinstance(error, (OperationalError, InterfaceError)):
+            reason = str(cause).partition("\n")[0]
+            msg = f"the database does not answer ({reason}); nothing was stored"
             raise StoreBusyError(msg) from error
         raise
+    except NoConnectionError as error:
+        msg = "all connections to the database are in use; nothing was stored"
+        raise StoreBusyError(msg) from error

@@ -32,21 +32,43 @@ class ReleaseStore:
             row = connection.execute(select(releases).where(releases.c.number == number)).first()
             return None if row is None else ReleaseRow(**row._mapping)
 
-    def page(self, *, after: int, limit: int) -> tuple[ReleaseRow, ...]:
-        """The releases after a number, ascending."""
-        query = (
-            select(releases)
+    def page(self, *, after: int, limit: int, max_bytes: int) -> tuple[ReleaseRow, ...]:
+        """The releases after a number, ascending.
+
+        Args:
+            after: -1 for all.
+            limit: At most so many.
+            max_bytes: And no more than together have so many bytes, but always one.
+        """
+        following = (
+            select(releases.c.number, func.length(releases.c.signed).label("n_bytes"))
             .where(releases.c.number > after)
             .order_by(releases.c.number)
             .limit(limit)
         )
         with self._database.reading() as connection:
+            last, n_bytes = after, 0
+            for row in connection.execute(following):
+                n_bytes += row.n_bytes
+                if n_bytes > max_bytes and last > after:
+                    break
+                last = row.number
+            query = (
+                select(releases)
+                .where(releases.c.number > after, releases.c.number <= last)
+                .order_by(releases.c.number)
+            )
             return tuple(ReleaseRow(**row._mapping) for row in connection.execute(query))
 
     def n_of_rounds(self) -> int:
         """How many releases were made by rounds."""
         with self._database.reading() as connection:
             return count_of_rounds(connection)
+
+    def blobs(self) -> frozenset[bytes]:
+        """The digests of all blobs that releases name."""
+        with self._database.reading() as connection:
+            return frozenset(connection.execute(select(release_blobs.c.sha256)).scalars())
 
     def blob_n_bytes(self, sha256: bytes) -> int | None:
         """The size of a blob that a release names; None for any other."""

@@ -17,14 +17,13 @@ from aggregator_server.store.rows import (
     RoundRow,
     SelectionRow,
     UploadPhase,
-    UploadProgress,
 )
 from aggregator_server.store.schema import rounds, selections, uploads
 from aggregator_server.store.uploads import (
     end_uploads,
     has_accepted,
-    received_bytes,
     require_open,
+    uploads_of,
 )
 from protocol.phases import RoundPhase
 from protocol.problems import ProblemType
@@ -99,8 +98,8 @@ class RoundStore:
     def progress(self, number: int) -> RoundProgress:
         """How far a round has come."""
         with self._database.reading() as connection:
-            found = list(received_bytes(connection, number))
-            accepted = {row.agent for row, _ in found if row.phase is UploadPhase.ACCEPTED}
+            found = list(uploads_of(connection, number))
+            accepted = {agent for agent, phase, _ in found if phase is UploadPhase.ACCEPTED}
             held = select(selections.c.agent).where(
                 selections.c.round == number, selections.c.withdrawn_reason.is_(None)
             )
@@ -109,13 +108,9 @@ class RoundStore:
                 n_selected=len(holders),
                 n_accepted=len(accepted),
                 n_open=len(holders - accepted),
-                bytes_received=sum(n_received for _, n_received in found),
+                bytes_received=sum(upload.n_bytes_received for _, _, upload in found),
                 receiving=tuple(
-                    UploadProgress(
-                        started_at=row.started_at, n_bytes=row.n_bytes, n_bytes_received=n_received
-                    )
-                    for row, n_received in found
-                    if row.phase is UploadPhase.RECEIVING
+                    upload for _, phase, upload in found if phase is UploadPhase.RECEIVING
                 ),
             )
 
@@ -181,7 +176,6 @@ class RoundStore:
                 .values(withdrawn_reason=reason, withdrawal_digest=digest)
             )
             end_uploads(connection, number, agent)
-            counters.add(connection, Counter.CHANGES)
 
     def view(self, agent: bytes) -> AgentView:
         """All that decides what an agent should do now."""
@@ -219,7 +213,6 @@ def set_phase(
         update(rounds).where(rounds.c.number == number).values(phase=to.value, **values)
     )
     end_uploads(connection, number)  # only an open round takes parts
-    counters.add(connection, Counter.CHANGES)
 
 
 def _select_agents(connection: Connection, ranks: Sequence[SelectionRow]) -> None:

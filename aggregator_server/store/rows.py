@@ -37,6 +37,21 @@ class AgentRow:
     last_seen: float
     credential: bytes
     """Canonical JSON of the `Signed[Credential]` that was answered."""
+    barred: bool
+    """The operator ended the membership: only an invite made since then lets the agent in again."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemberRow:
+    """A member, past or present, as the operator sees it; times in seconds since the Unix epoch."""
+
+    identity: bytes
+    enrolled_at: float
+    last_seen: float
+    revoked_at: float | None
+    barred: bool
+    n_accepted: int
+    """Updates of its that were accepted, over all rounds."""
 
 
 @dataclass(frozen=True, kw_only=True)

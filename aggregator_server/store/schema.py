@@ -22,7 +22,7 @@ from sqlalchemy import (
     UniqueConstraint,
 )
 
-SCHEMA_VERSION: Final = 1
+SCHEMA_VERSION: Final = 2
 """Raised with every change that an older program cannot read."""
 
 metadata: Final = MetaData()
@@ -42,6 +42,7 @@ agents = Table(
     Column("revoked_at", Double),
     Column("last_seen", Double, nullable=False, index=True),
     Column("credential", LargeBinary, nullable=False),
+    Column("barred", Boolean, nullable=False),
 )
 
 invites = Table(
@@ -101,6 +102,7 @@ uploads = Table(
     Column("started_at", Double, nullable=False),
     Column("accepted_at", Double),
     UniqueConstraint("round", "agent", "attempt"),
+    Index("uploads_with_bytes", "has_bytes", "phase"),
 )
 
 Index(

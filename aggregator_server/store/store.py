@@ -56,7 +56,7 @@ class Store:
         Raises:
             SchemaError: It holds no federation, or was written by another version.
         """
-        if not inspect(self._database.engine).has_table(meta.name):
+        if not self.is_founded():
             msg = "the database holds no federation; run `sheepfold-server init` first"
             raise SchemaError(msg)
         with self._database.reading() as connection:
@@ -82,8 +82,8 @@ class Store:
         Raises:
             StaleWriteError: An agent has enrolled; the manifest is fixed.
         """
-        metadata.create_all(self._database.engine)
         with self._database.writing() as connection:
+            metadata.create_all(connection)
             if connection.execute(select(agents.c.identity).limit(1)).first() is not None:
                 msg = "an agent has enrolled; the manifest is fixed"
                 raise StaleWriteError(msg)
@@ -99,7 +99,8 @@ class Store:
 
     def is_founded(self) -> bool:
         """Whether the database already holds a federation."""
-        return inspect(self._database.engine).has_table(meta.name)
+        with self._database.reading() as connection:
+            return inspect(connection).has_table(meta.name)
 
     def signed_manifest(self) -> bytes:
         """Canonical JSON of the `Signed[FederationManifest]`.
@@ -148,7 +149,7 @@ class Store:
                 set_phase(connection, last.number, phase, {"failure": reason})
 
     def changes(self) -> int:
-        """A number that grows with every write that may change an agent's task."""
+        """A number that grows with every write that may give a waiting agent something to do."""
         with self._database.reading() as connection:
             return counters.read(connection, Counter.CHANGES)
 

@@ -8,7 +8,14 @@ from aggregator_server.errors import Refusal
 from aggregator_server.store import counters
 from aggregator_server.store.counters import Counter
 from aggregator_server.store.database import Database
-from aggregator_server.store.rows import CellRow, NewUpload, PartRow, UploadPhase, UploadRow
+from aggregator_server.store.rows import (
+    CellRow,
+    NewUpload,
+    PartRow,
+    UploadPhase,
+    UploadProgress,
+    UploadRow,
+)
 from aggregator_server.store.schema import cells, parts, rounds, selections, uploads
 from protocol.phases import CellPhase, RoundPhase
 from protocol.problems import ProblemType
@@ -155,7 +162,6 @@ class UploadStore:
                     weight_sum=cell.weight_sum,
                 )
             )
-            counters.add(connection, Counter.CHANGES)
             return _by_id(connection, upload)
 
     def refuse(self, upload: int) -> None:
@@ -209,6 +215,12 @@ class UploadStore:
         query = select(uploads).where(uploads.c.has_bytes.is_(True), which).order_by(uploads.c.id)
         with self._database.reading() as connection:
             return tuple(_upload(row._mapping) for row in connection.execute(query))
+
+    def with_bytes(self) -> frozenset[int]:
+        """The uploads whose bytes are not deleted yet."""
+        query = select(uploads.c.id).where(uploads.c.has_bytes.is_(True))
+        with self._database.reading() as connection:
+            return frozenset(connection.execute(query).scalars())
 
     def deleted(self, upload: int) -> None:
         """Journal that the bytes of an upload are gone."""
@@ -324,22 +336,30 @@ def free_places(connection: Connection, agent: bytes, *, reason: str) -> None:
         end_uploads(connection, number, agent)
 
 
-def received_bytes(connection: Connection, round_number: int) -> Iterator[tuple[UploadRow, int]]:
-    """The uploads of a round, each with the bytes that have arrived."""
-    arrived = (
-        select(parts.c.upload, func.sum(parts.c.n_bytes).label("n"))
-        .group_by(parts.c.upload)
-        .subquery()
-    )
+def uploads_of(
+    connection: Connection, round_number: int
+) -> Iterator[tuple[bytes, UploadPhase, UploadProgress]]:
+    """The uploads of a round: whose, where it stands, how far it has come.
+
+    Parts are looked up for what is still on its way alone: this is asked every second.
+    """
+    arriving = and_(parts.c.upload == uploads.c.id, uploads.c.phase == UploadPhase.RECEIVING.value)
+    shown = (uploads.c.agent, uploads.c.phase, uploads.c.started_at, uploads.c.n_bytes)
     query = (
-        select(uploads, func.coalesce(arrived.c.n, 0).label("n_received"))
-        .outerjoin(arrived, arrived.c.upload == uploads.c.id)
+        select(*shown, func.coalesce(func.sum(parts.c.n_bytes), 0).label("n_received"))
+        .outerjoin(parts, arriving)
         .where(uploads.c.round == round_number)
+        .group_by(uploads.c.id, *shown)
     )
     for row in connection.execute(query):
-        values = dict(row._mapping)
-        n_received = int(values.pop("n_received"))
-        yield _upload(values), n_received
+        phase = UploadPhase(row.phase)
+        accepted = phase is UploadPhase.ACCEPTED
+        progress = UploadProgress(
+            started_at=row.started_at,
+            n_bytes=row.n_bytes,
+            n_bytes_received=row.n_bytes if accepted else int(row.n_received),
+        )
+        yield bytes(row.agent), phase, progress
 
 
 def _require_newest(connection: Connection, new: NewUpload) -> None:

@@ -4,12 +4,15 @@ Nothing here knows what a request means, and nothing behind it knows HTTP.
 """
 
 import asyncio
+import re
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
 from typing import Final
 
 import structlog
-from anyio import to_thread
+from anyio import CapacityLimiter, to_thread
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
@@ -20,14 +23,21 @@ from aggregator_server.errors import NoSpaceError, Refusal, StaleWriteError, Sto
 from aggregator_server.federation import Federation
 from aggregator_server.metrics import Metrics
 from protocol.errors import EncodingError, ManifestError, SignatureError
+from protocol.limits import KIB
 from protocol.problems import CONTENT_TYPE, ProblemType, problem_document
 from protocol.transport_signing import BodyDigestError, VerifiedRequest, verify_request
-from protocol.wire import ModelT, WireModel, parse
+from protocol.wire import ModelT, WireModel, b64u_decode, parse
 
 _log = structlog.get_logger(__name__)
 _BUSY_RETRY_S: Final = 1.0
 _NO_SPACE_RETRY_S: Final = 30.0
 _SLOT_WAIT_S: Final = 20.0
+_N_SLOTS_EACH: Final = 2
+"""One for a body, and one while its sender has given up on it and the server not yet."""
+_BODY_GRACE_S: Final = 30.0
+_MIN_BODY_BYTES_PER_S: Final = 4 * KIB
+_MAX_LENGTH_DIGITS: Final = 18
+_KEY_ID: Final = re.compile(r'keyid="([A-Za-z0-9_-]{43})"')
 _AUTHORITY: Final = "http://sheepfold.invalid"
 """Stands for the authority, which a transport signature does not cover."""
 
@@ -40,17 +50,48 @@ async def read_body(request: Request, *, limit: int) -> bytes:
         limit: Most bytes; judged by Content-Length before anything is read, and by what arrives.
 
     Raises:
-        Refusal: `too-large`.
+        Refusal: `too-large`, or `busy` for a body that comes so slowly that it would be in the
+            way of others.
     """
-    declared = request.headers.get("content-length")
-    if declared is not None and (not declared.isdecimal() or int(declared) > limit):
+    declared = request.headers.get("content-length", "")
+    if declared and (not _is_length(declared) or int(declared) > limit):
         raise _too_large(limit)
+    longest_s = _BODY_GRACE_S + int(declared or limit) / _MIN_BODY_BYTES_PER_S
     body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > limit:
-            raise _too_large(limit)
+    try:
+        async with asyncio.timeout(longest_s):
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > limit:
+                    raise _too_large(limit)
+    except TimeoutError as error:
+        raise Refusal(
+            ProblemType.BUSY,
+            f"{len(body)} bytes of the body came in {longest_s:.0f} s; send it faster",
+            retry_after_s=_BUSY_RETRY_S,
+        ) from error
     return bytes(body)
+
+
+def verify_head(request: Request) -> bytes:
+    """Who signed a request whose body is still to come: a stranger's is not worth reading.
+
+    The digest of the body is signed in the head; `verify_transport` compares it with the body.
+
+    Raises:
+        Refusal: `unsigned` or `bad-signature`.
+    """
+    try:
+        return verify_transport(request, b"").identity
+    except Refusal as refusal:
+        if refusal.problem is not ProblemType.DIGEST_MISMATCH:
+            raise
+    # The digest is compared last, so the signature holds. Exactly one key may be named beside it,
+    # or the one that is read here might not be the one that was checked there.
+    named = _KEY_ID.findall(request.headers["signature-input"])
+    if len(named) != 1:
+        raise Refusal(ProblemType.BAD_SIGNATURE, "Signature-Input must name one key")
+    return b64u_decode(named[0])
 
 
 def verify_transport(request: Request, body: bytes) -> VerifiedRequest:
@@ -101,25 +142,51 @@ class BodySlots:
     def __init__(self, n_slots: int) -> None:
         """Begin with all of them free."""
         self._free = asyncio.Semaphore(n_slots)
+        self._held: Counter[bytes] = Counter()
 
     @asynccontextmanager
-    async def one(self) -> AsyncIterator[None]:
-        """Hold one slot.
+    async def one(self, identity: bytes) -> AsyncIterator[None]:
+        """Hold one slot, of which an agent has few, so that a slow one is in its own way alone.
+
+        Args:
+            identity: Who sends the body.
 
         Raises:
             Refusal: `busy`, when none came free in time.
         """
+        if self._held[identity] >= _N_SLOTS_EACH:
+            raise _too_many("this agent already sends as many bodies as it may")
+        self._held[identity] += 1
+        try:
+            await self._acquire()
+            try:
+                yield
+            finally:
+                self._free.release()
+        finally:
+            self._held[identity] -= 1
+            if not self._held[identity]:
+                del self._held[identity]
+
+    async def _acquire(self) -> None:
         try:
             async with asyncio.timeout(_SLOT_WAIT_S):
                 await self._free.acquire()
         except TimeoutError as error:
-            raise Refusal(
-                ProblemType.BUSY, "too many uploads at once", retry_after_s=_BUSY_RETRY_S
-            ) from error
-        try:
-            yield
-        finally:
-            self._free.release()
+            raise _too_many("too many uploads at once") from error
+
+
+@dataclass(frozen=True)
+class Threads:
+    """Threads for what must not wait behind other work, and for what others must not wait behind.
+
+    All else shares the pool of the framework.
+    """
+
+    clockwork: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(1))
+    probes: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(2))
+    uploads: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(16))
+    """A slow disk holds these; polls and downloads go on."""
 
 
 class ProblemRoute(APIRoute):
@@ -169,9 +236,11 @@ def install_problem_handlers(app: FastAPI) -> None:
     app.add_exception_handler(RequestValidationError, refuse)
 
 
-async def in_thread(call: Callable[[], WireModel]) -> Response:
+async def in_thread(
+    call: Callable[[], WireModel], limiter: CapacityLimiter | None = None
+) -> Response:
     """Run a blocking call of the federation off the loop, and encode its answer."""
-    return reply(await to_thread.run_sync(call))
+    return reply(await to_thread.run_sync(call, limiter=limiter))
 
 
 def _problem(request: Request, refusal: Refusal) -> Response:
@@ -227,6 +296,14 @@ def _framework_refusal(error: Exception) -> Refusal:
         return Refusal(ProblemType.NOT_FOUND, "there is nothing at this path")
     detail = str(error.detail) if isinstance(error, HTTPException) else "it cannot be understood"
     return Refusal(ProblemType.BAD_REQUEST, detail)
+
+
+def _is_length(text: str) -> bool:
+    return text.isdecimal() and len(text) <= _MAX_LENGTH_DIGITS
+
+
+def _too_many(detail: str) -> Refusal:
+    return Refusal(ProblemType.BUSY, detail, retry_after_s=_BUSY_RETRY_S)
 
 
 def _too_large(limit: int) -> Refusal:

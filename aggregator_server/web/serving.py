@@ -1,29 +1,30 @@
 """Runs the application: one process, one port, ready when it says so."""
 
-import fcntl
 import json
-import os
+import resource
 import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import socket
+import ssl
+from collections.abc import Callable
 from dataclasses import dataclass
-from ipaddress import ip_address
 from pathlib import Path
-from socket import socket
 from types import FrameType
 from typing import Final
 
 import uvicorn
 
+from aggregator_server.addresses import base_url, is_loopback
 from aggregator_server.app import create_app
 from aggregator_server.config import ServerSection
-from aggregator_server.errors import ConfigError, InUseError
+from aggregator_server.errors import ConfigError
 from aggregator_server.federation import Federation
+from aggregator_server.web.connections import Connection
+from protocol.limits import KIB
 from protocol.signing import format_fingerprint
 
-_LOCK_NAME: Final = "serve.lock"
 _GRACE_S: Final = 10
 _KEEP_ALIVE_S: Final = 65
+_MAX_HEAD_BYTES: Final = 16 * KIB
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,40 +53,39 @@ def check_address(settings: ServerSection) -> None:
         settings: Host, TLS files, and whether a proxy stands in front.
 
     Raises:
-        ConfigError: A host that is not loopback without TLS and without `behind_proxy`, or only
-            one of the two TLS files.
+        ConfigError: A host that is not loopback without TLS and without `behind_proxy`, or TLS
+            files that cannot be used.
     """
     if bool(settings.tls_cert) != bool(settings.tls_key):
         msg = "tls_cert and tls_key go together; one of them is missing"
         raise ConfigError(msg)
-    if settings.tls_cert or settings.behind_proxy or _is_loopback(settings.host):
-        return
+    if settings.tls_cert:
+        _check_tls_files(settings.tls_cert, settings.tls_key)
+    elif not (settings.behind_proxy or is_loopback(settings.host)):
+        _refuse_plain_http(settings.host)
+
+
+def _check_tls_files(cert: str, key: str) -> None:
+    def no_password() -> str:
+        msg = f"tls_key {key} is encrypted; give one that is not, readable by the server alone"
+        raise ConfigError(msg)
+
+    try:
+        for path in (cert, key):
+            Path(path).read_bytes()  # ssl's own error does not name the file
+        # Nobody is there to type a password when a server starts by itself.
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(cert, key, no_password)
+    except (OSError, ValueError) as error:
+        msg = f"the TLS files cannot be used: {error}"
+        raise ConfigError(msg) from error
+
+
+def _refuse_plain_http(host: str) -> None:
     msg = (
-        f"host {settings.host} is reachable from elsewhere and there is no TLS: give --tls-cert "
+        f"host {host} is reachable from elsewhere and there is no TLS: give --tls-cert "
         "and --tls-key, or --behind-proxy if a proxy on this network ends TLS"
     )
     raise ConfigError(msg)
-
-
-@contextmanager
-def only_server(directory: Path) -> Iterator[None]:
-    """Hold the federation's folder: a second server would close rounds under the first.
-
-    The lock ends with the process, however it ends.
-
-    Raises:
-        InUseError: Another process holds it.
-    """
-    descriptor = os.open(directory / _LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o600)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            msg = f"another process serves {directory}; stop it first"
-            raise InUseError(msg) from error
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def run(federation: Federation, *, on_ready: Callable[[Listening], None]) -> None:
@@ -96,28 +96,48 @@ def run(federation: Federation, *, on_ready: Callable[[Listening], None]) -> Non
         on_ready: Told once connections are accepted.
 
     Raises:
-        ConfigError: Plain http where others could read it, or TLS files that cannot be used.
+        ConfigError: Plain http where others could read it, TLS files that cannot be used, or an
+            address that cannot be listened on.
     """
     settings = federation.config.server
     check_address(settings)
+    _allow_many_connections()
+    config = uvicorn.Config(
+        create_app(federation),
+        host=settings.host,
+        port=settings.port,
+        ssl_certfile=settings.tls_cert or None,
+        ssl_keyfile=settings.tls_key or None,
+        http=Connection,
+        ws="none",
+        lifespan="on",  # never without the clockwork
+        access_log=False,
+        log_config=None,
+        server_header=False,
+        timeout_graceful_shutdown=_GRACE_S,
+        timeout_keep_alive=_KEEP_ALIVE_S,
+        h11_max_incomplete_event_size=_MAX_HEAD_BYTES,
+    )
+    with _listen(settings.host, settings.port) as listening:
+        _Server(config, federation, on_ready).run([listening])
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    # Not left to the library, which would end the process by itself with a status of its own.
     try:
-        config = uvicorn.Config(
-            create_app(federation),
-            host=settings.host,
-            port=settings.port,
-            ssl_certfile=settings.tls_cert or None,
-            ssl_keyfile=settings.tls_key or None,
-            access_log=False,
-            log_config=None,
-            server_header=False,
-            timeout_graceful_shutdown=_GRACE_S,
-            timeout_keep_alive=_KEEP_ALIVE_S,
-        )
-        config.load()
-    except (OSError, ValueError) as error:
-        msg = f"the TLS files cannot be used: {error}"
+        family, _, _, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        return socket.create_server((str(address[0]), port), family=family)
+    except OSError as error:
+        msg = f"cannot listen on host {host}, port {port}: {error.strerror}"
         raise ConfigError(msg) from error
-    _Server(config, federation, on_ready).run()
+
+
+def _allow_many_connections() -> None:
+    # Each agent that polls holds a connection, and many systems begin with 1,024 open files.
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 class _Server(uvicorn.Server):
@@ -130,7 +150,7 @@ class _Server(uvicorn.Server):
         self._federation = federation
         self._on_ready = on_ready
 
-    async def startup(self, sockets: list[socket] | None = None) -> None:
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         if self.started:
             self._on_ready(self._listening())
@@ -143,20 +163,10 @@ class _Server(uvicorn.Server):
         self.should_exit = True
 
     def _listening(self) -> Listening:
-        settings = self._federation.config.server
         port = self.servers[0].sockets[0].getsockname()[1]
-        host = f"[{settings.host}]" if ":" in settings.host else settings.host
-        scheme = "https" if settings.tls_cert else "http"
         charter = self._federation.charter
         return Listening(
-            url=f"{scheme}://{host}:{port}",
+            url=base_url(self._federation.config.server, port),
             federation=charter.path_id,
             fingerprint=format_fingerprint(charter.keys.server.identity).replace(" ", "-"),
         )
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

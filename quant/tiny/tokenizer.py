@@ -2,9 +2,9 @@
 
 The base never reads an instruction in pre-training, but it must be able to spell one. So the
 tokenizer is also trained on ordinary English words that instructions and their answers use, those
-of the prompt template among them: as a list of words, which says nothing about an answer. Without it the
-template alone would cost some 120 tokens of every example. The tokens of these words stay at
-their random initial embedding until an adapter learns to heed them.
+of the prompt template among them: as a list of words, which says nothing about an answer. Without
+it the template alone would cost some 120 tokens of every example. The tokens of these words stay
+at their random initial embedding until an adapter learns to heed them.
 """
 
 from collections.abc import Iterable

@@ -129,3 +129,67 @@ def test_a_url_or_a_path_opens_the_right_place(tmp_path):
 def test_an_unknown_file_system_is_a_setting_that_cannot_be_honoured():
     with pytest.raises(ConfigError, match="blobs_url"):
         open_blobs("nonsense://bucket", min_free_bytes=0)
+
+
+def test_names_are_listed_one_step_at_a_time(blobs):
+    assert blobs.names("uploads") == ()
+    for key in ("uploads/1/a", "uploads/1/b", "uploads/11/a", "adapters/x"):
+        blobs.put(key, b"1")
+    assert blobs.names("uploads") == ("1", "11")
+    assert blobs.names("uploads/1") == ("a", "b")
+    assert blobs.names("adapters") == ("x",)
+
+
+def test_tidying_leaves_every_blob(blobs):
+    blobs.put("adapters/x", b"1")
+    blobs.tidy("adapters")
+    blobs.tidy("nothing")
+    assert blobs.read("adapters/x") == b"1"
+
+
+def test_a_write_that_was_killed_is_tidied_away(tmp_path):
+    blobs = FolderBlobs(tmp_path, min_free_bytes=0)
+    blobs.put("adapters/x", b"1")
+    (tmp_path / "adapters" / ".y.0123456789abcdef").write_bytes(b"half")
+    assert blobs.names("adapters") == ("x",)
+    blobs.tidy("adapters")
+    assert [path.name for path in (tmp_path / "adapters").iterdir()] == ["x"]
+
+
+@pytest.mark.parametrize("call", ["put", "read", "stream", "delete", "delete_all", "names"])
+def test_whatever_a_driver_raises_is_a_fault_that_may_pass(call):
+    class Driver:
+        def __getattr__(self, name: str):
+            if name in {"makedirs", "invalidate_cache"}:
+                return lambda *_args, **_options: None
+            message = "cannot reach https://key:hunter2@bucket"
+            raise RuntimeError(message)
+
+    blobs = FsspecBlobs(Driver(), "bucket")
+    arguments = {"put": ("x", b"1"), "stream": ("x", 0, 1)}.get(call, ("x",))
+    with pytest.raises(BlobError, match="RuntimeError") as caught:
+        list(getattr(blobs, call)(*arguments) or ())
+    assert not isinstance(caught.value, BlobMissingError)
+    assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("call", "arguments"),
+    [("delete", ("x",)), ("names", ("x",)), ("tidy", ("x",)), ("require_space", (1,))],
+)
+def test_a_folder_that_cannot_be_read_is_a_fault_that_may_pass(
+    tmp_path, monkeypatch, call, arguments
+):
+    from aggregator_server import blobs as module
+
+    def fail(*_args: object, **_options: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    blobs = FolderBlobs(tmp_path, min_free_bytes=0)
+    for name in ("unlink", "iterdir", "glob"):
+        monkeypatch.setattr(module.Path, name, fail)
+    monkeypatch.setattr(module.shutil, "disk_usage", fail)
+    with pytest.raises(BlobError, match="Input/output error") as caught:
+        getattr(blobs, call)(*arguments)
+    monkeypatch.undo()
+    assert not isinstance(caught.value, NoSpaceError)

@@ -91,6 +91,11 @@ def make_release(number: int, *, round_number: int | None = None) -> ReleaseRow:
     )
 
 
+def numbers(store: Store, *, after: int, limit: int, max_bytes: int) -> list[int]:
+    rows = store.releases.page(after=after, limit=limit, max_bytes=max_bytes)
+    return [row.number for row in rows]
+
+
 def make_blobs(number: int) -> tuple[BlobRow, ...]:
     return tuple(
         BlobRow(role=role, sha256=key(f"{role} {number}"), n_bytes=2**33 + number)
@@ -484,7 +489,7 @@ class TestRounds:
         opened.rounds.withdraw(1, AGENTS[2], reason="owner-stopped", digest=key("w"))
         progress = opened.rounds.progress(1)
         assert (progress.n_selected, progress.n_accepted, progress.n_open) == (2, 1, 1)
-        assert progress.bytes_received == 107
+        assert progress.bytes_received == 2**31 - 1 + 7  # what was accepted arrived whole
         (receiving,) = progress.receiving
         assert (receiving.started_at, receiving.n_bytes_received) == (NOW, 7)
 
@@ -580,10 +585,23 @@ class TestReleases:
     def test_pages_are_in_order(self, store):
         for number in range(1, 6):
             store.roll_back(make_release(number), make_blobs(number), reason="test")
-        assert [row.number for row in store.releases.page(after=1, limit=3)] == [2, 3, 4]
-        assert store.releases.page(after=5, limit=3) == ()
+        assert numbers(store, after=1, limit=3, max_bytes=100) == [2, 3, 4]
+        assert numbers(store, after=5, limit=3, max_bytes=100) == []
         assert store.releases.get(3) == make_release(3)
         assert store.releases.get(9) is None
+
+    @pytest.mark.parametrize(("max_bytes", "expected"), [(4, [2, 3]), (5, [2, 3]), (1, [2])])
+    def test_a_page_has_no_more_bytes_than_asked_but_always_one_release(
+        self, store, max_bytes, expected
+    ):
+        for number in range(1, 6):
+            store.roll_back(make_release(number), make_blobs(number), reason="test")
+        assert numbers(store, after=1, limit=9, max_bytes=max_bytes) == expected
+
+    def test_the_blobs_of_all_releases_are_known(self, store):
+        store.roll_back(make_release(1), make_blobs(1), reason="test")
+        named = {blob.sha256 for number in (0, 1) for blob in make_blobs(number)}
+        assert store.releases.blobs() == named
 
 
 class TestTransactions:
@@ -601,7 +619,7 @@ class TestTransactions:
             half_done()
         assert store.releases.newest() == make_release(0)
 
-    def test_changes_grow_with_every_write_that_matters_to_agents(self, opened):
+    def test_changes_grow_with_what_gives_agents_something_to_do_and_nothing_else(self, opened):
         seen = [opened.changes()]
 
         def changed() -> bool:
@@ -611,13 +629,60 @@ class TestTransactions:
         opened.uploads.begin(make_upload(AGENTS[0]))
         assert not changed()
         accept(opened, AGENTS[1])
-        assert changed()
+        assert not changed()  # or each of a thousand uploads would wake a thousand polls
         opened.rounds.withdraw(1, AGENTS[2], reason="owner-stopped", digest=key("w"))
+        assert not changed()
+        opened.rounds.select(1, [make_selection(1, AGENTS[3])])
         assert changed()
         opened.rounds.move(1, seen=RoundPhase.OPEN, to=RoundPhase.UNMASKED)
-        assert changed()
+        assert not changed()
         opened.roll_back(make_release(1), make_blobs(1), reason="test")
         assert changed()
+
+    def test_a_writer_that_waits_for_long_gives_up_and_readers_do_not_wait(
+        self, opened, monkeypatch
+    ):
+        from aggregator_server.store import database as module
+
+        monkeypatch.setattr(module, "_BUSY_TIMEOUT_S", 0.1)
+        refused = []
+
+        def write() -> None:
+            try:
+                enrol(opened, key("late"))
+            except StoreBusyError:
+                refused.append(opened.agents.get(AGENTS[0]) is not None)
+
+        with opened._database.writing():
+            thread = threading.Thread(target=write)
+            thread.start()
+            thread.join(10)
+        assert refused == [True]
+        enrol(opened, key("late"))
+
+
+@pytest.mark.parametrize(
+    "name", ["AdminShutdown", "LockNotAvailable", "ConnectionTimeout", "TooManyConnections"]
+)
+def test_a_fault_of_postgres_that_passes_is_busy(name):
+    from sqlalchemy.exc import DBAPIError
+
+    from aggregator_server.store.database import _translated
+
+    psycopg = pytest.importorskip("psycopg")
+    cause = getattr(psycopg.errors, name)("it says why\nand more")
+    error = DBAPIError.instance("SELECT 1", {}, cause, psycopg.Error)
+    with pytest.raises(StoreBusyError, match=r"does not answer \(it says why\)"), _translated():
+        raise error
+
+
+def test_no_free_connection_is_busy():
+    from sqlalchemy.exc import TimeoutError as NoConnectionError
+
+    from aggregator_server.store.database import _translated
+
+    with pytest.raises(StoreBusyError, match="connections"), _translated():
+        raise NoConnectionError
 
 
 def test_a_locked_sqlite_database_is_busy_and_nothing_is_written(tmp_path, monkeypatch):
@@ -649,3 +714,54 @@ def test_sqlite_is_durable_and_checks_its_references(tmp_path):
         }
     store.close()
     assert pragmas == {"journal_mode": "wal", "synchronous": 2, "foreign_keys": 1}
+
+
+class TestMembers:
+    def test_members_are_listed_with_their_accepted_updates(self, opened):
+        accept(opened, AGENTS[1])
+        opened.uploads.begin(make_upload(AGENTS[2]))
+        opened.agents.revoke(AGENTS[0], now=NOW + 5)
+        members = {member.identity: member for member in opened.agents.members()}
+        assert {agent: member.n_accepted for agent, member in members.items()} == {
+            agent: int(agent == AGENTS[1]) for agent in members
+        }
+        assert (members[AGENTS[0]].revoked_at, members[AGENTS[0]].barred) == (NOW + 5, False)
+        assert members[AGENTS[1]].revoked_at is None
+
+    def test_one_who_is_barred_comes_back_by_a_newer_invite_alone(self, opened):
+        opened.agents.revoke(AGENTS[0], now=NOW, bar=True)
+        opened.agents.revoke(AGENTS[0], now=NOW + 9, bar=True)  # again changes nothing
+        old, new = make_invite("old", at=NOW), make_invite("new", at=NOW + 1)
+        for invite in (old, new):
+            opened.agents.add_invite(invite)
+        for invite in (None, old.id, key("unknown")):
+            with pytest.raises(Refusal, match="made since") as caught:
+                come_back(opened, invite)
+            assert caught.value.problem is ProblemType.INVITE_REFUSED
+        assert opened.agents.invite(old.id).uses_left == 1
+        member = come_back(opened, new.id)
+        assert (member.revoked_at, member.barred) == (None, False)
+
+    def test_one_who_left_by_itself_can_be_barred(self, opened):
+        opened.agents.revoke(AGENTS[0], now=NOW)
+        opened.agents.revoke(AGENTS[0], now=NOW + 1, bar=True)
+        assert opened.agents.get(AGENTS[0]).barred
+
+    def test_one_who_left_by_itself_comes_back_freely(self, opened):
+        opened.agents.revoke(AGENTS[0], now=NOW)
+        assert come_back(opened, None).revoked_at is None
+
+
+def make_invite(name: str, *, at: float) -> InviteRow:
+    return InviteRow(id=key(name), code=bytes(16), created_at=at, n_uses=1, uses_left=1)
+
+
+def come_back(store: Store, invite: bytes | None):
+    return store.agents.enrol(AGENTS[0], credential=b"{}", invite=invite, now=NOW + 20)
+
+
+def test_uploads_with_bytes_are_those_that_are_not_deleted(opened):
+    first = opened.uploads.begin(make_upload(AGENTS[0]))
+    second = opened.uploads.begin(make_upload(AGENTS[1]))
+    opened.uploads.deleted(first.id)
+    assert opened.uploads.with_bytes() == {second.id}

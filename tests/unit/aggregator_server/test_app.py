@@ -350,9 +350,154 @@ def test_too_many_bodies_at_once_are_told_to_come_again(case, agent, problem_of,
     slots = edge.BodySlots(1)
 
     async def hold_two() -> None:
-        async with slots.one(), slots.one():
+        async with slots.one(b"one"), slots.one(b"another"):
             pass
 
     with pytest.raises(edge.Refusal) as caught:
         asyncio.run(hold_two())
     assert caught.value.problem is ProblemType.BUSY
+    assert not slots._held
+
+
+def test_one_agent_cannot_take_the_slots_of_the_others():
+    from aggregator_server.web import edge
+
+    slots = edge.BodySlots(3)
+
+    async def hold() -> ProblemType:
+        async with slots.one(b"greedy"), slots.one(b"greedy"):
+            with pytest.raises(edge.Refusal) as caught:
+                async with slots.one(b"greedy"):
+                    pass
+            async with slots.one(b"modest"):
+                return caught.value.problem
+
+    assert asyncio.run(hold()) is ProblemType.BUSY
+    assert not slots._held
+
+
+class TestSlowBodies:
+    """A body that never ends must hold neither memory nor a slot that others need."""
+
+    def request(self, headers):
+        from starlette.requests import Request
+
+        async def receive() -> None:
+            await asyncio.sleep(60)
+
+        return Request({"type": "http", "headers": headers}, receive=receive)
+
+    def test_a_body_that_comes_too_slowly_is_told_to_come_again(self, monkeypatch):
+        from aggregator_server.web import edge
+
+        monkeypatch.setattr(edge, "_BODY_GRACE_S", 0.01)
+        headers = [(b"content-length", b"100")]
+        with pytest.raises(edge.Refusal) as caught:
+            asyncio.run(edge.read_body(self.request(headers), limit=PART_BYTES))
+        assert caught.value.problem is ProblemType.BUSY
+        assert "0 bytes of the body" in caught.value.detail
+
+    def test_a_stranger_gets_no_slot_for_its_body(self, case, make_agent, problem_of, monkeypatch):
+        from aggregator_server import app as app_module
+
+        async def never(*_args: object, **_options: object) -> bytes:
+            pytest.fail("the body was read")
+
+        monkeypatch.setattr(app_module, "read_body", never)
+        path = f"{case.prefix}/uploads/1/1/parts/0"
+        stranger = make_agent(case)
+        assert problem_of(stranger.request("PUT", path, b"x")) is ProblemType.UNKNOWN_AGENT
+        unsigned = stranger.request("PUT", path, b"x", signed=False)
+        assert problem_of(unsigned) is ProblemType.UNSIGNED
+
+    def test_a_stranger_cannot_name_a_member_beside_itself(
+        self, case, agent, make_agent, problem_of, monkeypatch
+    ):
+        from aggregator_server import app as app_module
+        from protocol.transport_signing import sign_request
+        from protocol.wire import b64u_encode
+
+        async def never(*_args: object, **_options: object) -> bytes:
+            pytest.fail("the body was read")
+
+        monkeypatch.setattr(app_module, "read_body", never)
+        path = f"{case.prefix}/uploads/1/1/parts/0"
+        headers = sign_request(
+            make_agent(case).signer,
+            method="PUT",
+            url="http://testserver" + path,
+            body=b"x",
+            created=int(case.clock.now()),
+            nonce=bytes(16),
+        )
+        member = b64u_encode(agent.identity)
+        headers["Signature-Input"] = f'other=();keyid="{member}", ' + headers["Signature-Input"]
+        response = case.client.put(path, content=b"x", headers=headers)
+        assert problem_of(response) is ProblemType.BAD_SIGNATURE
+
+    def test_a_length_beyond_all_bounds_is_refused(self):
+        from aggregator_server.web import edge
+
+        headers = [(b"content-length", b"9" * 5000)]
+        with pytest.raises(edge.Refusal) as caught:
+            asyncio.run(edge.read_body(self.request(headers), limit=PART_BYTES))
+        assert caught.value.problem is ProblemType.TOO_LARGE
+
+
+def test_a_slow_disk_holds_up_neither_polls_nor_probes(case, agent, monkeypatch):
+    """More uploads than there are threads for them hang; the rest goes on."""
+    free = threading.Event()
+
+    def hang(*_args: object) -> None:
+        free.wait(30)
+
+    monkeypatch.setattr(case.federation, "complete_upload", hang)
+    path = f"{case.prefix}/uploads/1/1/complete"
+    with case.client:
+        threads = [threading.Thread(target=agent.request, args=("POST", path)) for _ in range(50)]
+        for thread in threads:
+            thread.start()
+        time.sleep(0.5)
+        started = time.monotonic()
+        assert agent.poll().status_code == 200
+        assert case.client.get("/healthz").status_code == 200
+        assert case.client.get(f"{case.prefix}/status").status_code == 200
+        elapsed_s = time.monotonic() - started
+        free.set()
+        for thread in threads:
+            thread.join(30)
+    assert elapsed_s < 10
+
+
+def test_probes_answer_while_every_thread_of_the_pool_is_busy(case, agent, monkeypatch):
+    free = threading.Event()
+
+    def hang(*_args: object, **_options: object) -> None:
+        free.wait(30)
+
+    monkeypatch.setattr(case.federation.membership, "admit", hang)
+    with case.client:
+        threads = [threading.Thread(target=agent.poll) for _ in range(60)]
+        for thread in threads:
+            thread.start()
+        time.sleep(0.5)
+        started = time.monotonic()
+        assert case.client.get("/healthz").status_code == 200
+        assert case.client.get("/metrics").status_code == 200
+        elapsed_s = time.monotonic() - started
+        free.set()
+        for thread in threads:
+            thread.join(30)
+    assert elapsed_s < 10
+
+
+def test_health_and_metrics_need_no_federation_and_read_no_round(case, monkeypatch):
+    """`/healthz` is asked every few seconds, also while a round of thousands is open."""
+
+    def costly() -> None:
+        pytest.fail("the whole status was read")
+
+    monkeypatch.setattr(case.federation, "status", costly)
+    assert case.client.get("/healthz").text == "ok\n"
+    monkeypatch.undo()
+    assert case.client.get("/metrics").status_code == 200

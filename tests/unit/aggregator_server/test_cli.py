@@ -1,13 +1,26 @@
 """The operator's commands: what they answer, and how they fail."""
 
+import datetime
 import json
+import re
+import socket
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import (
+    BestAvailableEncryption,
+    Encoding,
+    PrivateFormat,
+)
 from typer.testing import CliRunner
 
 from aggregator_server.cli import app
 from aggregator_server.federation import open_federation
+from aggregator_server.store import database as database_module
 from protocol.signing import Invite, fingerprint
+from protocol.wire import b64u_encode
 from quant.adapter import read_folder
 
 
@@ -27,6 +40,12 @@ def base_file(base, tmp_path):
     path = tmp_path / "base.json"
     path.write_text(base.model_dump_json())
     return path
+
+
+@pytest.fixture
+def taken_port():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        yield taken.getsockname()[1]
 
 
 @pytest.fixture
@@ -77,6 +96,163 @@ def test_an_invite_carries_the_servers_fingerprint_and_the_join_command(run, fou
     assert answer["uses"] == 3
 
 
+def edit_server(directory, **settings: str) -> None:
+    path = directory / "federation.toml"
+    text = path.read_text()
+    for key, value in settings.items():
+        text = re.sub(rf"(?m)^{key} = .*", f"{key} = {json.dumps(value)}", text)
+    path.write_text(text)
+
+
+class TestInvite:
+    def test_its_address_is_where_the_server_listens_now(self, run, founded):
+        from aggregator_server.lock import only_server
+
+        with only_server(founded) as lock:
+            lock.tell("http://127.0.0.1:4321")
+            result = run("invite", founded, "--json", "-")
+        answer = json.loads(result.stdout)
+        assert answer["url"] == "http://127.0.0.1:4321"
+        assert "Only agents on this machine reach http://127.0.0.1:4321" in result.stderr
+
+    def test_a_server_that_has_ended_is_forgotten(self, run, founded):
+        from aggregator_server.lock import only_server
+
+        with only_server(founded) as lock:
+            lock.tell("http://127.0.0.1:4321")
+        assert json.loads(run("invite", founded, "--json", "-").stdout)["url"].endswith(":8750")
+
+    def test_a_server_that_is_not_ready_yet_has_no_address(self, run, founded):
+        from aggregator_server.lock import only_server, served_at
+
+        with only_server(founded):
+            assert served_at(founded) is None
+
+    def test_the_public_url_goes_before_all(self, run, founded):
+        edit_server(founded, public_url="https://fed.example.org/", host="0.0.0.0")
+        result = run("invite", founded, "--json", "-")
+        assert json.loads(result.stdout)["url"] == "https://fed.example.org"
+        assert not result.stderr
+
+    @pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.0.0.7"])
+    def test_an_address_that_no_agent_can_use_is_not_printed(self, run, founded, host):
+        edit_server(founded, host=host)
+        result = run("invite", founded)
+        assert result.exit_code == 0
+        assert "set public_url" in result.stderr
+        assert "join URL --data FILE" in result.stdout
+        assert host not in result.stdout
+
+    def test_a_port_that_is_not_chosen_yet_is_not_printed(self, run, founded):
+        (founded / "federation.toml").write_text(
+            (founded / "federation.toml").read_text().replace("port = 8750", "port = 0")
+        )
+        result = run("invite", founded, "--json", "-")
+        assert json.loads(result.stdout)["url"] is None
+        assert "No server runs" in result.stderr
+
+    def test_https_on_a_host_of_its_own_needs_no_note(self, run, founded):
+        from aggregator_server.lock import only_server
+
+        with only_server(founded) as lock:
+            lock.tell("https://fed.example.org:8750")
+            result = run("invite", founded, "--json", "-")
+        assert json.loads(result.stdout)["url"] == "https://fed.example.org:8750"
+        assert not result.stderr
+
+
+class TestPlaces:
+    def test_init_takes_places_from_the_environment_and_flags_go_before(
+        self, run, base_file, tmp_path, monkeypatch
+    ):
+        monkeypatch.setenv("SHEEPFOLD_SERVER_DATABASE_URL", f"sqlite:///{tmp_path / 'env.db'}")
+        monkeypatch.setenv("SHEEPFOLD_SERVER_BLOBS_URL", str(tmp_path / "env-blobs"))
+        flags = ("--blobs-url", tmp_path / "flag-blobs")
+        assert run("init", tmp_path / "fed", "--base", base_file, *flags).exit_code == 0
+        assert (tmp_path / "env.db").is_file()
+        assert (tmp_path / "flag-blobs" / "adapters").is_dir()
+        assert not (tmp_path / "env-blobs").exists()
+        monkeypatch.delenv("SHEEPFOLD_SERVER_DATABASE_URL")
+        monkeypatch.delenv("SHEEPFOLD_SERVER_BLOBS_URL")
+        assert run("status", tmp_path / "fed").exit_code == 0  # the file says it all
+        assert not (tmp_path / "fed" / "federation.db").exists()
+
+    def test_a_password_is_not_written_and_init_says_so(
+        self, run, base_file, tmp_path, monkeypatch
+    ):
+        url = f"sqlite:///{tmp_path / 'x.db'}?password=hunter2"
+        monkeypatch.setenv("SHEEPFOLD_SERVER_DATABASE_URL", url)
+        monkeypatch.setattr(database_module, "_sqlite_engine", lambda _: engine_at(tmp_path))
+        result = run("init", tmp_path / "fed", "--base", base_file)
+        assert result.exit_code == 0, result.output
+        assert "set it always: SHEEPFOLD_SERVER_DATABASE_URL" in result.stdout
+        assert "hunter2" not in (tmp_path / "fed" / "federation.toml").read_text() + result.output
+
+
+engine_of_sqlite = database_module._sqlite_engine
+
+
+def engine_at(folder):
+    return engine_of_sqlite(f"sqlite:///{folder / 'x.db'}")
+
+
+def encrypted_pair(folder):
+    key = ec.generate_private_key(ec.SECP256R1())
+    path = folder / "key.pem"
+    locked = BestAvailableEncryption(b"password")
+    path.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, locked))
+    now = datetime.datetime.now(datetime.UTC)
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "test")])
+    certificate = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(1)
+        .not_valid_before(now)
+        .not_valid_after(now + datetime.timedelta(days=1))
+        .sign(key, hashes.SHA256())
+    )
+    (folder / "cert.pem").write_bytes(certificate.public_bytes(Encoding.PEM))
+    return folder / "cert.pem", path
+
+
+class TestAgents:
+    @pytest.fixture
+    def federation(self, make_case, make_agents):
+        case = make_case(cohort_target=3)
+        case.agents = make_agents(case, 3)
+        case.advance()
+        return case
+
+    def test_members_are_listed_with_what_they_did(self, run, federation):
+        agent = federation.agents[1]
+        agent.upload(agent.round(), agent.constant(1))
+        listed = json.loads(run("agents", "list", federation.directory, "--json", "-").stdout)
+        assert sorted(row["n_accepted"] for row in listed) == [0, 0, 1]
+        by_name = {row["agent"]: row for row in listed}
+        row = by_name[b64u_encode(agent.identity)]
+        assert row["n_accepted"] == 1
+        assert row["enrolled_at"].startswith("2027-01-15T08:00")
+        assert row["revoked_at"] is None
+        assert b64u_encode(agent.identity) in run("agents", "list", federation.directory).stdout
+
+    def test_one_is_revoked_by_the_beginning_of_its_name(self, run, federation, problem_of):
+        listed = json.loads(run("agents", "list", federation.directory, "--json", "-").stdout)
+        name = listed[1]["agent"]
+        result = run("agents", "revoke", federation.directory, name[:12])
+        assert result.exit_code == 0, result.output
+        assert name in result.stdout
+        after = json.loads(run("agents", "list", federation.directory, "--json", "-").stdout)
+        assert [row["revoked_by_operator"] for row in after] == [False, True, False]
+        assert "ended by the operator" in run("agents", "list", federation.directory).stdout
+
+    def test_a_beginning_that_fits_several_revokes_none(self, run, federation):
+        result = run("agents", "revoke", federation.directory, "")
+        assert result.exit_code == 1
+        assert "3 agents have an identity that begins with ''" in result.stderr
+
+
 def test_status_is_json_with_null_for_what_is_not(run, founded):
     status = json.loads(run("status", founded, "--json", "-").stdout)
     assert status["round"] is None
@@ -112,13 +288,27 @@ def test_releases_are_listed_shown_rolled_back_and_exported(run, founded, tmp_pa
         (("init", "NEW", "--base", "BASE", "--local-steps", 1, "--local-epochs", 1), "exactly one"),
         (("serve", "DIR", "--host", "0.0.0.0"), "--behind-proxy"),
         (("serve", "DIR", "--tls-cert", "x.pem"), "go together"),
-        (("serve", "DIR", "--tls-cert", "x", "--tls-key", "y"), "TLS files cannot be used"),
+        (("serve", "DIR", "--tls-cert", "/no/x", "--tls-key", "y"), "'/no/x'"),
+        (("serve", "DIR", "--tls-cert", "BASE", "--tls-key", "BASE"), "TLS files cannot be used"),
+        (("serve", "DIR", "--tls-cert", "CERT", "--tls-key", "KEY"), "is encrypted"),
+        (("serve", "DIR", "--port", "TAKEN"), "cannot listen on host 127.0.0.1, port"),
+        (("init", "NEW", "--base", "BASE", "--database-url", "mysql://h/d"), "postgresql"),
+        (("init", "NEW", "--base", "BASE", "--blobs-url", "nonsense://h"), "blobs_url"),
+        (("init", "NEW", "--base", "BASE", "--cohort", 9000), "lower one of the two"),
+        (("agents", "revoke", "DIR", "xyz"), "no agent has an identity that begins with 'xyz'"),
+        (("agents", "revoke", "DIR", "-x"), "no agent has an identity that begins with '-x'"),
     ],
 )
 def test_what_goes_wrong_is_one_sentence_and_exit_code_1(
-    run, founded, base_file, tmp_path, arguments, sentence
+    run, founded, base_file, tmp_path, taken_port, arguments, sentence
 ):
-    places = {"DIR": founded, "BASE": base_file, "NEW": tmp_path / "new"}
+    places = {
+        "DIR": founded,
+        "BASE": base_file,
+        "NEW": tmp_path / "new",
+        "TAKEN": taken_port,
+        **dict(zip(("CERT", "KEY"), encrypted_pair(tmp_path), strict=True)),
+    }
     result = run(*(places.get(argument, argument) for argument in arguments))
     assert result.exit_code == 1
     assert sentence in result.stderr
@@ -144,7 +334,7 @@ def test_wrong_usage_is_exit_code_2(run, founded, base_file, tmp_path, arguments
 
 
 def test_a_second_server_on_the_same_folder_is_refused(run, founded):
-    from aggregator_server.web.serving import only_server
+    from aggregator_server.lock import only_server
 
     with only_server(founded):
         result = run("serve", founded, "--port", 0)

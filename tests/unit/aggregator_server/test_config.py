@@ -1,11 +1,20 @@
 """Settings: one file, the environment, flags; errors that help."""
 
 import dataclasses
+import json
 
 import pytest
 from pydantic import SecretStr
 
-from aggregator_server.config import Enrolment, LogFormat, Retention, ServerConfig, parse_config
+from aggregator_server.config import (
+    Enrolment,
+    LogFormat,
+    Retention,
+    ServerConfig,
+    parse_config,
+    secret_settings,
+    without_password,
+)
 from aggregator_server.errors import ConfigError
 from aggregator_server.recipes import RecipeOptions, make_config
 from aggregator_server.template import _EXPLAINED, render
@@ -42,13 +51,50 @@ def test_the_written_file_keeps_every_kind_of_value(base):
             "retention": Retention.KEEP,
             "log_format": LogFormat.JSON,
             "behind_proxy": True,
-            "database_url": SecretStr("postgresql://u:p%40ss@host/db"),
+            "database_url": SecretStr("postgresql://u@host:5432/db?sslmode=require"),
+            "blobs_url": SecretStr("s3://bucket/name"),
             "presence_s": 41.5,
         }
     )
     training = config.training.model_copy(update={"max_grad_norm": None})
     config = config.model_copy(update={"server": server, "training": training})
     assert parse_text(render(config)) == config
+
+
+@pytest.mark.parametrize(
+    ("url", "written"),
+    [
+        ("postgresql://u:p%40ss@host/db", "postgresql://u@host/db"),
+        ("postgresql://u:p/a:ss@host:5432/db", "postgresql://u@host:5432/db"),
+        ("postgresql://:secret@/db", "postgresql://@/db"),
+        ("postgresql://host/db?user=u&password=secret", "postgresql://host/db?user=u"),
+        ("postgresql://host/db?PassWord=secret&user=u", "postgresql://host/db?user=u"),
+        ("postgresql://h/db?sslpassword=x&sslmode=require", "postgresql://h/db?sslmode=require"),
+        ("ftp://u:secret@host/folder", "ftp://u@host/folder"),
+    ],
+)
+def test_no_password_in_a_url_is_written(config, url, written):
+    for key in ("database_url", "blobs_url"):
+        server = config.server.model_copy(update={key: SecretStr(url)})
+        text = render(config.model_copy(update={"server": server}))
+        again = getattr(parse_text(text).server, key)
+        assert again.get_secret_value() == written
+        assert secret_settings(server) == [f"SHEEPFOLD_SERVER_{key.upper()}"]
+        assert secret_settings(parse_text(text).server) == []
+
+
+@pytest.mark.parametrize(
+    "url", ["sqlite:////abs/x.db", "postgresql://u@h:1/db?a=b", "s3://b/n", "/folder", "a:b@c"]
+)
+def test_a_url_without_a_password_is_written_as_it_is(url):
+    assert without_password(url) == url
+
+
+@pytest.mark.parametrize("url", ["fed.example.org", "http://", "https://a b", "https://a\n--yes"])
+def test_a_public_url_is_one(config, url):
+    text = render(config).replace('public_url = ""', f"public_url = {json.dumps(url)}")
+    with pytest.raises(ConfigError, match="public_url"):
+        parse_text(text)
 
 
 def test_every_setting_is_explained(config):

@@ -4,7 +4,12 @@ import re
 
 import pytest
 
-from aggregator_server.errors import ConfigError, SchemaError, StaleWriteError
+from aggregator_server.errors import (
+    ConfigError,
+    SchemaError,
+    StaleWriteError,
+    StoreBusyError,
+)
 from aggregator_server.federation import open_federation
 from aggregator_server.founding import CONFIG_NAME, found_federation
 from aggregator_server.recipes import RecipeOptions, make_config
@@ -161,7 +166,7 @@ def test_a_database_of_a_newer_version_is_refused_clearly(make_case):
     case = make_case()
     with case.federation._store._database.writing() as connection:
         connection.execute(update(meta).where(meta.c.key == "schema_version").values(value=b"99"))
-    with pytest.raises(SchemaError, match="schema version 99, this server knows 1"):
+    with pytest.raises(SchemaError, match="schema version 99, this server knows 2"):
         reopen(case)
 
 
@@ -199,3 +204,58 @@ def test_another_kind_of_database_is_refused_without_its_password(make_case, url
         reopen(case)
     assert "hunter2" not in str(caught.value)
     assert "sqlite" in str(caught.value)
+
+
+def test_a_round_of_more_updates_than_its_release_can_name_is_refused(base, clock, tmp_path):
+    config = make_config(RecipeOptions(name="Test", cohort_target=8000), base)
+    with pytest.raises(ConfigError) as caught:
+        found_federation(tmp_path / "new", config=config, base=base, clock=clock)
+    message = str(caught.value)
+    assert "cohort_target = 8000 with over_selection = 1.3 selects 10400" in message
+    assert "1048576 bytes" in message
+    assert "\n" not in message
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_cohort_edited_beyond_what_a_release_can_name_is_refused(make_case):
+    case = make_case()
+    edit(case, "^over_selection = .*", "over_selection = 10.0")
+    edit(case, "^cohort_target = .*", "cohort_target = 900")
+    with pytest.raises(ConfigError, match="selects 9000 agents"):
+        reopen(case)
+
+
+def test_a_place_for_blobs_that_another_federation_uses_is_refused(base, clock, tmp_path):
+    options = RecipeOptions(name="Test", blobs_url=str(tmp_path / "shared"))
+    config = make_config(options, base)
+    found_federation(tmp_path / "one", config=config, base=base, clock=clock)
+    with pytest.raises(ConfigError, match="blobs_url is not empty"):
+        found_federation(tmp_path / "two", config=config, base=base, clock=clock)
+    assert not list((tmp_path / "two").glob("keys/*"))
+
+
+def test_relative_places_begin_in_the_federations_folder(base, clock, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    options = RecipeOptions(name="Test", database_url="sqlite:///my.db", blobs_url="my-blobs")
+    found_federation(tmp_path / "fed", config=make_config(options, base), base=base, clock=clock)
+    assert (tmp_path / "fed" / "my.db").is_file()
+    assert (tmp_path / "fed" / "my-blobs" / "adapters").is_dir()
+    monkeypatch.chdir("/")
+    open_federation(tmp_path / "fed", clock=clock, environment={}).close()
+
+
+def test_release_0_made_anew_leaves_no_file_of_the_old_one(make_case, blob_files):
+    case = make_case()
+    edit(case, "^rank = 4", "rank = 8")
+    release = reopen(case).releases.get(0)
+    files = {ref.sha256.hex() for ref in (release.adapter, release.sent, release.config)}
+    assert blob_files(case) == {f"adapters/{name}" for name in files}
+
+
+def test_a_database_that_does_not_answer_is_told_in_one_sentence(base, clock, tmp_path):
+    url = "postgresql://somebody:hunter2@127.0.0.1:1/nothing"
+    config = make_config(RecipeOptions(name="Test", database_url=url), base)
+    with pytest.raises(StoreBusyError, match="does not answer") as caught:
+        found_federation(tmp_path / "new", config=config, base=base, clock=clock)
+    assert "hunter2" not in str(caught.value)
+    assert not list((tmp_path / "new").iterdir())  # init can be tried again

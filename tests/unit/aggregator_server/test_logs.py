@@ -65,3 +65,12 @@ def test_a_whole_round_logs_no_secret(make_case, make_agent, capsys):
     for secret in secrets:
         assert b64u_encode(secret)[:20] not in logged
         assert secret.hex() not in logged
+
+
+def test_a_value_cannot_write_a_line_of_its_own(capsys):
+    for log_format in LogFormat:
+        configure_logs(log_format)
+        structlog.get_logger().info("round moved", failure="x\n2026 [info] forged\x1b[2J")
+        logged = capsys.readouterr().err
+        assert logged.count("\n") == 1
+        assert "\x1b[2J" not in logged

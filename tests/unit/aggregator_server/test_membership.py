@@ -6,7 +6,7 @@ from protocol.limits import CREDENTIAL_LIFETIME_S, SIGNATURE_WINDOW_S
 from protocol.messages import Credential, Enrolment, TrainTask, WaitReason
 from protocol.problems import ProblemType
 from protocol.signing import Invite, Signed, Signer, sign, verify
-from protocol.wire import parse
+from protocol.wire import b64u_encode, parse
 
 
 @pytest.fixture
@@ -152,6 +152,75 @@ class TestRevocation:
         assert waiting.round() is not None
 
 
+class TestExpulsion:
+    """The operator ends a membership."""
+
+    @pytest.fixture
+    def case(self, make_case):
+        return make_case(cohort_target=2, min_cohort=2)
+
+    def name_of(self, agent) -> str:
+        return b64u_encode(agent.identity)
+
+    def test_it_holds_at_once_and_frees_the_place_for_another(self, case, make_agents, problem_of):
+        first = make_agents(case, 2)
+        case.advance()
+        (other,) = make_agents(case, 1)
+        manifest = first[0].round()
+        header = first[0].header(manifest, first[0].constant(1).tobytes())
+        assert first[0].begin(header).status_code == 200
+        assert case.federation.membership.expel(self.name_of(first[0])) == first[0].identity
+        assert problem_of(first[0].poll()) is ProblemType.REVOKED
+        part = first[0].put(header, 0, first[0].constant(1).tobytes())
+        assert problem_of(part) is ProblemType.REVOKED
+        case.advance()
+        assert other.round() == manifest
+        assert case.federation.status().n_enrolled == 2
+
+    def test_what_was_accepted_before_stays_in_the_round(self, case, make_agents):
+        agents = make_agents(case, 2)
+        case.advance()
+        manifest = agents[0].round()
+        agents[0].upload(manifest, agents[0].constant(1))
+        case.federation.membership.expel(self.name_of(agents[0]))
+        agents[1].upload(manifest, agents[1].constant(3))
+        case.advance()
+        assert case.federation.releases.newest().aggregation.n_agents == 2
+
+    def test_open_enrolment_does_not_let_it_in_again(self, case, make_agents, problem_of):
+        (agent,) = make_agents(case, 1)
+        case.federation.membership.expel(self.name_of(agent))
+        assert problem_of(agent.enrol()) is ProblemType.INVITE_REFUSED
+        assert problem_of(agent.poll()) is ProblemType.REVOKED
+
+    @pytest.mark.parametrize("is_open", [True, False])
+    def test_an_invite_made_before_does_not_let_it_in_again_but_a_newer_one_does(
+        self, make_case, make_agent, problem_of, is_open
+    ):
+        case = make_case(open_enrolment=is_open)
+        old = case.federation.membership.invite(n_uses=2)
+        agent = make_agent(case)
+        assert agent.enrol(old).status_code == 200
+        case.clock.time += 1
+        case.federation.membership.expel(self.name_of(agent))
+        assert problem_of(agent.enrol(old)) is ProblemType.INVITE_REFUSED
+        case.clock.time += 1
+        assert agent.enrol(case.federation.membership.invite()).status_code == 200
+        assert agent.poll().status_code == 200
+
+    def test_it_survives_a_kill(self, case, make_agents, problem_of):
+        (agent,) = make_agents(case, 1)
+        case.federation.membership.expel(self.name_of(agent)[:9])
+        case.restart()
+        assert problem_of(agent.poll()) is ProblemType.REVOKED
+
+    def test_leaving_afterwards_does_not_lift_it(self, case, make_agents, problem_of):
+        (agent,) = make_agents(case, 1)
+        case.federation.membership.expel(self.name_of(agent))
+        assert agent.revoke().status_code == 200
+        assert problem_of(agent.enrol()) is ProblemType.INVITE_REFUSED
+
+
 class TestTransport:
     def test_a_stranger_is_refused(self, agent, problem_of):
         assert problem_of(agent.poll()) is ProblemType.UNKNOWN_AGENT
@@ -274,3 +343,38 @@ def test_a_task_is_only_for_members(agent):
     task = agent.task().task
     assert not isinstance(task, TrainTask)
     assert task.reason is WaitReason.GATHERING_AGENTS
+
+
+def test_presence_follows_a_clock_that_is_set_back(agent):
+    case = agent.case
+    agent.enrol()
+    case.advance(3600)
+    assert agent.poll().status_code == 200
+    case.clock.time -= 3000
+    case.federation.membership._guard._nothing_up_to = 0  # its own matter, tested there
+    assert agent.poll().status_code == 200
+    case.advance()
+    seen_at = case.federation._store.agents.get(agent.identity).last_seen
+    assert seen_at == case.clock.now()
+
+
+def test_what_was_seen_and_served_is_kept_while_the_database_does_not_answer(agent, monkeypatch):
+    from aggregator_server.errors import StoreBusyError
+
+    case = agent.case
+    agent.enrol()
+    case.advance(10)
+
+    def fail(*_args: object, **_options: object) -> None:
+        message = "no answer"
+        raise StoreBusyError(message)
+
+    agent.poll()
+    case.federation.membership.served(7)
+    monkeypatch.setattr(case.federation._store.agents, "saw", fail)
+    with pytest.raises(StoreBusyError):
+        case.advance()
+    monkeypatch.undo()
+    case.advance()
+    assert case.federation._store.agents.get(agent.identity).last_seen == case.clock.now()
+    assert case.federation.status().bytes_down == 7

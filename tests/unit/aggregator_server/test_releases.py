@@ -4,10 +4,11 @@ import pytest
 
 from aggregator_server.errors import ChainError
 from aggregator_server.releases import sign_release, verify_chain
+from protocol.manifest import CellRef, Release
 from protocol.messages import ReleasePage, WaitReason
 from protocol.phases import RoundPhase
 from protocol.problems import ProblemType
-from protocol.signing import Signer
+from protocol.signing import Signed, Signer
 from protocol.wire import parse
 from quant.adapter import read_folder
 
@@ -103,9 +104,69 @@ def test_a_page_stays_below_the_limit_of_a_reply(case, monkeypatch):
     from aggregator_server import releases as releases_module
 
     monkeypatch.setattr(releases_module, "_PAGE_BYTES", 2000)
-    page = case.federation.releases.page(after=-1)
+    page = parse(ReleasePage, case.federation.releases.page(after=-1))
     assert 1 <= len(page.releases) < 4
     assert page.newest == 3
+
+
+def test_a_page_is_canonical_json(case):
+    page = case.federation.releases.page(after=0)
+    assert parse(ReleasePage, page).canonical() == page
+    none = case.federation.releases.page(after=3)
+    assert parse(ReleasePage, none) == ReleasePage(releases=(), newest=3)
+
+
+def test_a_release_of_the_most_cells_goes_into_one_reply(case):
+    from aggregator_server.releases import most_cells, sign_release
+    from protocol.limits import MAX_JSON_BYTES
+
+    cell = CellRef(transcript=bytes(32), members=bytes(32))
+    newest = case.federation.releases.newest()
+    largest = 2**53 - 1
+    release = newest.model_copy(
+        update={
+            "accepted": (cell,) * most_cells(),
+            "round": largest,
+            "aggregation": newest.aggregation.model_copy(update={"n_cells": largest}),
+        }
+    )
+    row = sign_release(case.federation.charter.keys.server, release, round_number=None)
+    page = ReleasePage(releases=(parse(Signed[Release], row.signed),), newest=largest)
+    assert len(page.canonical()) <= MAX_JSON_BYTES
+    assert most_cells() > 8000
+
+
+class TestChainAtTheStart:
+    @pytest.fixture
+    def short(self, monkeypatch):
+        from aggregator_server import releases as releases_module
+
+        monkeypatch.setattr(releases_module, "_N_CHECKED_AT_START", 2)
+
+    @pytest.mark.parametrize("number", [2, 3])
+    def test_a_release_changed_at_the_end_of_the_chain_is_refused(self, case, short, number):
+        self.change(case, number)
+        with pytest.raises(ChainError, match=f"release {number}"):
+            case.federation.releases.verify_newest()
+
+    def test_the_time_it_takes_does_not_grow_with_the_chain(self, case, short):
+        self.change(case, 0)
+        assert case.federation.releases.verify_newest() == 3
+        with pytest.raises(ChainError, match="release 0"):
+            case.federation.releases.verify()
+
+    def change(self, case, number: int) -> None:
+        from sqlalchemy import update
+
+        from aggregator_server.store.schema import releases
+
+        signed = parse(Signed[Release], case.federation._store.releases.get(number).signed)
+        body = signed.body.model_copy(update={"created_at": 1.0})
+        changed = signed.model_copy(update={"body": body}).canonical()
+        with case.federation._store._database.writing() as connection:
+            connection.execute(
+                update(releases).where(releases.c.number == number).values(signed=changed)
+            )
 
 
 class TestRollback:

@@ -23,6 +23,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 from aggregator_server.federation import open_federation
+from aggregator_server.lock import served_at
 from protocol.limits import NONCE_BYTES, PART_BYTES
 from protocol.manifest import Release
 from protocol.messages import (
@@ -53,11 +54,11 @@ class ServerProcess:
     ready_after_s: float
 
     @classmethod
-    def start(cls, directory: Path, *flags: str) -> "ServerProcess":
+    def start(cls, directory: Path, *flags: str, main: str = MAIN) -> "ServerProcess":
         ready = directory.parent / f"ready-{secrets.token_hex(4)}.json"
         started = time.monotonic()
         process = subprocess.Popen(
-            [sys.executable, "-c", MAIN, "serve", str(directory), "--port", "0",
+            [sys.executable, "-c", main, "serve", str(directory), "--port", "0",
              "--json", str(ready), *flags],
             stdout=subprocess.PIPE,
         )  # fmt: skip
@@ -238,6 +239,23 @@ def test_a_server_that_is_asked_to_stop_answers_its_long_polls_and_exits_0(found
     poll.join(20)
     assert time.monotonic() - started < 8
     assert parse(TaskReply, answers[0]).task.kind == "wait"
+
+
+def test_a_server_tells_where_it_listens_for_as_long_as_it_runs(founded, serve):
+    server = ServerProcess.start(founded)
+    serve.append(server)
+    assert served_at(founded) == server.url
+    server.kill()
+    assert served_at(founded) is None
+
+
+def test_a_server_opens_as_many_connections_as_the_system_allows(founded, serve):
+    lowered = "import resource as r; r.setrlimit(r.RLIMIT_NOFILE, (256, 2000)); " + MAIN
+    server = ServerProcess.start(founded, main=lowered)
+    serve.append(server)
+    limits = Path(f"/proc/{server.process.pid}/limits").read_text()
+    (line,) = [line for line in limits.splitlines() if line.startswith("Max open files")]
+    assert line.split()[3:5] == ["2000", "2000"]
 
 
 def make_certificate(folder: Path) -> tuple[Path, Path]:

@@ -161,6 +161,7 @@ class TestBadHeaders:
             ("round_digest", bytes(32), ProblemType.BAD_REQUEST),
             ("layout", bytes(32), ProblemType.BAD_REQUEST),
             ("weight", 10_001, ProblemType.BAD_REQUEST),
+            ("attempt", 1_001, ProblemType.BAD_REQUEST),
             ("body_n_bytes", 4, ProblemType.BAD_REQUEST),
             ("federation", bytes(16), ProblemType.UNKNOWN_FEDERATION),
             ("agent", bytes(32), ProblemType.BAD_SIGNATURE),
@@ -373,3 +374,36 @@ def test_the_body_that_is_summed_is_checked_once_more(case, selected, blob_files
     assert row.phase.value == "failed"
     assert "changed on disk" in row.failure
     assert sha256(bytes(data)) != sha256(body_of(agents[0]))
+
+
+class TestLeftBehind:
+    """A part that reaches the disk after its upload's bytes were deleted, and a kill just then."""
+
+    def test_bytes_of_no_upload_are_deleted_at_the_next_start(self, case, selected, blob_files):
+        agents, manifest = selected
+        header = agents[0].header(manifest, body_of(agents[0]))
+        assert agents[0].begin(header).status_code == 200
+        assert agents[0].put(header, 0, body_of(agents[0])).status_code == 200
+        root = case.directory / "blobs" / "uploads"
+        for name in ("4711", "not-ours"):
+            (root / name).mkdir()
+            (root / name / "0-aa").write_bytes(b"left")
+        (case.directory / "blobs" / "adapters" / ".half.00").write_bytes(b"left")
+        case.restart()
+        left = blob_files(case)
+        assert "uploads/not-ours/0-aa" in left
+        assert not any("4711" in name or "half" in name for name in left)
+        assert sum(name.startswith("uploads/") for name in left) == 2  # the part is still there
+        assert agents[0].complete(header).status_code == 200
+
+    def test_a_disk_that_cannot_be_listed_does_not_stop_the_start(self, case, monkeypatch):
+        from aggregator_server.blobs import FolderBlobs
+        from aggregator_server.errors import BlobError
+
+        def fail(*_args: object) -> None:
+            message = "flaky"
+            raise BlobError(message)
+
+        monkeypatch.setattr(FolderBlobs, "names", fail)
+        case.restart()
+        assert case.client.get("/healthz").status_code == 200
