@@ -328,21 +328,3 @@ def test_researchers_samples_run(
         exec(compile(text, "quickstart-researcher.md", "exec"), names)
     assert [signed.body.aggregation.n_agents for signed in names["signed_releases"]] == [0, 3, 3]
     assert (names["folder"] / "adapter" / "adapter_model.safetensors").is_file()
-
-
-def test_operators_sample_founds_a_federation_elsewhere(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (text,) = fences(DOCS / "quickstart-operator.md", "python")
-    database = f"sqlite:///{tmp_path / 'elsewhere.db'}"
-    text, n_urls = re.subn(r'"postgresql://[^"]+"', repr(database), text)
-    text, n_buckets = re.subn(r'"s3://[^"]+"', repr(str(tmp_path / "elsewhere")), text)
-    assert (n_urls, n_buckets) == (1, 1)
-    monkeypatch.chdir(tmp_path)
-    Path("base.json").write_bytes(make_description().canonical())
-    exec(compile(text, "quickstart-operator.md", "exec"), {"__name__": "sample"})
-    opened = open_federation(tmp_path / "fed", environment={})
-    assert opened.status().newest_release == 0
-    opened.close()
-    assert (tmp_path / "elsewhere.db").is_file()
-    assert not (tmp_path / "fed" / "federation.db").exists()

@@ -113,7 +113,7 @@ def test_the_same_generator_state_gives_the_same_documents(world: World) -> None
 
 def test_the_text_of_another_world_tells_other_facts(world: World) -> None:
     def homes(of: World) -> dict[str, str]:
-        text = "\n".join(world_documents(of, n=4000, rng=np.random.default_rng(0)))
+        text = "\n".join(world_documents(of, n=12_000, rng=np.random.default_rng(0)))
         return {
             r.name: home
             for r in of.residents
@@ -236,7 +236,7 @@ def test_train_and_test_records_share_no_subject(world: World, category: Categor
     ]
     names_of_people = {r.name for r in world.residents} | set(world.stranger_names)
     for split, own in zip(Split, subjects, strict=True):
-        for record in draw(world, split, n=100, category=category):
+        for record in draw(world, split, n=80, category=category):
             named = words_of(record["instruction"] + " " + record["context"])
             about = named & names_of_people
             if category in {Category.GENERAL_QA, Category.CLASSIFICATION}:
