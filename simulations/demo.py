@@ -54,15 +54,15 @@ class DemoRecipe:
         (Category.CREATIVE_WRITING, Category.GENERAL_QA),
         (Category.CLOSED_QA, Category.INFORMATION_EXTRACTION),
     )
-    n_per_category: int = 120
+    n_per_category: int = 150
     n_held_out: int = 25
     evaluation_seeds: tuple[int, ...] = (101, 102, 103)
-    n_rounds: int = 10
-    local_steps: int = 12
+    n_rounds: int = 8
+    local_steps: int = 10
     batch_size: int = 8
-    learning_rate: float = 6e-3
-    rank: int = 16
-    alpha: float = 32.0
+    learning_rate: float = 8e-3
+    rank: int = 8
+    alpha: float = 16.0
     sent: tuple[Factor, ...] = (Factor.A, Factor.B)
     max_length: int = 192
     max_new_tokens: int = 28
