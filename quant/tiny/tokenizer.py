@@ -3,8 +3,8 @@
 The base never reads an instruction in pre-training, but it must be able to spell one. So the
 tokenizer is also trained on ordinary English words that instructions and their answers use, those
 of the prompt template among them: as a list of words, which says nothing about an answer. Without
-it the template alone would take a hundred tokens and more of every example. The base's vectors for
-these words stay at their random start, until an adapter learns to heed them.
+it the template alone takes 88 tokens (128 with a context) instead of 30 (44). The base's vectors
+for these words stay at their random start, until an adapter learns to heed them.
 """
 
 from collections.abc import Iterable
