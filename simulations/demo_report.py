@@ -1,5 +1,7 @@
 """What the demo shows: a live view, a table, a figure, answers side by side, JSON."""
 
+import shutil
+import sys
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
@@ -279,9 +281,18 @@ def _value(found: Measurement, group: str) -> float:
 
 
 def next_commands(result: DemoResult) -> tuple[str, str, str]:
-    """Three commands to try next."""
+    """Three commands to try next, as they can be typed from here."""
     return (
-        f"sheepfold-agent sent --home {result.folder.agent(1).root}",
-        f"sheepfold-server releases list {result.folder.server}",
-        "sheepfold-server init my-federation --open-enrolment",
+        f"{_program('sheepfold-agent')} sent --home {result.folder.agent(1).root}",
+        f"{_program('sheepfold-server')} releases list {result.folder.server}",
+        f"{_program('sheepfold-server')} init my-federation --open-enrolment",
     )
+
+
+def _program(name: str) -> str:
+    """A program of ours: by name if the shell finds it, else by where this Python has it."""
+    if shutil.which(name):
+        return name
+    beside = Path(sys.executable).parent / name
+    here = Path.cwd()
+    return str(beside.relative_to(here) if beside.is_relative_to(here) else beside)
