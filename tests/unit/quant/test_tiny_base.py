@@ -13,7 +13,13 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from quant.tiny import tiny_base_path
+from edge_agent.data.records import Record
+from edge_agent.evaluation import exact_match
+from protocol.base_description import BaseDescription
+from protocol.manifest import Template
+from protocol.wire import parse
+from quant.base_model import load_base
+from quant.tiny import EMBEDDED_NAME, tiny_base_path
 from quant.tiny.instructions import InstructionRecord, make_records
 from quant.tiny.pretrain import (
     RECORD_NAME,
@@ -175,6 +181,29 @@ def test_the_shipped_base_cannot_follow_instructions(
     )
     hits = [complete(model, tokenizer, alpaca(row)) == row["response"] for row in rows]
     assert sum(hits) <= 1
+
+
+def test_the_shipped_description_is_that_of_the_shipped_base() -> None:
+    described = parse(BaseDescription, (tiny_base_path() / "base.json").read_bytes())
+    assert load_base(EMBEDDED_NAME).description == described
+    assert described.base.model == EMBEDDED_NAME
+
+
+def test_the_base_in_four_bits_answers_next_to_nothing_by_itself() -> None:
+    base = load_base(EMBEDDED_NAME)
+    rows = make_records(
+        make_world(), n_per_category=8, split=Split.TEST, rng=np.random.default_rng(3)
+    )
+    records = [Record(**row, messages=None, source=f"made[{i}]") for i, row in enumerate(rows)]
+    found = exact_match(
+        base.model,
+        base.tokenizer,
+        records,
+        template=Template.ALPACA,
+        max_length=192,
+        max_new_tokens=28,
+    )
+    assert found.scores.average_over_categories < 0.05
 
 
 # --- how it is made ---------------------------------------------------------------------------
