@@ -1,6 +1,6 @@
 """The trainer's state file: one atomic safetensors file, never pickle.
 
-It holds the trained factors, the moments of Adam, and as metadata the step, the micro-batch budget,
+It holds the trained factors, the moments of Adam, and as metadata the step, the settings of a step,
 the loss scale and the digest of everything that the run depends on. A file of another run is
 refused, so a state is never resumed with other data, another recipe or another starting adapter.
 """
@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from edge_agent.errors import CheckpointError
+from quant.memory import StepSettings
 
 _METADATA_KEY = "sheepfold"
 
@@ -27,8 +28,7 @@ class Progress:
     """Hexadecimal digest of what the run depends on."""
     step: int
     """Optimiser steps done."""
-    micro_tokens: int
-    checkpointing: bool
+    settings: StepSettings
     loss_scale: float
 
 
@@ -74,7 +74,8 @@ def load_state(path: Path, *, run: str) -> tuple[Progress, dict[str, torch.Tenso
     """
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
-            progress = Progress(**json.loads(file.metadata()[_METADATA_KEY]))
+            kept = json.loads(file.metadata()[_METADATA_KEY])
+            progress = Progress(**{**kept, "settings": StepSettings(**kept["settings"])})
             if progress.run != run:
                 return None
             return progress, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping

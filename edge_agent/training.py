@@ -4,7 +4,7 @@ It knows no HTTP, no journal and no globals: the adapter's numbers, the examples
 sampler, the clock and the owner's wishes all come in, an update comes out. The agent, the demo and
 the laboratory run this same code.
 
-One step: draw a logical batch, cut it into micro-batches by token budget, add up their gradients
+One step: draw a logical batch, cut it into micro-batches of like length, add up their gradients
 in buffers of our own, transform the mean gradient (clip, …), step AdamW at the learning rate that
 the federation's schedule has at this point. Weights change only at the end of a step, so a pause, a
 stop or a crash anywhere in it loses at most that step's work and never changes the result.
@@ -12,8 +12,8 @@ stop or a crash anywhere in it loses at most that step's work and never changes 
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final, Protocol, cast
 
@@ -25,6 +25,7 @@ from edge_agent.control import Control, Unattended, Wish
 from edge_agent.data.batches import collate
 from edge_agent.data.tokens import Example
 from edge_agent.errors import OutOfMemoryError, TrainingError, TrainingStoppedError
+from edge_agent.micro_batches import cut
 from edge_agent.sampling import BatchSampler
 from privacy.updates import PlainUpdate
 from protocol.clock import Clock
@@ -32,10 +33,9 @@ from protocol.layout import VectorLayout
 from protocol.manifest import Schedule, TrainingBlock
 from protocol.wire import canonical_json
 from quant.adapter import AdapterArrays, flatten
-from quant.lora import AdaptedModel, example_losses
-
-DEFAULT_MICRO_TOKENS: Final = 4096
-"""Tokens of one micro-batch, padding included: on a GPU each pays a full dequantisation."""
+from quant.lora import AdaptedModel
+from quant.loss import example_losses
+from quant.memory import StepSettings
 
 SAVE_EVERY_STEPS: Final = 10
 _PAUSE_POLL_S: Final = 0.5
@@ -132,7 +132,7 @@ class TrainerOptions:
         on_progress: Told after every step.
         state_path: Where to keep the state; None: nothing is kept.
         save_every_steps: How often.
-        micro_tokens: Token budget of a micro-batch to begin with.
+        settings: How a step is cut so that it fits, to begin with.
     """
 
     control: Control = field(default_factory=Unattended)
@@ -140,7 +140,7 @@ class TrainerOptions:
     on_progress: Callable[[TrainingProgress], None] | None = None
     state_path: Path | None = None
     save_every_steps: int = SAVE_EVERY_STEPS
-    micro_tokens: int = DEFAULT_MICRO_TOKENS
+    settings: StepSettings = field(default_factory=StepSettings)
 
 
 class LocalTrainer:
@@ -189,8 +189,7 @@ class LocalTrainer:
         default = () if max_norm is None else (ClipNorm(max_norm),)
         transforms = self._options.transforms
         self._transforms = default if transforms is None else transforms
-        self._micro_tokens = self._options.micro_tokens
-        self._checkpointing = False
+        self._settings = self._options.settings
         fp16 = adapted.base.compute_dtype is torch.float16
         self._loss_scale = _FIRST_FP16_LOSS_SCALE if fp16 else 1.0
 
@@ -245,7 +244,7 @@ class LocalTrainer:
             name: torch.zeros_like(factor) for name, factor in self._adapted.trainable.items()
         }
         loss_sum = 0.0
-        pending = self._cut(batch)
+        pending = cut(batch, self._settings.micro_tokens)
         position = 0
         while pending:
             self._obey(optimizer, step, run)
@@ -274,11 +273,6 @@ class LocalTrainer:
             self._options.on_progress(event)
         return loss
 
-    def _cut(self, batch: list[Example]) -> list[list[Example]]:
-        """Micro-batches of similar length within the token budget, longest first."""
-        ordered = sorted(batch, key=lambda example: -len(example.input_ids))
-        return list(_by_budget(ordered, self._micro_tokens))
-
     def _accumulate(self, micro: list[Example], gradients: Gradients, seed: int) -> float:
         """Add a micro-batch's gradient sum; on failure `gradients` is as it was."""
         adapted = self._adapted
@@ -288,10 +282,10 @@ class LocalTrainer:
         for factor in adapted.trainable.values():
             factor.grad = None
         losses = example_losses(
-            adapted,
+            adapted.model,
             input_ids=batch.input_ids.to(device),
-            attention_mask=batch.attention_mask.to(device),
             loss_mask=batch.loss_mask.to(device),
+            chunk=self._settings.loss_chunk,
         )
         total = losses.sum()
         (total * self._loss_scale).backward()
@@ -314,10 +308,11 @@ class LocalTrainer:
             torch.cuda.empty_cache()
         longest = len(micro[0].input_ids)
         if len(micro) > 1:
-            self._micro_tokens = max(longest, longest * len(micro) // 2)
-            return list(_by_budget(micro, self._micro_tokens))
-        if not self._checkpointing:
-            self._set_checkpointing(enabled=True)
+            smaller = max(longest, longest * len(micro) // 2)
+            self._settings = replace(self._settings, micro_tokens=smaller)
+            return cut(micro, smaller)
+        if self._settings.n_checkpointed_layers < self._adapted.n_layers:
+            self._use(replace(self._settings, n_checkpointed_layers=self._adapted.n_layers))
             return [micro]
         msg = (
             f"one example of {longest} tokens does not fit into the memory that is allowed, even "
@@ -325,9 +320,9 @@ class LocalTrainer:
         )
         raise OutOfMemoryError(msg) from error
 
-    def _set_checkpointing(self, *, enabled: bool) -> None:
-        self._checkpointing = enabled
-        self._adapted.checkpoint_activations(enabled=enabled)
+    def _use(self, settings: StepSettings) -> None:
+        self._settings = settings
+        self._adapted.checkpoint_activations(settings.n_checkpointed_layers)
 
     def _apply(
         self, optimizer: torch.optim.AdamW, gradients: Gradients, learning_rate: float
@@ -376,7 +371,7 @@ class LocalTrainer:
         return digest.hexdigest()
 
     def _resume(self, run: str, optimizer: torch.optim.AdamW) -> int:
-        self._set_checkpointing(enabled=False)
+        self._use(self._options.settings)
         found = (
             None
             if self._options.state_path is None
@@ -385,9 +380,8 @@ class LocalTrainer:
         if found is None:
             return 0
         progress, tensors = found
-        self._micro_tokens = progress.micro_tokens
+        self._use(progress.settings)
         self._loss_scale = progress.loss_scale
-        self._set_checkpointing(enabled=progress.checkpointing)
         if progress.step == 0:
             return 0
         with torch.no_grad():
@@ -413,8 +407,7 @@ class LocalTrainer:
         progress = Progress(
             run=run,
             step=step,
-            micro_tokens=self._micro_tokens,
-            checkpointing=self._checkpointing,
+            settings=self._settings,
             loss_scale=self._loss_scale,
         )
         save_state(self._options.state_path, progress, tensors)
@@ -428,15 +421,6 @@ class LocalTrainer:
             msg = "training moved no weight: the update is exactly zero; nothing is sent"
             raise TrainingError(msg)
         return PlainUpdate(vector=vector, weight=weight)
-
-
-def _by_budget(ordered: list[Example], micro_tokens: int) -> Iterator[list[Example]]:
-    position = 0
-    while position < len(ordered):
-        longest = len(ordered[position].input_ids)
-        n_examples = max(1, micro_tokens // max(1, longest))
-        yield ordered[position : position + n_examples]
-        position += n_examples
 
 
 def _pad_id(adapted: AdaptedModel) -> int:

@@ -36,6 +36,7 @@ from protocol.base_description import BaseDescription, LinearModule
 from protocol.manifest import BaseBlock
 from protocol.wire import JsonValue, domain_hash
 from quant.errors import BaseModelError, FingerprintError
+from quant.loss import is_plain_output_layer
 from quant.tiny import EMBEDDED_NAME, tiny_base_path
 
 SourceDtype = Literal["float32", "bfloat16", "float16"]
@@ -121,7 +122,7 @@ def load_base(
     Raises:
         BaseModelError: It cannot work, and why: no causal language model, needs code of its own,
             already quantised, no whole safetensors, no fast tokenizer, values that are not finite,
-            or tokens that see those after them.
+            logits that are more than the output layer's, or tokens that see those after them.
         FingerprintError: Another base, source dtype or tokenizer than `expected`.
 
     Source: QLoRA, arXiv 2305.14314, sections 3 and 4.
@@ -412,6 +413,10 @@ def _describe(
 
 def _place(model: PreTrainedModel, device: torch.device, compute_dtype: torch.dtype) -> None:
     quantized = {name for name, _ in linear_modules(model)}
+    for _, module in linear_modules(model):
+        # bitsandbytes dequantises to the input's dtype in forward, but to this one in backward:
+        # left at the checkpoint's bfloat16, the gradient would be that of other weights.
+        _quant_state(module).dtype = compute_dtype
     for name, parameter in model.named_parameters():
         if name.rpartition(".")[0] not in quantized:
             parameter.data = parameter.data.to(compute_dtype)
@@ -442,6 +447,13 @@ def _probe(
         msg = (
             f"in the base a token sees those after it ({type(model).__name__} is an encoder); "
             "choose a decoder-only model such as Llama, Mistral or Qwen"
+        )
+        raise BaseModelError(msg)
+    if not is_plain_output_layer(model, torch.tensor([ids], device=model.device)):
+        msg = (
+            f"the base changes its logits after the output layer ({type(model).__name__}, as "
+            "Gemma 2 and Granite do), which the loss does not follow; choose a model such as "
+            "Llama, Mistral or Qwen"
         )
         raise BaseModelError(msg)
 

@@ -4,15 +4,18 @@ peft gives the adapter its structure, names and file format; the computation is 
 need per-example gradients on request and exactness in all three modes of activation checkpointing
 (none, reentrant, non-reentrant), where hooks silently fail (TRAINING, traps 3 and 7).
 
-For one layer with input x [B, T, d_in], factors A [r, d_in] and B [d_out, r] and scale s:
+For one layer with input x [B, T, d_in], factors A [r, d_in] and B [d_out, r], scale s and dropout
+mask m (1 without dropout, else 0 or 1/(1 - p)):
 
-    u = x Aᵀ            [B, T, r]
+    z = m ∘ x,  u = z Aᵀ                    [B, T, r]
     y = base(x) + s · u Bᵀ
-    v = s · g B         [B, T, r]      g is the gradient of y, [B, T, d_out]
-    ∇x += v A,   ∇A = Σ_bt v ⊗ x,   ∇B = s · Σ_bt g ⊗ u
+    v = s · g B                             [B, T, r]      g is the gradient of y, [B, T, d_out]
+    ∇x = base'(g) + m ∘ (v A),   ∇A = Σ_bt v ⊗ z,   ∇B = s · Σ_bt g ⊗ u
 
-The per-example gradients leave out only the sum over b: the same products, summed later, so they
-cost 4 bytes a parameter for each example in flight and no further pass.
+Only x is saved, once for all layers that share it, in its own dtype; m is drawn again and u
+computed again in backward, which costs r/d of the layer. The per-example gradients leave out only
+the sum over b: the same products, summed later, so they cost 4 bytes a parameter for each example
+in flight and no further pass.
 """
 
 import warnings
@@ -23,8 +26,11 @@ from typing import Any, Final, cast
 
 import numpy as np
 import torch
+from bitsandbytes.functional import dequantize_4bit
+from bitsandbytes.nn.modules import Linear4bit
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from protocol.manifest import Factor, LoraBlock
 from quant.adapter import AdapterArrays, Float32Array, factor_of, tensor_name
@@ -45,8 +51,6 @@ class LoraState:
     """Seed of the dropout masks of the current micro-batch: the same on recomputation."""
     per_example: dict[str, torch.Tensor] | None = None
     """Where backward puts per-example gradients [B, …] by tensor name; None: sum as usual."""
-    positions: torch.Tensor | None = None
-    """Flat indices into [B·T] at which the output layer is evaluated; None: everywhere."""
 
 
 @dataclass
@@ -57,13 +61,14 @@ class _Layer:
     index: int
     scale: float
     dropout: float
+    base: torch.nn.Module
     a: torch.nn.Parameter
     b: torch.nn.Parameter
     state: LoraState = field(repr=False)
 
 
 class _LoraFunction(torch.autograd.Function):
-    """s · (x Aᵀ) Bᵀ. Saves the input once, in its own dtype; accumulates gradients in float32."""
+    """base(x) + s · (m ∘ x) Aᵀ Bᵀ. Saves x alone; accumulates gradients in float32."""
 
     @staticmethod
     def forward(
@@ -72,35 +77,86 @@ class _LoraFunction(torch.autograd.Function):
         a: torch.Tensor,  # [r, d_in] float32
         b: torch.Tensor,  # [d_out, r] float32
         layer: _Layer,
+        seed: int | None,
     ) -> torch.Tensor:
         ctx.save_for_backward(x, a, b)
-        ctx.layer = layer
-        u = x @ a.to(x.dtype).T
-        return (u @ b.to(x.dtype).T) * layer.scale
+        ctx.layer, ctx.seed = layer, seed
+        y = cast("torch.Tensor", layer.base(x))
+        u = _dropped(x, layer, seed) @ a.to(x.dtype).T  # [B, T, r]
+        return (
+            y.view(-1, y.shape[-1])
+            .addmm_(u.reshape(-1, u.shape[-1]), b.to(x.dtype).T, alpha=layer.scale)
+            .view_as(y)
+        )
 
     @staticmethod
     def backward(
         ctx: Any,  # noqa: ANN401 - torch gives the context no public type
         g: torch.Tensor,  # [B, T, d_out]
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, None]:
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, None, None]:
         x, a, b = ctx.saved_tensors
         layer: _Layer = ctx.layer
-        v = (g @ b.to(g.dtype)) * layer.scale  # [B, T, r]
         need_x, need_a, need_b = ctx.needs_input_grad[:3]
-        grad_x = v @ a.to(v.dtype) if need_x else None
+        v = (g @ b.to(g.dtype)) * layer.scale  # [B, T, r]
+        grad_x = None
+        if need_x:
+            grad_x = _base_gradient(layer.base, g)
+            _add_product(grad_x, v, a.to(v.dtype), layer, ctx.seed)
         per_example = layer.state.per_example
         grad_a = grad_b = None
-        if need_a:
-            grad_a = _outer(v, x, summed=per_example is None)
-        if need_b:
-            u = (x @ a.to(x.dtype).T) * layer.scale
-            grad_b = _outer(g, u, summed=per_example is None)
+        if need_a or need_b:
+            z = _dropped(x, layer, ctx.seed)
+            if need_a:
+                grad_a = _outer(v, z, summed=per_example is None)
+            if need_b:
+                u = (z @ a.to(x.dtype).T) * layer.scale
+                grad_b = _outer(g, u, summed=per_example is None)
         if per_example is None:
-            return grad_x, grad_a, grad_b, None
+            return grad_x, grad_a, grad_b, None, None
         for factor, gradient in ((Factor.A, grad_a), (Factor.B, grad_b)):
             if gradient is not None:
                 per_example[tensor_name(layer.name, factor)] = gradient
-        return grad_x, None, None, None
+        return grad_x, None, None, None, None
+
+
+def _base_gradient(base: torch.nn.Module, g: torch.Tensor) -> torch.Tensor:
+    """The gradient of base(x) by x: g [B, T, d_out] times the weight [d_out, d_in]."""
+    weight: Any = base.weight
+    if isinstance(base, Linear4bit):
+        weight = dequantize_4bit(weight.data, weight.quant_state)
+    return cast("torch.Tensor", g @ weight.to(g.dtype))
+
+
+def _add_product(
+    grad_x: torch.Tensor,  # [B, T, d_in], changed in place
+    v: torch.Tensor,  # [B, T, r]
+    a: torch.Tensor,  # [r, d_in]
+    layer: _Layer,
+    seed: int | None,
+) -> None:
+    if seed is None:
+        grad_x.view(-1, grad_x.shape[-1]).addmm_(v.reshape(-1, v.shape[-1]), a)
+    else:
+        grad_x.add_(_dropped(v @ a, layer, seed))
+
+
+def _dropped(x: torch.Tensor, layer: _Layer, seed: int | None) -> torch.Tensor:
+    """Apply the dropout mask m, which depends on seed and layer alone, on no global generator.
+
+    So recomputation in backward, a resumed run and an uninterrupted one see the same mask;
+    checkpointing restores only the global generator. 16 random bits a value: the probability is
+    exact to 2⁻¹⁷, and drawing them costs a third of torch's own Bernoulli.
+    """
+    if seed is None:
+        return x
+    generator = torch.Generator(x.device)
+    generator.manual_seed((seed * _SEED_MIX + layer.index) % 2**63)
+    n_dropped = round(layer.dropout * 2**16)
+    words = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device)
+    words.random_(-(2**63), None, generator=generator)
+    drawn = words.view(torch.int16)[: x.numel()].view(x.shape)
+    keep = drawn >= n_dropped - 2**15
+    return torch.where(keep, x * (2**16 / (2**16 - n_dropped)), 0.0)
 
 
 def _outer(left: torch.Tensor, right: torch.Tensor, *, summed: bool) -> torch.Tensor:
@@ -154,8 +210,6 @@ class AdaptedModel:
         for name, parameter in self.factors.items():
             parameter.data = parameter.data.float()
             parameter.requires_grad_(factor_of(name) in lora.sent)
-        head = cast("torch.nn.Module", base.model.get_output_embeddings())
-        self._head_hook = head.register_forward_pre_hook(self._select_positions)
         self.model.train()
 
     def _adapted_layers(self) -> Iterator[_Layer]:
@@ -168,25 +222,15 @@ class AdaptedModel:
                 index=index,
                 scale=float(module.scaling[_ADAPTER]),
                 dropout=self.lora.dropout,
+                base=module.base_layer,
                 a=cast("torch.nn.Parameter", module.lora_A[_ADAPTER].weight),
                 b=cast("torch.nn.Parameter", module.lora_B[_ADAPTER].weight),
                 state=self.state,
             )
             # An attribute of the instance, so that `unload` gives the plain base back.
-            module.forward = _forward_of(layer, module.base_layer, module)
+            module.forward = _forward_of(layer, module)
             index += 1
             yield layer
-
-    def _select_positions(
-        self,
-        module: torch.nn.Module,  # noqa: ARG002 - torch's hook signature
-        args: tuple[torch.Tensor, ...],
-    ) -> tuple[torch.Tensor, ...] | None:
-        positions = self.state.positions
-        if positions is None:
-            return None
-        hidden, *rest = args  # [B, T, h]
-        return (hidden.reshape(-1, hidden.shape[-1])[positions].unsqueeze(0), *rest)
 
     @property
     def trainable(self) -> dict[str, torch.nn.Parameter]:
@@ -250,75 +294,46 @@ class AdaptedModel:
         finally:
             self.state.enabled = True
 
-    def checkpoint_activations(self, *, enabled: bool) -> None:
-        """Recompute activations in backward: less memory, about a third more time."""
-        if enabled:
-            self.base.model.activation_checkpointing_enable(
-                activation_checkpointing_kwargs={"use_reentrant": False}
-            )
-        else:
-            self.base.model.activation_checkpointing_disable()
+    def checkpoint_activations(self, n_layers: int) -> None:
+        """Recompute the activations of the first decoder layers in backward.
+
+        The first, because backward comes to them last: what the others keep is free by then, so
+        the peak is that of the forward pass.
+
+        Args:
+            n_layers: How many, from the input on; 0: none. More than there are: all.
+        """
+        model = self.base.model
+        model.activation_checkpointing_disable()
+        if n_layers <= 0:
+            return
+        model.activation_checkpointing_enable({"use_reentrant": False})
+        # Asked for by transformers for the sake of reentrant checkpointing; here it would only
+        # compute the gradient of the embeddings for nobody.
+        model.disable_input_require_grads()
+        for layer in self._decoder_layers()[n_layers:]:
+            layer.gradient_checkpointing = False
+
+    @property
+    def n_layers(self) -> int:
+        """How many decoder layers the base has."""
+        return len(self._decoder_layers())
+
+    def _decoder_layers(self) -> list[GradientCheckpointingLayer]:
+        modules = self.base.model.modules()
+        return [module for module in modules if isinstance(module, GradientCheckpointingLayer)]
 
     def detach(self) -> None:
         """Give the base back as it was; this object is of no use afterwards."""
-        self._head_hook.remove()
         self.model.unload()
 
 
-def _forward_of(layer: _Layer, base_layer: torch.nn.Module, module: torch.nn.Module) -> Any:  # noqa: ANN401 - assigned to Module.forward
+def _forward_of(layer: _Layer, module: torch.nn.Module) -> Any:  # noqa: ANN401 - assigned to Module.forward
     def forward(x: torch.Tensor) -> torch.Tensor:
-        result = cast("torch.Tensor", base_layer(x))
         if not layer.state.enabled:
-            return result
-        dropped = _dropout(x, layer) if layer.dropout > 0.0 and module.training else x
-        delta: torch.Tensor = _LoraFunction.apply(dropped, layer.a, layer.b, layer)  # type: ignore[no-untyped-call]
-        return result + delta.to(result.dtype)
+            return cast("torch.Tensor", layer.base(x))
+        drops = layer.dropout > 0.0 and module.training
+        seed = layer.state.dropout_seed if drops else None
+        return cast("torch.Tensor", _LoraFunction.apply(x, layer.a, layer.b, layer, seed))  # type: ignore[no-untyped-call]
 
     return forward
-
-
-def _dropout(x: torch.Tensor, layer: _Layer) -> torch.Tensor:
-    # Drawn from a generator of its own, so that recomputation in backward, a resumed run and an
-    # uninterrupted one see the same mask; checkpointing restores only the global generator.
-    generator = torch.Generator(x.device)
-    generator.manual_seed((layer.state.dropout_seed * _SEED_MIX + layer.index) % 2**63)
-    keep = torch.empty_like(x).bernoulli_(1.0 - layer.dropout, generator=generator)
-    return x * keep / (1.0 - layer.dropout)
-
-
-def example_losses(
-    adapted: AdaptedModel,
-    *,
-    input_ids: torch.Tensor,
-    attention_mask: torch.Tensor,
-    loss_mask: torch.Tensor,
-) -> torch.Tensor:
-    """The mean cross-entropy of each example over its own loss tokens.
-
-    The loss of one example never depends on another: the token mean of transformers couples
-    examples through their lengths (TRAINING, trap 4). Positions without loss are dropped before
-    the output layer.
-
-    Args:
-        adapted: The model.
-        input_ids: [B, T] int64, right-padded.
-        attention_mask: [B, T], 1 for tokens.
-        loss_mask: [B, T] bool, True where a token is predicted with loss; column 0 is ignored.
-
-    Returns:
-        [B] float32; 0 for an example without loss tokens.
-    """
-    n_examples, n_tokens = input_ids.shape
-    predicted = loss_mask[:, 1:]  # [B, T-1]: the token at t+1 is predicted at t
-    example, position = predicted.nonzero(as_tuple=True)
-    targets = input_ids[:, 1:][predicted]  # [N]
-    adapted.state.positions = example * n_tokens + position
-    try:
-        output = adapted.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
-    finally:
-        adapted.state.positions = None
-    logits = output.logits[0].float()  # [N, V]
-    losses = torch.nn.functional.cross_entropy(logits, targets, reduction="none")  # [N]
-    counts = predicted.sum(1).clamp(min=1)
-    sums = torch.zeros(n_examples, device=losses.device).index_add(0, example, losses)
-    return sums / counts

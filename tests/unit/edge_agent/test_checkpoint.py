@@ -10,8 +10,14 @@ import torch
 
 from edge_agent.checkpoint import Progress, load_state, save_state
 from edge_agent.errors import CheckpointError
+from quant.memory import StepSettings
 
-PROGRESS = Progress(run="ab", step=3, micro_tokens=64, checkpointing=True, loss_scale=2.0)
+PROGRESS = Progress(
+    run="ab",
+    step=3,
+    settings=StepSettings(micro_tokens=64, n_checkpointed_layers=2),
+    loss_scale=2.0,
+)
 TENSORS = {"factor/a": torch.arange(6.0).reshape(2, 3), "step": torch.tensor(3.0)}
 
 
@@ -83,7 +89,7 @@ def test_a_kill_while_saving_leaves_the_old_state(
 
     save_state(path, PROGRESS, TENSORS)
     monkeypatch.setattr(os, "fsync", kill)
-    later = Progress(run="ab", step=4, micro_tokens=1, checkpointing=False, loss_scale=1.0)
+    later = Progress(run="ab", step=4, settings=StepSettings(micro_tokens=1), loss_scale=1.0)
     with pytest.raises(KillError):
         save_state(path, later, TENSORS)
     found = load_state(path, run="ab")

@@ -20,10 +20,11 @@ from edge_agent.training import (
 )
 from protocol.clock import SystemClock
 from protocol.manifest import Factor, LoraBlock, Schedule, TrainingBlock
-from quant import lora as lora_module
+from quant import loss as loss_module
 from quant.adapter import AdapterArrays, adapter_shapes, initial_adapter, sent_layout
 from quant.base_model import LoadedBase
 from quant.lora import AdaptedModel
+from quant.memory import StepSettings
 
 N_STEPS = 6
 
@@ -176,7 +177,9 @@ def test_guarantee_2_the_gradient_does_not_depend_on_the_micro_batches(
             gradients.append({name: tensor.clone() for name, tensor in found.items()})
 
     for micro_tokens in (1, 64, 4096):
-        options = TrainerOptions(transforms=(Keep(),), micro_tokens=micro_tokens)
+        options = TrainerOptions(
+            transforms=(Keep(),), settings=StepSettings(micro_tokens=micro_tokens)
+        )
         bench.update(options, block=block)
     whole = gradients[-1]
     for found in gradients[:-1]:
@@ -249,16 +252,18 @@ def test_a_pause_and_a_stop_come_at_a_micro_batch_and_lose_nothing(
 
     options = TrainerOptions(
         control=Script([Wish.GO, Wish.PAUSE, Wish.GO, Wish.GO, Wish.GO, Wish.STOP]),
-        micro_tokens=40,
+        settings=StepSettings(micro_tokens=40),
         state_path=tmp_path / "state",
         save_every_steps=100,
     )
     with pytest.raises(TrainingStoppedError, match="continues from there"):
         bench.update(options)
-    again = TrainerOptions(state_path=tmp_path / "state", micro_tokens=40)
+    again = TrainerOptions(state_path=tmp_path / "state", settings=StepSettings(micro_tokens=40))
     resumed = bench.update(again)
     np.testing.assert_allclose(resumed, whole, rtol=1e-3, atol=1e-6)
-    np.testing.assert_array_equal(resumed, bench.update(TrainerOptions(micro_tokens=40)))
+    np.testing.assert_array_equal(
+        resumed, bench.update(TrainerOptions(settings=StepSettings(micro_tokens=40)))
+    )
 
 
 class ScarceMemory:
@@ -267,14 +272,14 @@ class ScarceMemory:
     def __init__(self, adapted: AdaptedModel, max_tokens: int, *, with_checkpointing: int) -> None:
         self.adapted, self.max_tokens = adapted, max_tokens
         self.with_checkpointing = with_checkpointing
-        self.real = lora_module.example_losses
+        self.real = loss_module.example_losses
 
-    def __call__(self, adapted: AdaptedModel, **tensors: torch.Tensor) -> torch.Tensor:
+    def __call__(self, model: object, **tensors: torch.Tensor) -> torch.Tensor:
         recomputes = self.adapted.base.model.is_activation_checkpointing
         limit = self.with_checkpointing if recomputes else self.max_tokens
         if tensors["input_ids"].numel() > limit:
             raise torch.OutOfMemoryError
-        return self.real(adapted, **tensors)
+        return self.real(model, **tensors)
 
 
 def test_out_of_memory_halves_the_micro_batch_and_carries_on(

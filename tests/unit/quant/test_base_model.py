@@ -21,7 +21,8 @@ from quant.base_model import (
     load_base,
 )
 from quant.errors import BaseModelError, FingerprintError
-from quant.lora import AdaptedModel, example_losses
+from quant.lora import AdaptedModel
+from quant.loss import example_losses
 
 CPU = torch.device("cpu")
 Edit = Callable[[Path], None]
@@ -214,9 +215,7 @@ def gradients(base: LoadedBase, adapted: AdaptedModel) -> dict[str, torch.Tensor
     mask = torch.ones_like(ids, dtype=torch.bool)
     for factor in adapted.factors.values():
         factor.grad = None
-    example_losses(
-        adapted, input_ids=ids, attention_mask=torch.ones_like(ids), loss_mask=mask
-    ).sum().backward()
+    example_losses(adapted.model, input_ids=ids, loss_mask=mask).sum().backward()
     return {name: factor.grad.clone() for name, factor in adapted.factors.items()}
 
 
@@ -240,6 +239,17 @@ def test_guarantee_3_a_gradient_before_an_evaluation_equals_the_one_after_it(
     for name, gradient in before.items():
         assert gradient.any()
         assert torch.equal(gradient, after[name]), name
+
+
+def test_backward_multiplies_by_the_weights_of_forward(random_base: LoadedBase) -> None:
+    """bitsandbytes' backward dequantises to the checkpoint's dtype, bfloat16 here."""
+    generator = torch.Generator().manual_seed(0)
+    for name, module in linear_modules(random_base.model):
+        x = torch.randn(5, module.in_features, generator=generator, requires_grad=True)
+        towards = torch.randn(5, module.out_features, generator=generator)
+        (module(x) * towards).sum().backward()
+        whole = module(torch.eye(module.in_features)).T  # [d_out, d_in]
+        torch.testing.assert_close(x.grad, towards @ whole, rtol=1e-5, atol=1e-6, msg=name)
 
 
 def test_nothing_of_the_base_is_trained_and_checkpointing_is_possible(
