@@ -110,7 +110,7 @@ def _plain(model: CausalLM) -> PreTrainedModel:
 
 
 def _last_hidden(model: PreTrainedModel, input_ids: torch.Tensor) -> torch.Tensor:
-    body = model.base_model
+    body: Any = model.base_model
     return cast("torch.Tensor", body(input_ids=input_ids, use_cache=False).last_hidden_state)
 
 
