@@ -33,12 +33,11 @@ from quant.adapter import (
     factor_of,
     flatten,
     from_safetensors,
-    model_card,
     peft_config,
     to_safetensors,
     unflatten,
-    write_folder,
 )
+from quant.model_card import write_release
 
 ADAPTERS: Final = "adapters"
 """Where the files of releases are kept among the blobs."""
@@ -276,11 +275,12 @@ class Releases:
             BlobError: A file cannot be read.
         """
         release = self.get(number)
-        write_folder(
+        write_release(
             folder,
+            manifest=self._charter.manifest,
+            release=release,
             weights=self.file(release.adapter),
             config=self.file(release.config),
-            card=model_card(self._charter.manifest, release),
         )
         return release
 

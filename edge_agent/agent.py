@@ -28,13 +28,14 @@ from edge_agent.errors import (
 from edge_agent.following import ReleaseFollower
 from edge_agent.home import AgentHome
 from edge_agent.journal import Journal, Membership, Part
+from edge_agent.planning import Chosen, choose_settings
 from edge_agent.politeness import OwnersWishes
 from edge_agent.sampling import ShuffledBatches
 from edge_agent.training import LocalTrainer, RoundRecipe, TrainerOptions, TrainingProgress
 from edge_agent.transport import Transport
 from protocol.clock import Clock
 from protocol.limits import LONG_POLL_S, PART_BYTES
-from protocol.manifest import Release, RoundManifest, Weighting
+from protocol.manifest import RoundManifest, Weighting
 from protocol.messages import (
     TrainTask,
     UploadHeader,
@@ -94,6 +95,7 @@ class Agent:
         wishes: Pause, hours, stop.
         clock: Time.
         on_event: Told what happens.
+        max_vram_bytes: Most GPU memory to use; None: whatever is free.
 
     Raises:
         JournalError: The membership has no credential.
@@ -110,6 +112,7 @@ class Agent:
         wishes: OwnersWishes,
         clock: Clock,
         on_event: Callable[[AgentEventReport], None],
+        max_vram_bytes: int | None = None,
     ) -> None:
         """Put the parts together; nothing is sent yet."""
         if member.membership.credential is None:
@@ -133,6 +136,8 @@ class Agent:
         )
         self._layout = self._releases.layout
         self._adapted = AdaptedModel(base, self._manifest.lora)
+        self._max_vram_bytes = max_vram_bytes
+        self._chosen: Chosen | None = None
 
     def run(self, *, until_finished: bool = False) -> None:
         """Take part until the owner stops it.
@@ -208,10 +213,6 @@ class Agent:
         self._discard_files()
         self._say("abandoned", f"round {part.round}: {note}")
 
-    def export(self, folder: Path) -> Release:
-        """Write the newest release as a PEFT folder; see `ReleaseFollower.export`."""
-        return self._releases.export(folder)
-
     # A round
 
     def _take_part(self, signed: Signed[RoundManifest], *, chain_moved: bool) -> None:
@@ -249,7 +250,9 @@ class Agent:
     def _train(self, part: Part) -> None:
         round_manifest = part.manifest.body
         release, start = self._releases.newest()
-        self._say("training", f"round {part.round} from release {release.number}")
+        chosen = self._choose()
+        text = f"round {part.round} from release {release.number}; {chosen.text}"
+        self._say("training", text)
         block = self._manifest.training
         n_examples = len(self._data.examples)
         trainer = LocalTrainer(
@@ -271,6 +274,7 @@ class Agent:
                 control=self._wishes,
                 on_progress=self._show_progress,
                 state_path=self._home.training_state,
+                settings=chosen.settings,
             ),
         )
         result = trainer.run(start, self._layout, weight=self._weight(n_examples))
@@ -293,6 +297,16 @@ class Agent:
         )
         self._home.training_state.unlink(missing_ok=True)
         self._upload(part)
+
+    def _choose(self) -> Chosen:
+        # Once: the base, the data and the card stay the same while this process lives.
+        if self._chosen is None:
+            self._chosen = choose_settings(
+                self._adapted,
+                longest=max((len(e.input_ids) for e in self._data.examples), default=1),
+                max_vram_bytes=self._max_vram_bytes,
+            )
+        return self._chosen
 
     def _weight(self, n_examples: int) -> int:
         block = self._manifest.aggregation

@@ -1,23 +1,31 @@
 """`sheepfold-agent`: what a volunteer types."""
 
-import json
 import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final
+from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
 
+from edge_agent import cli_adapter
+from edge_agent.cli_shared import (
+    DeviceOption,
+    HomeOption,
+    JsonOption,
+    ThreadsOption,
+    console,
+    opened,
+    write_json,
+)
 from edge_agent.config import AgentSettings, default_home, load_settings, save_settings
 from edge_agent.data.records import OnMalformed
-from edge_agent.errors import AgentError, JournalError, TransportError
+from edge_agent.errors import AgentError, TransportError
 from edge_agent.home import AgentHome
 from edge_agent.plain_text import escaped
 from protocol.clock import SystemClock
@@ -41,29 +49,14 @@ Your records never leave this machine; what does, `join` tells before it asks.
 **After a reboot:** `sheepfold-agent run`
 """,
 )
-console: Final = Console(stderr=True)
-
 _JOIN_PATIENCE_S: Final = 30.0
 _MB: Final = 1_000_000
 _N_REASONS_SHOWN: Final = 3
 
-HomeOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--home",
-        envvar="SHEEPFOLD_AGENT_HOME",
-        help="Where key, journal and cache lie. One home for each federation.",
-    ),
-]
-JsonOption = Annotated[
-    str | None, typer.Option("--json", metavar="PATH", help="Write JSON here; `-` for stdout.")
-]
 BaseOption = Annotated[
     str | None,
     typer.Option(help="Folder with the base model; default: fetch the one the federation names."),
 ]
-DeviceOption = Annotated[str | None, typer.Option(help="`cpu`, `cuda` or `cuda:1`.")]
-ThreadsOption = Annotated[int | None, typer.Option(help="CPU threads to use.", min=1)]
 VramOption = Annotated[
     float | None, typer.Option("--max-vram", help="Most GPU memory to use, in GB.", min=0.1)
 ]
@@ -86,30 +79,6 @@ def main() -> None:
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(1)
-
-
-def write_json(target: str, value: object) -> None:
-    """Write JSON to a path, or to standard output for `-`; NaN and infinity are refused."""
-    text = json.dumps(value, indent=2, allow_nan=False) + "\n"
-    if target == "-":
-        sys.stdout.write(text)
-    else:
-        Path(target).write_text(text, encoding="utf-8")
-
-
-@contextmanager
-def _opened(home: Path | None) -> Iterator[tuple[AgentHome, Any]]:
-    from edge_agent.journal import Journal
-
-    agent_home = AgentHome(home or default_home())
-    if not agent_home.journal_path.exists():
-        msg = f"no federation was joined in {agent_home.root}; begin with `sheepfold-agent join`"
-        raise JournalError(msg)
-    journal = Journal(agent_home.journal_path)
-    try:
-        yield agent_home, journal
-    finally:
-        journal.close()
 
 
 @app.command()
@@ -225,13 +194,13 @@ def run(
     if data is not None:
         from edge_agent.membership import absolute_source
 
-        with _opened(home) as (_, journal):
+        with opened(home) as (_, journal):
             journal.set_data(absolute_source(data))
     _work(agent_home, settings, until_finished=until_finished)
 
 
 def _work(agent_home: AgentHome, settings: AgentSettings, *, until_finished: bool) -> None:
-    with _opened(agent_home.root) as (_, journal):
+    with opened(agent_home.root) as (_, journal):
         # Now: who has not joined is told so without waiting for torch.
         from edge_agent.display import Display
         from edge_agent.worker import prepare
@@ -256,7 +225,7 @@ def status(*, home: HomeOption = None, json_path: JsonOption = None) -> None:
     """What the agent is doing, and what it has done."""
     from edge_agent import membership
 
-    with _opened(home) as (agent_home, journal):
+    with opened(home) as (agent_home, journal):
         found = membership.describe(agent_home, journal, clock=SystemClock())
     if json_path is not None:
         write_json(json_path, found)
@@ -270,7 +239,7 @@ def status(*, home: HomeOption = None, json_path: JsonOption = None) -> None:
 @app.command()
 def pause(*, home: HomeOption = None) -> None:
     """Pause at the next micro-batch; nothing is lost."""
-    with _opened(home) as (_, journal):
+    with opened(home) as (_, journal):
         journal.set_paused(paused=True)
     console.print("Paused. `sheepfold-agent resume` continues.")
 
@@ -278,7 +247,7 @@ def pause(*, home: HomeOption = None) -> None:
 @app.command()
 def resume(*, home: HomeOption = None) -> None:
     """Continue after a pause."""
-    with _opened(home) as (_, journal):
+    with opened(home) as (_, journal):
         journal.set_paused(paused=False)
     console.print("Resumed.")
 
@@ -286,7 +255,7 @@ def resume(*, home: HomeOption = None) -> None:
 @app.command()
 def sent(*, home: HomeOption = None, json_path: JsonOption = None) -> None:
     """Everything that left this machine: when, what, where to, how many bytes, digest."""
-    with _opened(home) as (_, journal):
+    with opened(home) as (_, journal):
         items = journal.sent()
     if json_path is not None:
         write_json(json_path, [{**asdict(item), "sha256": item.sha256.hex()} for item in items])
@@ -312,7 +281,7 @@ def leave(*, home: HomeOption = None, yes: YesOption = False) -> None:
     """Revoke the membership; says what cannot be recalled."""
     from edge_agent import membership
 
-    with _opened(home) as (agent_home, journal):
+    with opened(home) as (agent_home, journal):
         n_accepted = membership.n_accepted(journal)
         console.print(
             f"{n_accepted} update(s) of yours are part of published releases. They cannot be "
@@ -341,7 +310,7 @@ def forget(*, home: HomeOption = None, yes: YesOption = False) -> None:
         console.print(f"There is no agent in {agent_home.root}.", highlight=False)
         return
     membership = None
-    with suppress(AgentError, ProtocolError), _opened(home) as (_, journal):  # damaged: forget too
+    with suppress(AgentError, ProtocolError), opened(home) as (_, journal):  # damaged: forget too
         membership = journal.membership()
     if membership is not None and membership.left_at is None:
         console.print("You are still a member: `sheepfold-agent leave` first tells the server.")
@@ -353,21 +322,38 @@ def forget(*, home: HomeOption = None, yes: YesOption = False) -> None:
         console.print(f"removed {path}", highlight=False)
 
 
-@app.command()
-def export(
-    folder: Annotated[Path, typer.Argument(help="Where the PEFT folder goes.")],
-    *,
-    home: HomeOption = None,
-) -> None:
-    """Write the newest adapter as a folder that stock peft loads."""
-    from edge_agent import worker
+cli_adapter.register(app)
 
-    with _opened(home) as (agent_home, journal):
-        settings = load_settings(agent_home.root, {})
-        release = worker.export(
-            agent_home, journal, settings, folder, clock=SystemClock(), patience_s=_JOIN_PATIENCE_S
-        )
-    console.print(f"Release {release.number} is in {folder}", highlight=False)
+
+@app.command()
+def plan(
+    model: Annotated[
+        str, typer.Argument(help="`embedded:tiny`, a hub id, a folder, or a `config.json`.")
+    ],
+    *,
+    gpu: Annotated[str, typer.Option(help="Memory of the card.")] = "24GB",
+    length: Annotated[int, typer.Option(help="Tokens of the longest example.", min=1)] = 512,
+    rank: Annotated[int, typer.Option(help="Rank of the adapter.", min=1, max=1024)] = 8,
+    dp: Annotated[bool, typer.Option("--dp", help="With example-level privacy.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Commit or tag of a hub model.")] = None,
+    json_path: JsonOption = None,
+) -> None:
+    """Will training fit on a card? Reads the model's configuration alone, no weights.
+
+    Example: `sheepfold-agent plan meta-llama/Llama-2-7b-hf --gpu 24GB --length 1024`
+    """
+    from edge_agent.plan import plan_model
+
+    found = plan_model(model, gpu=gpu, length=length, rank=rank, private=dp, revision=revision)
+    if json_path is not None:
+        write_json(json_path, found.as_json())
+    if json_path != "-":
+        output = Console()
+        output.print(escaped(found.heading()), highlight=False)
+        output.print(found.table())
+        output.print(f"\n{escaped(found.advice())}", highlight=False)
+    if not found.fits:
+        raise typer.Exit(1)
 
 
 @app.command("describe-base")

@@ -5,6 +5,7 @@ AgentError
 ├── DataError                  a source that cannot be read, or holds nothing to train on
 │   ├── MalformedRecordError   one record that cannot be used; fatal only if the owner asked
 │   └── TemplateError          a template that cannot be applied with this tokenizer or length
+├── ExportTargetError          something is in the way of an export
 ├── EvaluationError            a model or set of examples that cannot be scored
 ├── TrainingError              training that gave nothing to send, or could not go on
 │   ├── TrainingStoppedError   the owner stopped it; its state was saved
@@ -52,6 +53,10 @@ class MalformedRecordError(DataError):
 
 class TemplateError(DataError):
     """A prompt template that cannot be applied with this tokenizer or at this length."""
+
+
+class ExportTargetError(AgentError):
+    """Something is in the way of an export; it was not touched."""
 
 
 class EvaluationError(AgentError):

@@ -1,4 +1,4 @@
-"""How good a model is on held-out records, by category: loss, and exact match of short answers.
+"""How good a model is on held-out records, by category: loss, exact match, ROUGE-L.
 
 Categories count alike, however many records they have: the *average over categories* is what a
 federation of specialists is measured by.
@@ -12,23 +12,18 @@ from typing import Final, cast
 
 import numpy as np
 import torch
-from peft import PeftModel
-from torch import nn
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from edge_agent.data.batches import collate
 from edge_agent.data.records import Record
 from edge_agent.data.tokens import Example, RecordTokenizer
 from edge_agent.errors import EvaluationError
+from edge_agent.rouge import rouge_l
 from protocol.manifest import LossOn, Template
-
-CausalLM = PreTrainedModel | PeftModel
+from quant.loss import CausalLM, example_losses
 
 UNCATEGORIZED: Final = "uncategorized"
 """Where records without a category are counted."""
-
-MAX_LOGITS_BYTES: Final = 2**30
-"""Batches are cut so that the logits of one, in single precision, stay within this."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,23 +64,27 @@ class Answer:
         record: the record.
         text: the answer as generated, up to its end-of-text token.
         is_match: whether it equals the record's response after `normalize_answer`.
+        rouge_l: its ROUGE-L against the record's response, from 0 to 1.
     """
 
     record: Record
     text: str
     is_match: bool
+    rouge_l: float
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ExactMatch:
-    """How often a model's answer is the wanted one.
+class AnswerScores:
+    """A model's answers, and how near they are to the wanted ones.
 
     Attributes:
-        scores: the share of matches, from 0 to 1.
+        exact_match: the share of answers that are exactly right, from 0 to 1.
+        rouge_l: the mean of ROUGE-L, from 0 to 1, for answers that may be worded in many ways.
         answers: one for each record, in the order given.
     """
 
-    scores: Scores
+    exact_match: Scores
+    rouge_l: Scores
     answers: tuple[Answer, ...]
 
 
@@ -118,14 +117,14 @@ def held_out_loss(
     losses = np.zeros(len(examples))
     sizes = [example.input_ids.size for example in examples]
     with _evaluating(model):
-        for indices in _batches(sizes, _token_budget(model, max_batch_tokens)):
+        for indices in _batches(sizes, max_batch_tokens):
             batch = collate([examples[index] for index in indices], pad_id)
-            losses[indices] = _example_losses(
+            found = example_losses(
                 model,
-                batch.input_ids.to(device),
-                batch.attention_mask.to(device),
-                batch.loss_mask.to(device),
+                input_ids=batch.input_ids.to(device),
+                loss_mask=batch.loss_mask.to(device),
             )
+            losses[indices] = found.cpu().numpy()
     if not np.isfinite(losses).all():
         worst = examples[int(np.flatnonzero(~np.isfinite(losses))[0])].source
         msg = f"the loss on {worst} is not finite: compute in bfloat16 or float32"
@@ -133,7 +132,7 @@ def held_out_loss(
     return _summarize([example.category for example in examples], losses)
 
 
-def exact_match(
+def score_answers(
     model: CausalLM,
     tokenizer: PreTrainedTokenizerBase,
     records: Sequence[Record],
@@ -142,8 +141,10 @@ def exact_match(
     max_length: int,
     max_new_tokens: int,
     max_batch_tokens: int = 4096,
-) -> ExactMatch:
+) -> AnswerScores:
     """Let a model answer records, always choosing the likeliest token, and compare.
+
+    The answers are generated once, for both measures.
 
     Guarantees:
         1. Answers do not depend on the batches (unless two tokens are equally likely to rounding).
@@ -161,7 +162,7 @@ def exact_match(
         max_batch_tokens: tokens a batch may have, answers and padding included.
 
     Returns:
-        Shares and answers.
+        Both measures, and the answers.
 
     Raises:
         EvaluationError: there are no records, or `max_new_tokens` leaves no room for a prompt.
@@ -192,12 +193,16 @@ def exact_match(
             record=record,
             text=text,
             is_match=normalize_answer(text) == normalize_answer(record.response),
+            rouge_l=rouge_l(record.response, text),
         )
         for record, text in zip(records, texts, strict=True)
     )
-    matches = np.array([answer.is_match for answer in answered], dtype=np.float64)
-    scores = _summarize([record.category for record in records], matches)
-    return ExactMatch(scores=scores, answers=answered)
+    categories = [record.category for record in records]
+    return AnswerScores(
+        exact_match=_summarize(categories, np.array([float(one.is_match) for one in answered])),
+        rouge_l=_summarize(categories, np.array([one.rouge_l for one in answered])),
+        answers=answered,
+    )
 
 
 def normalize_answer(text: str) -> str:
@@ -210,25 +215,6 @@ def normalize_answer(text: str) -> str:
         What is compared, case and punctuation included.
     """
     return " ".join(text.split())
-
-
-def _example_losses(
-    model: CausalLM,
-    input_ids: torch.Tensor,  # B, T
-    attention_mask: torch.Tensor,  # B, T
-    loss_mask: torch.Tensor,  # B, T
-) -> np.ndarray:
-    """Return each example's mean loss over its loss tokens, [B]."""
-    logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
-    predicted = loss_mask[:, 1:]  # B, T-1: the token at t+1 is predicted at t
-    losses = nn.functional.cross_entropy(
-        logits[:, :-1][predicted].float(), input_ids[:, 1:][predicted], reduction="none"
-    )  # N
-    row = predicted.nonzero(as_tuple=True)[0]  # N
-    sums = torch.zeros(len(input_ids), dtype=torch.float64, device=losses.device)
-    sums.index_add_(0, row, losses.double())
-    means: np.ndarray = (sums / predicted.sum(1)).cpu().numpy()
-    return means
 
 
 def _generate(
@@ -293,12 +279,6 @@ def _batches(sizes: Sequence[int], max_batch_tokens: int) -> Iterator[list[int]]
             batch = []
         batch.append(index)
     yield batch
-
-
-def _token_budget(model: CausalLM, max_batch_tokens: int) -> int:
-    """Return how many tokens a batch may have for its logits to stay within their bound."""
-    embeddings = cast("nn.Embedding", model.get_input_embeddings())
-    return min(max_batch_tokens, MAX_LOGITS_BYTES // (4 * embeddings.weight.shape[0]))
 
 
 def _summarize(categories: Sequence[str | None], values: np.ndarray) -> Scores:

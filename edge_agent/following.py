@@ -1,7 +1,5 @@
 """Follows the chain of releases and holds the global adapter that training starts from."""
 
-from pathlib import Path
-
 from edge_agent.chain import check_change, check_releases
 from edge_agent.errors import JournalError, TrustError
 from edge_agent.home import AgentHome
@@ -14,11 +12,8 @@ from quant.adapter import (
     AdapterArrays,
     adapter_shapes,
     from_safetensors,
-    model_card,
-    peft_config,
     sent_layout,
     to_safetensors,
-    write_folder,
 )
 
 
@@ -143,19 +138,3 @@ class ReleaseFollower:
             msg = f"release {release.number} does not hold what its signature promises"
             raise TrustError(msg)
         return arrays
-
-    def export(self, folder: Path) -> Release:
-        """Write the newest release as a PEFT folder that stock peft loads.
-
-        Args:
-            folder: Made when missing.
-        """
-        self.follow(self._transport.releases(after=-1).newest)
-        release, arrays = self.newest()
-        write_folder(
-            folder,
-            weights=to_safetensors(arrays),
-            config=peft_config(self._manifest.base, self._manifest.lora),
-            card=model_card(self._manifest, release),
-        )
-        return release

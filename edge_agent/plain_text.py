@@ -15,6 +15,15 @@ def plain(text: str) -> str:
     return "".join(sign if sign.isprintable() else " " for sign in text)
 
 
+def shown(text: str) -> str:
+    """Text of a model for a terminal: its line breaks and tabs stay, other control signs do not.
+
+    Args:
+        text: From a model, which may have learnt escape sequences from anyone's records.
+    """
+    return "".join(sign if sign.isprintable() or sign in "\n\t" else " " for sign in text)
+
+
 def escaped(text: str) -> str:
     """`plain` text that rich prints as it stands, brackets included."""
     return escape(plain(text))

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
 
@@ -20,7 +19,7 @@ from edge_agent.membership import record_outgoing
 from edge_agent.politeness import OwnersWishes
 from edge_agent.transport import Transport
 from protocol.clock import Clock
-from protocol.manifest import FederationManifest, Release
+from protocol.manifest import FederationManifest
 from quant.base_model import LoadedBase, limit_device_memory, load_base, set_threads
 
 _GB: Final = 1_000_000_000
@@ -43,9 +42,14 @@ def load_membership_base(membership: Membership, settings: AgentSettings) -> Loa
         device=device,
         expected=block,
     )
-    if settings.max_vram_gb is not None:
-        limit_device_memory(int(settings.max_vram_gb * _GB), base.device)
+    max_bytes = _max_vram_bytes(settings)
+    if max_bytes is not None:
+        limit_device_memory(max_bytes, base.device)
     return base
+
+
+def _max_vram_bytes(settings: AgentSettings) -> int | None:
+    return None if settings.max_vram_gb is None else int(settings.max_vram_gb * _GB)
 
 
 def load_data(
@@ -156,6 +160,7 @@ def prepare(
             wishes=wishes,
             clock=clock,
             on_event=on_event,
+            max_vram_bytes=_max_vram_bytes(settings),
         )
     except BaseException:
         lock.release()
@@ -178,24 +183,3 @@ def _active_membership(journal: Journal, now: float) -> Membership:
         msg = "the enrolment was not finished; run `join` again"
         raise JournalError(msg)
     return member
-
-
-def export(
-    home: AgentHome,
-    journal: Journal,
-    settings: AgentSettings,
-    folder: Path,
-    *,
-    clock: Clock,
-    patience_s: float,
-) -> Release:
-    """Write the newest release as a PEFT folder.
-
-    Raises:
-        AgentError: As `prepare`, or the server cannot be reached.
-    """
-    worker = prepare(
-        home, journal, settings, clock=clock, on_event=lambda _: None, patience_s=patience_s
-    )
-    with worker:
-        return worker.agent.export(folder)

@@ -22,9 +22,8 @@ from safetensors import SafetensorError
 
 from protocol.base_description import BaseDescription
 from protocol.layout import VectorLayout
-from protocol.manifest import BaseBlock, Factor, FederationManifest, LoraBlock, Release
+from protocol.manifest import BaseBlock, Factor, LoraBlock
 from quant.errors import AdapterError
-from quant.tiny import EMBEDDED_NAME
 
 Float32Array = NDArray[np.float32]
 AdapterArrays = dict[str, Float32Array]
@@ -52,6 +51,15 @@ def factor_of(name: str) -> Factor:
             return factor
     msg = f"not the name of a LoRA factor: {name!r}"
     raise AdapterError(msg)
+
+
+def module_of(name: str) -> str:
+    """The module that a tensor name belongs to, such as `model.layers.0.self_attn.q_proj`.
+
+    Raises:
+        AdapterError: Not the name of a factor.
+    """
+    return name.removeprefix(_PREFIX).removesuffix(_SUFFIX[factor_of(name)])
 
 
 def adapter_shapes(base: BaseDescription, lora: LoraBlock) -> dict[str, tuple[int, ...]]:
@@ -211,48 +219,6 @@ def peft_config(base: BaseBlock, lora: LoraBlock) -> bytes:
     return (json.dumps(config, indent=2) + "\n").encode()
 
 
-def model_card(manifest: FederationManifest, release: Release) -> str:
-    """The README.md of a released folder: what it is, how it was made, how private it is."""
-    rule = manifest.aggregation.rule
-    epsilon = "no formal guarantee (profile P0, ε = ∞)"
-    factors = ", ".join(manifest.lora.sent)
-    return f"""---
-base_model: {json.dumps(manifest.base.model)}
-library_name: peft
-tags: [lora, federated, sheepfold]
----
-
-# {manifest.name}: release {release.number}
-
-{manifest.description or "A LoRA adapter trained by federated instruction tuning."}
-
-| | |
-| --- | --- |
-| Base model | `{manifest.base.model}`, NF4 with double quantisation in training |
-| Adapter | rank {manifest.lora.rank}, α {manifest.lora.alpha:g}, factors sent: {factors} |
-| Made in | round {release.round} from {release.aggregation.n_agents} agents, rule `{rule}` |
-| Privacy | {epsilon}; masking {manifest.masking.mode} |
-| SHA-256 of the weights | `{release.adapter.sha256.hex()}` |
-| Release digest | `{release.digest().hex()}` |
-
-```python
-{_loading_code(manifest.base.model)}
-```
-"""
-
-
-def _loading_code(model: str) -> str:
-    if model == EMBEDDED_NAME:
-        first, where = "from quant.tiny import tiny_base_path\n", "tiny_base_path()"
-    else:
-        first, where = "", json.dumps(model)
-    return (
-        f"from peft import PeftModel\n{first}from transformers import AutoModelForCausalLM\n\n"
-        f"base = AutoModelForCausalLM.from_pretrained({where})\n"
-        'model = PeftModel.from_pretrained(base, "this-folder")'
-    )
-
-
 def write_folder(folder: Path, *, weights: bytes, config: bytes, card: str) -> None:
     """Write a PEFT adapter folder; existing files of these three names are replaced.
 
@@ -276,10 +242,22 @@ def read_folder(folder: Path) -> AdapterArrays:
     """
     path = folder / WEIGHTS_NAME
     try:
-        data = path.read_bytes()
-        names = safetensors.numpy.load(data)
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        return read_arrays(path.read_bytes())
+    except (OSError, AdapterError) as error:
         msg = f"cannot read {path}: {error}"
+        raise AdapterError(msg) from error
+
+
+def read_arrays(data: bytes) -> AdapterArrays:
+    """Read the bytes of a PEFT LoRA file, whatever its modules and rank.
+
+    Raises:
+        AdapterError: Not safetensors, not LoRA in float32, or values that are not finite.
+    """
+    try:
+        names = safetensors.numpy.load(data)
+    except (SafetensorError, KeyError, ValueError) as error:
+        msg = f"not a safetensors file: {error}"
         raise AdapterError(msg) from error
     for name in names:
         factor_of(name)

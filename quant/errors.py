@@ -5,6 +5,8 @@ QuantError
 ├── BaseModelError         a base that cannot be used, or is not the manifest's
 │   └── FingerprintError   the base is another one than the federation's
 ├── AdapterError           an adapter file or vector that does not fit its layout
+├── ExportError            a format that cannot hold this model or adapter
+├── MemoryLimitError       no settings of a step fit into the memory that is allowed
 └── NF4Error               arrays that are not an NF4 encoding
 ```
 """
@@ -24,6 +26,14 @@ class FingerprintError(BaseModelError):
 
 class AdapterError(QuantError):
     """An adapter file, folder or vector that does not fit its layout."""
+
+
+class ExportError(QuantError):
+    """A format that cannot hold this model or adapter; nothing was written."""
+
+
+class MemoryLimitError(QuantError):
+    """No settings of a step fit into the memory that is allowed."""
 
 
 class NF4Error(QuantError, ValueError):

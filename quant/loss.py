@@ -105,7 +105,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 def _plain(model: CausalLM) -> PreTrainedModel:
     return cast(
-        "PreTrainedModel", model.get_base_model() if hasattr(model, "peft_config") else model
+        "PreTrainedModel", model.get_base_model() if isinstance(model, PeftModel) else model
     )
 
 

@@ -278,6 +278,9 @@ def estimate(
     output_layer = _norm_bytes(shape, hidden, 1, n_tokens) + (2 * size + 4) * hidden * n_tokens
     output_layer += _LOGITS_COPIES_BYTES * shape.vocab * min(n_tokens, settings.loss_chunk)
     recomputed = 0 if n_plain else layer
+    if recomputed and device.compute is FloatType.FLOAT32:
+        # Its first norm keeps its input as it is: the very tensor that the checkpoint holds.
+        recomputed -= checkpoint_bytes(shape, device, batch)
     inside = max(
         recomputed + _inside_layer_bytes(shape, lora, size, n_tokens),
         _NORM_BACKWARD_BYTES * hidden * n_tokens,

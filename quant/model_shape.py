@@ -211,9 +211,6 @@ def read_shape(config: Mapping[str, object], *, name: str) -> ModelShape:
             f"formulas hold for dense decoders alone ({', '.join(_CLASSES)})"
         )
         raise BaseModelError(msg)
-    if config.get("quantization_config"):
-        msg = f"{name!r} is already quantised; choose the 16 or 32 bit checkpoint"
-        raise BaseModelError(msg)
     hidden = _size(config, "hidden_size", name)
     intermediate = _size(config, "intermediate_size", name)
     n_heads = _size(config, "num_attention_heads", name)
@@ -251,7 +248,7 @@ def read_shape_file(path: Path, *, name: str) -> ModelShape:
         name: What to call the model in messages.
 
     Raises:
-        BaseModelError: It cannot be read, or as `read_shape`.
+        BaseModelError: It cannot be read, is of a quantised checkpoint, or as `read_shape`.
     """
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -260,6 +257,9 @@ def read_shape_file(path: Path, *, name: str) -> ModelShape:
         raise BaseModelError(msg) from error
     if not isinstance(config, dict):
         msg = f"the configuration of {name!r}, {path}, is no JSON object"
+        raise BaseModelError(msg)
+    if config.get("quantization_config"):
+        msg = f"{name!r} is already quantised; choose the 16 or 32 bit checkpoint"
         raise BaseModelError(msg)
     return read_shape(config, name=name)
 

@@ -3,7 +3,7 @@
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Final
+from typing import Annotated, Any, Final
 
 import typer
 from rich.console import Console
@@ -13,7 +13,8 @@ from protocol.errors import ProtocolError
 from protocol.manifest import Factor
 from quant.errors import QuantError
 from quant.quiet import quiet_libraries
-from simulations.errors import SimulationError
+from simulations.errors import OutputError, SimulationError
+from simulations.partition.schemes import DRAWN_SCHEMES, Scheme
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -93,6 +94,71 @@ def demo(
         sys.stdout.write(text)
 
 
+@app.command()
+def partition(
+    data: Annotated[Path, typer.Argument(help="Records: JSON, JSON Lines, CSV or Parquet.")],
+    *,
+    out: Annotated[Path, typer.Option(help="The manifest to write: who holds which records.")],
+    scheme: Annotated[Scheme, typer.Option(help="How records are split.")] = Scheme.SKEWED,
+    clients: Annotated[int, typer.Option(min=1, help="Over how many clients.")] = 100,
+    seed: Annotated[int, typer.Option(min=0, help="Of all draws.")] = 1,
+    held_out: Annotated[
+        int, typer.Option(min=0, help="Records of each category that no client gets.")
+    ] = 10,
+    alpha: Annotated[
+        float, typer.Option(help="Concentration of the Dirichlet draws (skewed, dirichlet).")
+    ] = 0.5,
+    min_records: Annotated[
+        int | None,
+        typer.Option(min=1, help="Least records of a client; default 40 if skewed, else 1."),
+    ] = None,
+    figure: Annotated[
+        Path | None, typer.Option(metavar="PNG", help="Draw category by client.")
+    ] = None,
+    json_path: Annotated[
+        str | None, typer.Option("--json", metavar="PATH", help="Write JSON here; `-` for stdout.")
+    ] = None,
+) -> None:
+    """Split a data set over clients, and save which record went where.
+
+    The paper's two schemes are `equal-volume` (few categories a client) and `skewed` (unequal
+    volume too; the one that it ran). The manifest holds the indices and the file's digest.
+    """
+    from simulations.partition import figure as partition_figure
+    from simulations.partition.manifest import PartitionManifest, read_source
+    from simulations.partition.schemes import PartitionRecipe, default_min_records, make_partition
+
+    recipe = PartitionRecipe(
+        scheme=scheme,
+        n_clients=clients,
+        seed=seed,
+        n_held_out=held_out,
+        alpha=alpha,
+        min_records=default_min_records(scheme) if min_records is None else min_records,
+    )
+    source = read_source(data)
+    split = make_partition(source.categories, recipe)
+    digest = PartitionManifest(source=source.file, partition=split).save(out)
+    shown = console if json_path == "-" else Console()
+    shown.print(partition_figure.table(split, source.categories))
+    tries = f" Draws until the smallest client had enough: {split.n_tries}."
+    shown.print(
+        f"{split.n_records:,} records; clients hold {split.sizes.min()} to {split.sizes.max()}."
+        f"{tries if scheme in DRAWN_SCHEMES else ''}\nManifest: {out}, digest {digest[:16]}…",
+        highlight=False,
+        soft_wrap=True,
+    )
+    if source.n_malformed:
+        shown.print(f"Left out as malformed: {source.n_malformed}.", highlight=False)
+    if figure is not None:
+        partition_figure.draw(split, source.categories, figure)
+        shown.print(f"Figure:   {figure}", highlight=False, soft_wrap=True)
+    if json_path is not None:
+        found = partition_figure.as_json(split, source.categories)
+        found |= {"digest": digest, "sha256": source.file.sha256.hex(), "manifest": str(out)}
+        _write_json(found, json_path)
+
+
 @app.command("make-tiny-base")
 def make_tiny_base(
     out: Annotated[Path, typer.Argument(help="A new folder for the base.")],
@@ -104,6 +170,18 @@ def make_tiny_base(
 
     report = rebuild(out, seed=seed, show=lambda text: console.print(text, highlight=False))
     console.print(report, highlight=False)
+
+
+def _write_json(found: dict[str, Any], target: str) -> None:
+    text = json.dumps(found, indent=2, allow_nan=False) + "\n"
+    if target == "-":
+        sys.stdout.write(text)
+        return
+    try:
+        Path(target).write_text(text, encoding="utf-8")
+    except OSError as error:
+        msg = f"cannot write {target}: {error.strerror}"
+        raise OutputError(msg) from error
 
 
 if __name__ == "__main__":

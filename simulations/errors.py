@@ -3,6 +3,7 @@
 ```
 SimulationError
 ├── OutputError     a place for results that cannot be used
+├── PartitionError  records that cannot be split so, or a manifest that does not fit
 └── ProcessError    a server or agent process that did not do its part
 ```
 """
@@ -14,6 +15,10 @@ class SimulationError(Exception):
 
 class OutputError(SimulationError):
     """A place for results that cannot be used."""
+
+
+class PartitionError(SimulationError):
+    """Records that cannot be split as asked, or a partition's manifest that does not fit."""
 
 
 class ProcessError(SimulationError):

@@ -12,7 +12,7 @@ import numpy as np
 
 from edge_agent.data.records import Record
 from edge_agent.data.tokens import tokenize
-from edge_agent.evaluation import exact_match, held_out_loss
+from edge_agent.evaluation import held_out_loss, score_answers
 from edge_agent.sampling import ShuffledBatches
 from edge_agent.training import LocalTrainer, RoundRecipe, TrainerOptions, TrainingProgress
 from protocol.clock import SystemClock
@@ -136,7 +136,7 @@ def score(
             loss_on=block.loss_on,
             max_length=block.max_length,
         )
-        matches = exact_match(
+        answered = score_answers(
             adapted.model,
             tokenizer,
             records,
@@ -151,9 +151,9 @@ def score(
         )
         seeds.append(
             SeedScore(
-                exact_match={k: v.score for k, v in matches.scores.by_category.items()},
+                exact_match={k: v.score for k, v in answered.exact_match.by_category.items()},
                 loss={k: v.score for k, v in losses.by_category.items()},
-                answers=tuple(answer.text for answer in matches.answers),
+                answers=tuple(answer.text for answer in answered.answers),
             )
         )
     return ModelScore(seeds=tuple(seeds))

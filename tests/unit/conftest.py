@@ -1,10 +1,13 @@
 """Keys and documents that the tests of several packages need; every call makes valid ones."""
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from protocol.base_description import BaseDescription
 from protocol.manifest import (
     AggregationReport,
     BaseBlock,
@@ -15,10 +18,12 @@ from protocol.manifest import (
     Release,
     RoundManifest,
     RoundsBlock,
+    Template,
     TrainingBlock,
     Verdict,
 )
 from protocol.signing import Signer
+from protocol.wire import sha256
 
 NOW = 1_800_000_000.0
 
@@ -126,5 +131,51 @@ def make_round(
             "cap_at": NOW + 7200.0,
         }
         return RoundManifest(**{**values, **changes})
+
+    return make
+
+
+@pytest.fixture
+def make_adapter_folder(
+    make_manifest: Callable[..., FederationManifest], make_release: Callable[..., Release]
+) -> Callable[..., Path]:
+    """A published adapter whose B is not zero, as a PEFT folder; `config` changes its settings."""
+    import numpy as np
+
+    from quant.adapter import initial_adapter, peft_config, to_safetensors, write_folder
+    from quant.model_card import write_release
+
+    def make(
+        folder: Path,
+        base: BaseDescription,
+        *,
+        foreign: bool = False,
+        template: Template = Template.ALPACA,
+        config: dict[str, Any] | None = None,
+        target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "down_proj"),
+    ) -> Path:
+        lora = LoraBlock(rank=4, alpha=8.0, target_modules=target_modules, init_seed=7)
+        rng = np.random.default_rng(1)
+        weights = to_safetensors(
+            {
+                name: array if array.any() else rng.normal(0, 0.05, array.shape).astype(np.float32)
+                for name, array in initial_adapter(base, lora).items()
+            }
+        )
+        settings = {**json.loads(peft_config(base.base, lora)), **(config or {})}
+        as_bytes = json.dumps(settings).encode()
+        if foreign:
+            write_folder(folder, weights=weights, config=as_bytes, card="# Somebody's\n")
+            return folder
+        training = TrainingBlock(local_steps=10, learning_rate=1e-3, template=template)
+        manifest = make_manifest(base=base.base, lora=lora, training=training)
+        release = make_release(
+            manifest,
+            after=make_release(manifest),
+            adapter=BlobRef(sha256=sha256(weights), n_bytes=len(weights)),
+            aggregation=AggregationReport(rule="fedavg", n_cells=3, n_agents=3, update_norm=0.5),
+        )
+        write_release(folder, manifest=manifest, release=release, weights=weights, config=as_bytes)
+        return folder
 
     return make

@@ -105,3 +105,11 @@ def test_server_runs_where_torch_cannot_be_imported() -> None:
         timeout=120,
     )
     assert result.returncode == 0, result.stderr
+
+
+def test_the_package_that_makes_bitsandbytes_look_at_a_hub_stays_out() -> None:
+    """TRAINING, trap 12."""
+    pins = (Path(__file__).resolve().parents[2] / "constraints.txt").read_text(encoding="utf-8")
+    assert not any(line.startswith("kernels==") for line in pins.splitlines())
+    required = importlib.metadata.requires("sheepfold") or []
+    assert not any(line.startswith("kernels") for line in required)

@@ -11,6 +11,7 @@ from protocol.problems import ProblemType
 from protocol.signing import Signed, Signer
 from protocol.wire import parse
 from quant.adapter import read_folder
+from quant.model_card import read_provenance
 
 
 @pytest.fixture
@@ -227,6 +228,10 @@ def test_an_exported_folder_holds_the_adapter(case, tmp_path):
     assert all((arrays[name] == wanted[name]).all() for name in wanted)
     card = (folder / "README.md").read_text()
     assert "ε = ∞" in card
+    told = read_provenance(folder)
+    assert told is not None
+    assert (told.release, told.n_agents) == (3, 2)
+    assert told.release_digest == case.federation.releases.get(3).digest()
 
 
 def test_a_file_that_changed_on_disk_is_not_exported(case, tmp_path):

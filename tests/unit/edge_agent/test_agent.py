@@ -62,7 +62,6 @@ from quant.adapter import (
     AdapterArrays,
     adapter_shapes,
     factor_of,
-    from_safetensors,
     initial_adapter,
     peft_config,
     sent_layout,
@@ -1147,26 +1146,6 @@ def test_the_cache_keeps_what_the_next_round_needs(make_world: Callable[..., Wor
     names = {path.name for path in world.home.cache.iterdir()}
     first, newest = server.releases[0].body, server.releases[-1].body
     assert names == {first.adapter.sha256.hex(), newest.sent.sha256.hex()}
-
-
-def test_the_newest_release_is_exported_as_a_folder_of_peft(
-    make_world: Callable[..., World], tmp_path: Path, random_base_dir: Path
-) -> None:
-    from peft import PeftModel
-
-    world = make_world(sent=(Factor.B,))
-    world.server.open_round()
-    world.start().run()
-    world.server.close_round()
-    folder = tmp_path / "adapter"
-    release = world.start().export(folder)
-    assert release.number == 1
-    weights = (folder / "adapter_model.safetensors").read_bytes()
-    assert sha256(weights) == release.adapter.sha256
-    assert from_safetensors(weights, world.server.shapes)
-    assert json.loads((folder / "adapter_config.json").read_text())["r"] == 2
-    assert release.digest().hex() in (folder / "README.md").read_text(encoding="utf-8")
-    PeftModel.from_pretrained(load_base(random_base_dir).model, folder)
 
 
 def test_what_the_owner_sees_is_never_what_is_sent(world: World) -> None:

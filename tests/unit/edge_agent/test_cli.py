@@ -34,6 +34,8 @@ COMMANDS = [
     "sent",
     "leave",
     "forget",
+    "ask",
+    "chat",
     "export",
     "describe-base",
     "install-service",
@@ -190,6 +192,8 @@ def test_wrong_usage_exits_with_2(type_in: Type, arguments: tuple[str, ...]) -> 
         ("run",),
         ("sent",),
         ("leave", "--yes"),
+        ("ask", "newest", "Where?"),
+        ("chat", "newest"),
         ("export", "folder"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Held-out loss and exact match, on tiny Llamas with fixed seeds."""
+"""Held-out loss, exact match and ROUGE-L, on tiny Llamas with fixed seeds."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -17,11 +17,12 @@ from edge_agent.data.tokens import Example, RecordTokenizer, tokenize
 from edge_agent.errors import EvaluationError
 from edge_agent.evaluation import (
     UNCATEGORIZED,
-    ExactMatch,
-    exact_match,
+    AnswerScores,
     held_out_loss,
     normalize_answer,
+    score_answers,
 )
+from edge_agent.rouge import rouge_l
 from protocol.manifest import LossOn, Template
 
 PEOPLE = [("Ada", "red"), ("Bo", "blue"), ("Cy", "green"), ("Di", "red"), ("Eve", "blue")]
@@ -100,14 +101,16 @@ def answer(
     tokenizer: PreTrainedTokenizerFast,
     records: Sequence[Record] | None = None,
     **changes: Any,
-) -> ExactMatch:
+) -> AnswerScores:
     settings: dict[str, Any] = {
         "template": Template.ALPACA,
         "max_length": 256,
         "max_new_tokens": 8,
         **changes,
     }
-    return exact_match(model, tokenizer, make_records() if records is None else records, **settings)
+    return score_answers(
+        model, tokenizer, make_records() if records is None else records, **settings
+    )
 
 
 def fit(model: LlamaForCausalLM, examples: Sequence[Example], *, n_steps: int) -> None:
@@ -117,9 +120,7 @@ def fit(model: LlamaForCausalLM, examples: Sequence[Example], *, n_steps: int) -
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0)
     model.train()
     for _ in range(n_steps):
-        loss = model(
-            input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=labels
-        ).loss
+        loss = model(input_ids=batch.input_ids, labels=labels).loss
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -200,7 +201,7 @@ class TestHeldOutLoss:
             held_out_loss(make_model(tokenizer), [], pad_id=1)
 
 
-class TestExactMatch:
+class TestScoreAnswers:
     def test_answers_equal_a_greedy_loop_without_cache_or_batches(
         self, tokenizer: PreTrainedTokenizerFast
     ) -> None:
@@ -232,9 +233,22 @@ class TestExactMatch:
         assert [a.text for a in result.answers[:4]] == [r.response for r in records[:4]]
         assert [a.is_match for a in result.answers[:4]] == [True] * 4
         eve = float(result.answers[4].is_match)
-        assert result.scores.by_category["open_qa"].score == 1.0
-        assert result.scores.by_category["closed_qa"].score == (1.0 + eve) / 2
-        assert result.scores.mean == (4 + eve) / 5
+        assert result.exact_match.by_category["open_qa"].score == 1.0
+        assert result.exact_match.by_category["closed_qa"].score == (1.0 + eve) / 2
+        assert result.exact_match.mean == (4 + eve) / 5
+
+    def test_both_measures_are_of_the_same_answers(
+        self, tokenizer: PreTrainedTokenizerFast, taught: LlamaForCausalLM
+    ) -> None:
+        eve = Record(**{**_fields(make_records()[4]), "response": "It is red, is it?"})
+        result = answer(taught, tokenizer, [*make_records()[:4], eve])
+        overlaps = [rouge_l(a.record.response, a.text) for a in result.answers]
+        assert [a.rouge_l for a in result.answers] == overlaps
+        assert overlaps[:4] == [1.0] * 4
+        assert result.rouge_l.by_category["closed_qa"].score == (1.0 + overlaps[4]) / 2
+        assert result.rouge_l.mean == (4 + overlaps[4]) / 5
+        assert [a.is_match for a in result.answers] == [True] * 4 + [False]
+        assert result.exact_match.mean == 4 / 5
 
     def test_answers_are_compared_after_white_space_only(
         self, tokenizer: PreTrainedTokenizerFast, taught: LlamaForCausalLM
@@ -286,7 +300,7 @@ class TestExactMatch:
             [chat], tokenizer, template=Template.CHAT, loss_on=LossOn.RESPONSE, max_length=256
         ).examples
         fit(model, [example], n_steps=40)
-        assert answer(model, tokenizer, [chat], template=Template.CHAT).scores.mean == 1.0
+        assert answer(model, tokenizer, [chat], template=Template.CHAT).exact_match.mean == 1.0
 
     def test_a_long_prompt_is_cut_to_leave_room_for_the_answer(
         self, tokenizer: PreTrainedTokenizerFast, taught: LlamaForCausalLM

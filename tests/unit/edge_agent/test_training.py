@@ -22,7 +22,7 @@ from protocol.clock import SystemClock
 from protocol.manifest import Factor, LoraBlock, Schedule, TrainingBlock
 from quant import loss as loss_module
 from quant.adapter import AdapterArrays, adapter_shapes, initial_adapter, sent_layout
-from quant.base_model import LoadedBase
+from quant.base_model import LoadedBase, load_base
 from quant.lora import AdaptedModel
 from quant.memory import StepSettings
 
@@ -338,3 +338,102 @@ def test_an_epoch_draws_every_example_exactly_once() -> None:
         assert sorted(drawn) == list(range(13))
     assert sampler.n_steps(local_steps=None, local_epochs=2) == 6
     assert list(sampler.indices(0)) != list(sampler.indices(3))
+
+
+@dataclass(frozen=True)
+class SometimesEmpty:
+    """Draws no example at step 1, as Poisson sampling may."""
+
+    def indices(self, step: int) -> np.ndarray:
+        return np.array([], np.int64) if step == 1 else np.arange(4)
+
+    def n_steps(self, *, local_steps: int | None, local_epochs: int | None) -> int:
+        return 3
+
+
+def test_an_empty_batch_skips_the_model_and_nothing_else(random_base: LoadedBase) -> None:
+    """TRAINING, trap 5: such a batch crashes the model, and its noise must be added all the same."""
+    bench = Bench(random_base)
+    seen: dict[int, float] = {}
+
+    @dataclass(frozen=True)
+    class Watch:
+        def __call__(self, gradients: dict[str, torch.Tensor], *, step: int) -> None:
+            seen[step] = sum(float(tensor.abs().sum()) for tensor in gradients.values())
+
+    trainer = LocalTrainer(
+        bench.adapted,
+        make_examples(),
+        RoundRecipe(training=make_block(), schedule_start=0.0, schedule_end=0.5, seed=3),
+        sampler=SometimesEmpty(),
+        clock=SystemClock(),
+        options=TrainerOptions(transforms=(Watch(),)),
+    )
+    trainer.run(bench.start, bench.layout, weight=1)
+    assert seen[0] > 0.0
+    assert seen[1] == 0.0
+    assert seen[2] > 0.0
+
+
+def test_every_tensor_that_is_sent_moves(random_base: LoadedBase) -> None:
+    """TRAINING, trap 7: what was hooked or given to an optimiser too early never moves."""
+    bench = Bench(random_base)
+    bench.update()
+    for name, array in bench.adapted.arrays().items():
+        assert np.abs(array - bench.start[name]).max() > 0.0, name
+
+
+def half_precision(random_base_dir: Path) -> LoadedBase:
+    return load_base(random_base_dir, device=torch.device("cpu"), compute_dtype=torch.float16)
+
+
+def test_a_step_in_float16_is_the_step_in_float32_to_its_precision(
+    random_base: LoadedBase, random_base_dir: Path
+) -> None:
+    gradients: list[dict[str, torch.Tensor]] = []
+
+    @dataclass(frozen=True)
+    class Keep:
+        def __call__(self, found: dict[str, torch.Tensor], *, step: int) -> None:
+            gradients.append({name: tensor.clone() for name, tensor in found.items()})
+
+    for base in (random_base, half_precision(random_base_dir)):
+        options = TrainerOptions(transforms=(Keep(),))
+        Bench(base).update(options, block=make_block(local_steps=1))
+    whole, half = gradients
+    for name, gradient in whole.items():
+        assert half[name].dtype is torch.float32
+        error = torch.linalg.vector_norm(half[name] - gradient)
+        assert float(error) <= 0.02 * float(torch.linalg.vector_norm(gradient)), name
+
+
+def test_what_overflows_in_float16_is_done_again_at_half_the_scale(
+    random_base_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TRAINING, trap 6: a scaler that skips the step would lose its examples."""
+    bench = Bench(half_precision(random_base_dir))
+    one = make_block(local_steps=1)
+    whole = bench.update(block=one)
+    calm = bench.trainer(block=one)
+    calm.run(bench.start, bench.layout, weight=1)
+    assert calm._loss_scale == 2.0**12  # nothing overflowed
+    monkeypatch.setattr("edge_agent.training._FIRST_FP16_LOSS_SCALE", 2.0**40)
+    trainer = bench.trainer(block=one)
+    update = trainer.run(bench.start, bench.layout, weight=1).update.vector
+    assert 1.0 <= trainer._loss_scale < 2.0**40
+    # AdamW's first step is the sign of the gradient, so what is tiny may turn.
+    assert np.mean(np.isclose(update, whole, rtol=0.1)) > 0.95
+
+
+def test_a_gradient_that_is_never_finite_is_an_error_and_not_a_loop(
+    random_base_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = Bench(half_precision(random_base_dir))
+    real = loss_module.example_losses
+
+    def broken(model: object, **tensors: torch.Tensor) -> torch.Tensor:
+        return real(model, **tensors) * float("nan")
+
+    monkeypatch.setattr("edge_agent.training.example_losses", broken)
+    with pytest.raises(TrainingError, match="not finite"):
+        bench.update(block=make_block(local_steps=1))

@@ -12,13 +12,9 @@ import torch
 from protocol.base_description import BaseDescription, LinearModule
 from protocol.errors import ManifestError
 from protocol.manifest import (
-    AggregationReport,
     BaseBlock,
-    BlobRef,
     Factor,
-    FilterReport,
     LoraBlock,
-    Verdict,
 )
 from quant.adapter import (
     CARD_NAME,
@@ -30,7 +26,6 @@ from quant.adapter import (
     flatten,
     from_safetensors,
     initial_adapter,
-    model_card,
     peft_config,
     read_folder,
     sent_layout,
@@ -376,34 +371,3 @@ def test_the_configuration_is_what_peft_writes_for_the_same_adapter() -> None:
     for key, value in ours.items():
         wanted = sorted(theirs[key]) if key == "target_modules" else theirs[key]
         assert value == wanted, key
-
-
-def test_the_model_card_says_what_it_is_how_it_was_made_and_how_private(
-    make_manifest, make_release
-) -> None:
-    manifest = make_manifest(name="Notes", description="Of three clinics.")
-    blob = BlobRef(sha256=bytes([9]) * 32, n_bytes=10)
-    release = make_release(
-        manifest,
-        after=make_release(manifest),
-        adapter=blob,
-        aggregation=AggregationReport(rule="fedavg", n_cells=3, n_agents=3, update_norm=0.5),
-        filter=FilterReport(rule="none", n_cells=3, n_rejected=0),
-        verdict=Verdict(rule="none", accepted=True),
-    )
-    card = model_card(manifest, release)
-    assert card.startswith("---\nbase_model: ")
-    for piece in (
-        "# Notes: release 1",
-        "Of three clinics.",
-        '"synthetic/tiny"',
-        "rank 4, α 8, factors sent: A, B",
-        "round 1 from 3 agents, rule `fedavg`",
-        "ε = ∞",
-        "masking off",
-        blob.sha256.hex(),
-        release.digest().hex(),
-        "PeftModel.from_pretrained",
-    ):
-        assert piece in card
-    assert "LoRA adapter trained by" in model_card(make_manifest(), release)

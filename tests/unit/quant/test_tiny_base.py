@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from edge_agent.data.records import Record
-from edge_agent.evaluation import exact_match
+from edge_agent.evaluation import score_answers
 from protocol.base_description import BaseDescription
 from protocol.manifest import Template
 from protocol.wire import parse
@@ -195,7 +195,7 @@ def test_the_base_in_four_bits_answers_next_to_nothing_by_itself() -> None:
         make_world(), n_per_category=8, split=Split.TEST, rng=np.random.default_rng(3)
     )
     records = [Record(**row, messages=None, source=f"made[{i}]") for i, row in enumerate(rows)]
-    found = exact_match(
+    found = score_answers(
         base.model,
         base.tokenizer,
         records,
@@ -203,7 +203,7 @@ def test_the_base_in_four_bits_answers_next_to_nothing_by_itself() -> None:
         max_length=192,
         max_new_tokens=28,
     )
-    assert found.scores.average_over_categories < 0.05
+    assert found.exact_match.average_over_categories < 0.05
 
 
 # --- how it is made ---------------------------------------------------------------------------
