@@ -33,13 +33,18 @@ PYTEST := $(TEST_ENV) $(BIN)/pytest -n $(WORKERS) --dist loadfile
 # The variable silences an announcement of the theme's authors, nothing about our pages.
 MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-.PHONY: help setup demo test test-all lint docs clean
+# Peers for benchmarks, apart from everything of ours.
+PEERS := .venv-bench
+
+.PHONY: help setup setup-bench demo test test-all lint docs clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
 	@printf '\nOptions: PYTHON=…  TORCH_INDEX=URL (which build of torch)  ARGS="…"  WORKERS=N\n'
 
 setup: $(VENV)/.sheepfold ## create .venv with everything, Sheepfold itself as a built wheel
+
+setup-bench: $(PEERS)/.installed ## create .venv-bench with the peers that benchmarks compare with
 
 demo: $(VENV)/.sheepfold ## a server and five agents on this machine, from base model to adapter
 	$(BIN)/sheepfold-sim demo $(ARGS)
@@ -61,7 +66,7 @@ docs: $(VENV)/.requirements ## build the documentation into site/
 	$(MKDOCS)
 
 clean: ## remove .venv, caches and built files
-	rm -rf $(VENV) .cache .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache \
+	rm -rf $(VENV) $(PEERS) .cache .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache \
 		build dist site
 
 $(VENV)/.python:
@@ -85,4 +90,13 @@ $(VENV)/.requirements: $(VENV)/.torch pyproject.toml constraints.txt
 $(VENV)/.sheepfold: $(VENV)/.requirements README.md LICENSE $(SOURCES)
 	$(BUILD_WHEEL)
 	$(PIP) install --quiet --no-deps --force-reinstall $(WHEEL)
+	touch $@
+
+# torch first and alone, as above.
+$(PEERS)/.installed: benchmarks/constraints-peers.txt constraints.txt
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip --disable-pip-version-check install $(TORCH) \
+		$(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
+	$(PEERS)/bin/python -m pip --disable-pip-version-check install \
+		--constraint benchmarks/constraints-peers.txt 'flwr[simulation]' 'pfl[pytorch]'
 	touch $@

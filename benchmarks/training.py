@@ -3,7 +3,7 @@
     python -m benchmarks.training [--quick] --json FILE
 
 One thread. Records are real (databricks-dolly-15k), with the paper's template, length, adapter and
-dropout; the model is a random Llama of 6.6 million parameters, because neither time nor memory
+dropout; the model is a random Llama of six layers, because neither time nor memory
 depend on what it knows. Each side runs in a process of its own; sides alternate.
 """
 
@@ -41,7 +41,13 @@ def side(job: dict[str, Any]) -> dict[str, Any]:
     records = sides.dolly_records(N_RECORDS + _N_HELD_OUT, job["seed"])
     examples = sides.examples_of(records, base)
     train, held_out = examples[:N_RECORDS], examples[N_RECORDS:]
-    do = {"step": _steps, "epoch": _epoch, "per-example": _per_example, "count": _count}[job["do"]]
+    do = {
+        "step": _steps,
+        "epoch": _epoch,
+        "per-example": _per_example,
+        "count": _count,
+        "layer": _layer,
+    }[job["do"]]
     return {"import_s": imported - began, **do(job, base, train, held_out)}
 
 
@@ -197,6 +203,51 @@ def _count(job: dict[str, Any], base: Any, train: list[Any], _: list[Any]) -> di
     }
 
 
+def _layer(job: dict[str, Any], base: Any, train: list[Any], _: list[Any]) -> dict[str, Any]:
+    """Bytes that autograd keeps in the second decoder layer, counted and predicted."""
+    import torch
+
+    from benchmarks import sides
+    from edge_agent.data.batches import collate
+    from edge_agent.planning import workload_of
+    from quant.lora import AdaptedModel
+    from quant.memory import MicroBatch, layer_bytes
+
+    del job
+    adapted = AdaptedModel(base, sides.PAPER_LORA)
+    ids = collate(train[:4], 0).input_ids
+    body = base.model.base_model
+    known = {tensor.untyped_storage().data_ptr() for tensor in body.parameters()}
+    inside, kept = False, {}
+
+    def enter(_module: Any, _args: Any, kwargs: dict[str, Any]) -> None:
+        nonlocal inside
+        inside = True
+        known.update(t.untyped_storage().data_ptr() for t in kwargs["position_embeddings"])
+
+    def leave(*_: Any) -> None:
+        nonlocal inside
+        inside = False
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if inside and storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    layer = body.layers[1]
+    layer.register_forward_pre_hook(enter, with_kwargs=True)
+    layer.register_forward_hook(leave)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        body(input_ids=ids, use_cache=False)
+    workload = workload_of(adapted, longest=ids.shape[1])
+    batch = MicroBatch(n_sequences=ids.shape[0], length=ids.shape[1])
+    return {
+        "counted": sum(kept.values()),
+        "predicted": layer_bytes(workload.shape, workload.lora, workload.device, batch),
+    }
+
+
 def measure(folder: Path, *, quick: bool) -> tuple[list[Row], dict[str, Any]]:
     """All rows.
 
@@ -220,6 +271,7 @@ def measure(folder: Path, *, quick: bool) -> tuple[list[Row], dict[str, Any]]:
             take("epoch " + name, seed, do="epoch", side=name)
         take("dp", seed, do="per-example")
         take("count", seed, do="count")
+        take("layer", seed, do="layer")
 
     def column(name: str, key: str) -> list[float]:
         return [run[key] for run in runs[name]]
@@ -301,6 +353,14 @@ def measure(folder: Path, *, quick: bool) -> tuple[list[Row], dict[str, Any]]:
             unit="",
             target=1e-5,
         ),
+        Row.of(
+            "estimator's layer term ÷ what autograd keeps",
+            [n / 1e6 for n in column("layer", "predicted")],
+            [n / 1e6 for n in column("layer", "counted")],
+            peer_name="distinct saved storages",
+            unit="MB",
+            target=1.0,
+        ),
     ]
     return rows, runs
 
@@ -316,7 +376,8 @@ def main() -> None:
         return
     from benchmarks import sides
 
-    with sides.made_model("small", sides.dolly_records(2000, seed=1)) as folder:
+    shape = "quick" if args.quick else "small"
+    with sides.made_model(shape, sides.dolly_records(2000, seed=1)) as folder:
         rows, details = measure(folder, quick=args.quick)
     write_report(rows, module=MODULE, json_target=args.json, details=details)
 

@@ -26,6 +26,7 @@ from protocol.signing import Invite, Signed, fingerprint, sign
 from protocol.wire import parse
 
 COMMANDS = [
+    "plan",
     "join",
     "run",
     "status",
