@@ -18,8 +18,8 @@ from aggregator_server.aggregation.fedavg import apply_mean, average
 from edge_agent.data.records import Record
 from edge_agent.data.tokens import tokenize
 from edge_agent.evaluation import Scores, held_out_loss, score_answers
-from edge_agent.sampling import ShuffledBatches
-from edge_agent.training import LocalTrainer, RoundRecipe
+from edge_agent.training.sampling import ShuffledBatches
+from edge_agent.training.trainer import LocalTrainer, RoundRecipe
 from privacy.updates import CellSum
 from protocol.clock import SystemClock
 from protocol.manifest import LoraBlock, LossOn, Template, TrainingBlock

@@ -25,7 +25,7 @@ import torch
 from benchmarks import sides
 from benchmarks.report import Row, add_options, in_own_process, write_report
 from edge_agent.data.tokens import Example
-from edge_agent.planning import measure, workload_of
+from edge_agent.training.planning import measure, workload_of
 from protocol.clock import SystemClock
 from quant.base_model import load_base
 from quant.fitting import choose
@@ -62,7 +62,7 @@ def example_of(n_tokens: int, vocabulary: int, rng: np.random.Generator) -> Exam
 
 
 class AllocatorMeter:
-    """The meter of `edge_agent.planning`, also where there is no GPU."""
+    """The meter of `edge_agent.training.planning`, also where there is no GPU."""
 
     def __init__(self, device: torch.device, limit_bytes: int) -> None:
         """Measure on this device, under this limit."""

@@ -22,8 +22,8 @@ from edge_agent.data.batches import collate
 from edge_agent.data.reading import read_records
 from edge_agent.data.records import Record
 from edge_agent.data.tokens import Example, tokenize
-from edge_agent.sampling import ShuffledBatches
-from edge_agent.training import LocalTrainer, RoundRecipe, TrainerOptions
+from edge_agent.training.sampling import ShuffledBatches
+from edge_agent.training.trainer import LocalTrainer, RoundRecipe, TrainerOptions
 from protocol.clock import SystemClock
 from protocol.manifest import LoraBlock, LossOn, Schedule, Template, TrainingBlock
 from quant.adapter import initial_adapter, sent_layout

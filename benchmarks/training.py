@@ -188,8 +188,8 @@ def _gradient_error(adapted: Any, batch: list[Any]) -> float:
 
 def _count(job: dict[str, Any], base: Any, train: list[Any], _: list[Any]) -> dict[str, Any]:
     """Useful tokens of an epoch's micro-batches, ours and padded as they come."""
-    from edge_agent.micro_batches import cut, useful_fraction
-    from edge_agent.sampling import ShuffledBatches
+    from edge_agent.training.micro_batches import cut, useful_fraction
+    from edge_agent.training.sampling import ShuffledBatches
     from quant.memory import StepSettings
 
     del base
@@ -209,7 +209,7 @@ def _layer(job: dict[str, Any], base: Any, train: list[Any], _: list[Any]) -> di
 
     from benchmarks import sides
     from edge_agent.data.batches import collate
-    from edge_agent.planning import workload_of
+    from edge_agent.training.planning import workload_of
     from quant.lora import AdaptedModel
     from quant.memory import MicroBatch, layer_bytes
 

@@ -28,10 +28,10 @@ from edge_agent.errors import (
 from edge_agent.following import ReleaseFollower
 from edge_agent.home import AgentHome
 from edge_agent.journal import Journal, Membership, Part
-from edge_agent.planning import Chosen, choose_settings
 from edge_agent.politeness import OwnersWishes
-from edge_agent.sampling import ShuffledBatches
-from edge_agent.training import LocalTrainer, RoundRecipe, TrainerOptions, TrainingProgress
+from edge_agent.training.planning import Chosen, choose_settings
+from edge_agent.training.sampling import ShuffledBatches
+from edge_agent.training.trainer import LocalTrainer, RoundRecipe, TrainerOptions, TrainingProgress
 from edge_agent.transport import Transport
 from protocol.clock import Clock
 from protocol.limits import LONG_POLL_S, PART_BYTES

@@ -4,8 +4,8 @@ import datetime as dt
 from typing import Final
 
 from edge_agent.config import Hours
-from edge_agent.control import Wish
 from edge_agent.journal import Journal
+from edge_agent.training.control import Wish
 from protocol.clock import Clock
 
 _LOOK_EVERY_S: Final = 0.25

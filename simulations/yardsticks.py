@@ -13,8 +13,8 @@ import numpy as np
 from edge_agent.data.records import Record
 from edge_agent.data.tokens import tokenize
 from edge_agent.evaluation import held_out_loss, score_answers
-from edge_agent.sampling import ShuffledBatches
-from edge_agent.training import LocalTrainer, RoundRecipe, TrainerOptions, TrainingProgress
+from edge_agent.training.sampling import ShuffledBatches
+from edge_agent.training.trainer import LocalTrainer, RoundRecipe, TrainerOptions, TrainingProgress
 from protocol.clock import SystemClock
 from protocol.manifest import TrainingBlock
 from quant.adapter import AdapterArrays, adapter_shapes, sent_layout, unflatten

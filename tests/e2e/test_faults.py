@@ -40,7 +40,7 @@ from edge_agent.home import AgentHome
 from edge_agent.journal import Journal
 from edge_agent.membership import record_outgoing
 from edge_agent.politeness import OwnersWishes
-from edge_agent.training import TrainingResult
+from edge_agent.training.trainer import TrainingResult
 from edge_agent.transport import Transport
 from privacy.updates import PlainUpdate
 from protocol.base_description import BaseDescription, LinearModule

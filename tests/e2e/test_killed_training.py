@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from edge_agent.checkpoint import load_state
+from edge_agent.training.checkpoint import load_state
 from simulations.processes import child_environment
 
 N_STEPS = 400
@@ -16,8 +16,8 @@ import sys
 import numpy as np
 from pathlib import Path
 from edge_agent.data.tokens import Example
-from edge_agent.sampling import ShuffledBatches
-from edge_agent.training import LocalTrainer, RoundRecipe, TrainerOptions
+from edge_agent.training.sampling import ShuffledBatches
+from edge_agent.training.trainer import LocalTrainer, RoundRecipe, TrainerOptions
 from protocol.clock import SystemClock
 from protocol.manifest import LoraBlock, TrainingBlock
 from quant.adapter import adapter_shapes, initial_adapter, sent_layout

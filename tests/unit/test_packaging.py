@@ -107,6 +107,7 @@ def test_server_runs_where_torch_cannot_be_imported() -> None:
     assert result.returncode == 0, result.stderr
 
 
+@from_the_wheel
 def test_the_package_that_makes_bitsandbytes_look_at_a_hub_stays_out() -> None:
     """TRAINING, trap 12."""
     pins = (Path(__file__).resolve().parents[2] / "constraints.txt").read_text(encoding="utf-8")

@@ -25,7 +25,7 @@ from edge_agent.errors import (
 from edge_agent.home import AgentHome
 from edge_agent.journal import Journal
 from edge_agent.politeness import OwnersWishes
-from edge_agent.training import LocalTrainer, TrainingProgress
+from edge_agent.training.trainer import LocalTrainer, TrainingProgress
 from protocol.manifest import (
     AggregationBlock,
     AggregationReport,

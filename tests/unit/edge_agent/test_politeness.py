@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from edge_agent.config import Hours
-from edge_agent.control import Wish
 from edge_agent.journal import Journal
 from edge_agent.politeness import OwnersWishes
+from edge_agent.training.control import Wish
 from protocol.signing import sign
 
 

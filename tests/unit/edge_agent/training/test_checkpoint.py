@@ -8,8 +8,8 @@ import pytest
 import safetensors.torch
 import torch
 
-from edge_agent.checkpoint import Progress, load_state, save_state
 from edge_agent.errors import CheckpointError
+from edge_agent.training.checkpoint import Progress, load_state, save_state
 from quant.memory import StepSettings
 
 PROGRESS = Progress(

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from edge_agent.sampling import ShuffledBatches
+from edge_agent.training.sampling import ShuffledBatches
 
 
 @pytest.mark.parametrize(("n_examples", "batch_size"), [(1, 1), (1, 8), (7, 3), (8, 4), (100, 7)])

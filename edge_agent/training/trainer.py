@@ -20,13 +20,13 @@ from typing import Final, Protocol, cast
 import numpy as np
 import torch
 
-from edge_agent.checkpoint import Progress, load_state, save_state
-from edge_agent.control import Control, Unattended, Wish
 from edge_agent.data.batches import collate
 from edge_agent.data.tokens import Example
 from edge_agent.errors import OutOfMemoryError, TrainingError, TrainingStoppedError
-from edge_agent.micro_batches import cut
-from edge_agent.sampling import BatchSampler
+from edge_agent.training.checkpoint import Progress, load_state, save_state
+from edge_agent.training.control import Control, Unattended, Wish
+from edge_agent.training.micro_batches import cut
+from edge_agent.training.sampling import BatchSampler
 from privacy.updates import PlainUpdate
 from protocol.clock import Clock
 from protocol.layout import VectorLayout

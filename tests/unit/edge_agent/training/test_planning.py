@@ -6,9 +6,9 @@ from dataclasses import dataclass, field, replace
 import pytest
 import torch
 
-from edge_agent import planning
 from edge_agent.errors import OutOfMemoryError
-from edge_agent.planning import CudaMeter, choose_settings, measure, workload_of
+from edge_agent.training import planning
+from edge_agent.training.planning import CudaMeter, choose_settings, measure, workload_of
 from protocol.manifest import LoraBlock
 from quant.base_model import LoadedBase
 from quant.errors import BaseModelError

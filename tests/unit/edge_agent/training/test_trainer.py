@@ -9,8 +9,8 @@ import torch
 
 from edge_agent.data.tokens import Example
 from edge_agent.errors import OutOfMemoryError, TrainingError, TrainingStoppedError
-from edge_agent.sampling import ShuffledBatches
-from edge_agent.training import (
+from edge_agent.training.sampling import ShuffledBatches
+from edge_agent.training.trainer import (
     ClipNorm,
     LocalTrainer,
     RoundRecipe,
@@ -288,7 +288,7 @@ def test_out_of_memory_halves_the_micro_batch_and_carries_on(
     bench = Bench(random_base)
     whole = bench.update()
     scarce = ScarceMemory(bench.adapted, 60, with_checkpointing=60)
-    monkeypatch.setattr("edge_agent.training.example_losses", scarce)
+    monkeypatch.setattr("edge_agent.training.trainer.example_losses", scarce)
     np.testing.assert_allclose(bench.update(), whole, rtol=1e-3, atol=1e-6)
 
 
@@ -298,7 +298,7 @@ def test_activations_are_recomputed_when_one_example_does_not_fit(
     bench = Bench(random_base)
     whole = bench.update()
     scarce = ScarceMemory(bench.adapted, 10, with_checkpointing=30)
-    monkeypatch.setattr("edge_agent.training.example_losses", scarce)
+    monkeypatch.setattr("edge_agent.training.trainer.example_losses", scarce)
     np.testing.assert_allclose(bench.update(), whole, rtol=1e-3, atol=1e-6)
     scarce.with_checkpointing = 10
     with pytest.raises(OutOfMemoryError, match="does not fit"):
@@ -352,7 +352,7 @@ class SometimesEmpty:
 
 
 def test_an_empty_batch_skips_the_model_and_nothing_else(random_base: LoadedBase) -> None:
-    """TRAINING, trap 5: such a batch crashes the model, and its noise must be added all the same."""
+    """TRAINING, trap 5: such a batch crashes the model, and its noise must be added anyway."""
     bench = Bench(random_base)
     seen: dict[int, float] = {}
 
@@ -417,7 +417,7 @@ def test_what_overflows_in_float16_is_done_again_at_half_the_scale(
     calm = bench.trainer(block=one)
     calm.run(bench.start, bench.layout, weight=1)
     assert calm._loss_scale == 2.0**12  # nothing overflowed
-    monkeypatch.setattr("edge_agent.training._FIRST_FP16_LOSS_SCALE", 2.0**40)
+    monkeypatch.setattr("edge_agent.training.trainer._FIRST_FP16_LOSS_SCALE", 2.0**40)
     trainer = bench.trainer(block=one)
     update = trainer.run(bench.start, bench.layout, weight=1).update.vector
     assert 1.0 <= trainer._loss_scale < 2.0**40
@@ -434,6 +434,6 @@ def test_a_gradient_that_is_never_finite_is_an_error_and_not_a_loop(
     def broken(model: object, **tensors: torch.Tensor) -> torch.Tensor:
         return real(model, **tensors) * float("nan")
 
-    monkeypatch.setattr("edge_agent.training.example_losses", broken)
+    monkeypatch.setattr("edge_agent.training.trainer.example_losses", broken)
     with pytest.raises(TrainingError, match="not finite"):
         bench.update(block=make_block(local_steps=1))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from edge_agent.data.tokens import Example
-from edge_agent.micro_batches import MICRO_BATCH_COST_TOKENS, cut, useful_fraction
+from edge_agent.training.micro_batches import MICRO_BATCH_COST_TOKENS, cut, useful_fraction
 
 
 def make_batch(lengths: list[int]) -> list[Example]:

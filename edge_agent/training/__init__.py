@@ -1,0 +1,1 @@
+"""Local training of one round: the step engine and what it is made of."""
