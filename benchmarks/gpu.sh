@@ -1,28 +1,53 @@
 #!/usr/bin/env bash
 # Measures the engine on a machine with one NVIDIA GPU and nothing to download: see gpu.py.
 #
-#   benchmarks/gpu.sh --fetch      beforehand, with a network: wheels of all pins into WHEELS
+#   benchmarks/gpu.sh --fetch      beforehand, with a network: the wheels that gpu.py imports
 #   benchmarks/gpu.sh [OUT]        writes OUT/gpu.json, in ten minutes at most
 #
-# Needs a Python with the CUDA build of torch; everything else comes from WHEELS.
+# Needs a Python with the CUDA build of torch and numpy; everything else comes from WHEELS. CUDA=130
+# keeps that build of bitsandbytes' library alone, where the wheels must stay small.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 WHEELS=${WHEELS:-.gpu-wheels}
 PYTHON=${PYTHON:-python3}
+CUDA=${CUDA:-}
+NEEDED='accelerate annotated-types anyio bitsandbytes h11 httpcore2 httpx2 huggingface-hub idna
+    markdown-it-py mdurl opacus opt-einsum packaging
+    peft psutil pydantic pydantic-core pygments pyyaml regex rfc8785 rich safetensors tokenizers tqdm
+    transformers truststore typing-inspection'
 
 if [ "${1:-}" = "--fetch" ]; then
-    # All pins but torch and its CUDA libraries, which the GPU machine has.
-    PINS=$(mktemp)
-    grep -vE '^(torch|nvidia-|triton)' constraints.txt >"$PINS"
-    "$PYTHON" -m pip download --no-deps --dest "$WHEELS" -r "$PINS"
+    rm -rf "$WHEELS"
+    for name in $NEEDED; do
+        grep -iE "^$name==" constraints.txt
+    done | "$PYTHON" -m pip download --no-deps --dest "$WHEELS" -r /dev/stdin
+    if [ -n "$CUDA" ]; then
+        for wheel in "$WHEELS"/bitsandbytes-*.whl; do
+            "$PYTHON" - "$wheel" "cuda$CUDA.so" <<'PY'
+import sys
+import zipfile
+from pathlib import Path
+
+path, kept = Path(sys.argv[1]), sys.argv[2]
+slim = path.with_suffix(".slim")
+with zipfile.ZipFile(path) as whole, zipfile.ZipFile(slim, "w", zipfile.ZIP_DEFLATED) as part:
+    for name in whole.namelist():
+        is_gpu_library = name.endswith(".so") and ("cuda" in name or "rocm" in name)
+        if not is_gpu_library or name.endswith(kept):
+            part.writestr(name, whole.read(name))
+slim.replace(path)
+PY
+        done
+    fi
+    du -sh "$WHEELS"
     exit
 fi
 
 OUT=${1:-gpu-results}
 mkdir -p "$OUT"
 "$PYTHON" -c 'import torch; assert torch.cuda.is_available(), "no CUDA device"'
-if ! "$PYTHON" -c 'import bitsandbytes, peft, transformers, accelerate, psutil' 2>/dev/null; then
-    "$PYTHON" -m pip install --quiet --no-index --no-deps --find-links "$WHEELS" "$WHEELS"/*.whl
-fi
 export PYTHONPATH=$PWD HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+if ! "$PYTHON" -c 'import benchmarks.gpu' 2>/dev/null; then
+    "$PYTHON" -m pip install --quiet --no-index --no-deps "$WHEELS"/*.whl
+fi
 timeout 600 "$PYTHON" -m benchmarks.gpu --json "$OUT/gpu.json"

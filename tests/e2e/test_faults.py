@@ -40,6 +40,7 @@ from edge_agent.home import AgentHome
 from edge_agent.journal import Journal
 from edge_agent.membership import record_outgoing
 from edge_agent.politeness import OwnersWishes
+from edge_agent.training.planning import Chosen
 from edge_agent.training.trainer import TrainingResult
 from edge_agent.transport import Transport
 from privacy.updates import PlainUpdate
@@ -49,6 +50,7 @@ from protocol.messages import Enrolment
 from protocol.phases import AgentPhase, RoundPhase
 from protocol.signing import sign
 from quant.adapter import flatten
+from quant.memory import StepSettings
 
 URL = "http://127.0.0.1:1"
 N_AGENTS = 4
@@ -418,6 +420,8 @@ def uniform(config: ServerConfig) -> ServerConfig:
 def make_world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], World]]:
     monkeypatch.setattr(agent_module, "AdaptedModel", lambda base, lora: base)
     monkeypatch.setattr(agent_module, "LocalTrainer", FakeTrainer)
+    chosen = Chosen(settings=StepSettings(), text="")
+    monkeypatch.setattr(agent_module.Agent, "_choose", lambda _: chosen)
     monkeypatch.setattr(agent_module, "LONG_POLL_S", 0.0)
     worlds: list[World] = []
     bombs: list[Bomb] = []

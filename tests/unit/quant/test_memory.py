@@ -207,6 +207,7 @@ def test_memory_efficient_attention_rounds_each_sequence_up_to_32_tokens() -> No
 
 
 def test_weights_are_those_of_the_quantised_base(random_base: LoadedBase) -> None:
+    """TRAINING, trap 9: transformers' own count leaves out the scales."""
     model = random_base.model
     n_bytes = 0
     quantized = set()

@@ -108,6 +108,7 @@ def test_the_shipped_weights_are_those_that_were_recorded(record: dict) -> None:
 def test_the_shipped_base_is_small_and_of_widths_that_bitsandbytes_takes(
     model: LlamaForCausalLM,
 ) -> None:
+    """TRAINING, trap 2."""
     assert 1_000_000 <= model.num_parameters() <= 3_000_000
     assert sum(file.stat().st_size for file in tiny_base_path().iterdir()) < 4_000_000
     for parameter in model.parameters():

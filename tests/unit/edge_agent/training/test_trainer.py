@@ -306,6 +306,7 @@ def test_activations_are_recomputed_when_one_example_does_not_fit(
 
 
 def test_the_learning_rate_continues_across_rounds() -> None:
+    """TRAINING, trap 11: a constant rate, or one that starts again, makes federations unstable."""
     for schedule in Schedule:
         block = make_block(schedule=schedule, final_frac=0.1)
         first = RoundRecipe(training=block, schedule_start=0.0, schedule_end=0.5, seed=0)
