@@ -18,7 +18,7 @@ from edge_agent.answering import (
 )
 from edge_agent.data.records import ChatMessage, Role
 from edge_agent.data.tokens import RecordTokenizer
-from edge_agent.errors import EvaluationError, MalformedRecordError
+from edge_agent.errors import EvaluationError, MalformedRecordError, OutOfMemoryError
 from edge_agent.evaluation import score_answers
 from protocol.manifest import LossOn, Template
 from quant.adapter import CONFIG_NAME
@@ -137,6 +137,27 @@ def test_the_bases_other_end_tokens_end_an_answer_too(
     random_base.model.generation_config.eos_token_id = [2, 77]
     assert Answerer(random_base, adapter, Template.ALPACA)._ends == {2, 77}
     assert random_base.tokenizer.eos_token_id == 2
+
+
+def test_an_end_that_is_no_special_token_is_not_said(
+    random_base: LoadedBase, answerer: Answerer, monkeypatch
+) -> None:
+    tokens = random_base.tokenizer("Anna.", add_special_tokens=False)["input_ids"]
+    answerer._ends = frozenset(tokens[-1:])
+    monkeypatch.setattr(answerer, "_tokens", lambda *_: iter(tokens))
+    pieces: list[str] = []
+    ended = answerer.answer(single_question("Say."), SHORT, on_text=pieces.append)
+    assert (ended.text, ended.ending) == ("Anna", Ending.END_OF_TEXT)
+    assert "".join(pieces) == "Anna"
+
+
+def test_a_full_gpu_is_told_with_what_to_do(answerer: Answerer, monkeypatch) -> None:
+    def full(**_: object) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(answerer.adapted, "model", full)
+    with pytest.raises(OutOfMemoryError, match="use --device cpu"):
+        answerer.answer(single_question("Say."), SHORT)
 
 
 def test_draws_depend_on_the_seed_alone_and_on_no_global_generator(answerer: Answerer) -> None:

@@ -209,6 +209,16 @@ def test_chat_goes_on_after_a_question_that_cannot_be_asked(
     assert done.err.count("at most 512 tokens") == 2
 
 
+def test_chat_goes_on_after_a_line_that_is_not_utf_8(
+    type_in: Type, tiny_adapter: Path, monkeypatch
+) -> None:
+    typed = io.TextIOWrapper(io.BytesIO(b"\xff\xfe\nWho?\n"), encoding="utf-8")
+    monkeypatch.setattr(io, "StringIO", lambda _: typed)
+    done = type_in("chat", tiny_adapter, *SHORT)
+    assert done.code == 0, done.err
+    assert done.err.count("cut after") == 2
+
+
 def test_a_chat_template_remembers_until_it_is_told_to_forget(
     type_in: Type, make_adapter_folder, random_base_dir: Path, tmp_path: Path
 ) -> None:
@@ -349,6 +359,8 @@ def test_a_folder_is_exported_merged_and_as_gguf(
         (("ask", "adapter", " "), "nothing to ask"),
         (("ask", "adapter", "x", "--context", "a", "--context-file", __file__), "not both"),
         (("ask", "adapter", "x", "--context-file", "/nowhere"), "does not exist"),
+        (("ask", "adapter", "\udcff"), "not UTF-8 text"),
+        (("ask", "adapter", "x", "--context", "\udcff"), "not UTF-8 text"),
         (("ask", "adapter", "x", "--max-new-tokens", "0"), "max-new-tokens"),
         (("ask", "adapter", "x", "--temperature", "-1"), "temperature"),
         (("export",), "name a folder"),

@@ -87,6 +87,19 @@ def test_a_foreign_adapter_is_exported_as_one_of_unknown_origin(
     assert PROVENANCE_NAME not in names(tmp_path / "out")
 
 
+def test_a_foreign_folder_is_exported_with_a_card_that_claims_nothing(
+    run, random_base: LoadedBase, make_adapter_folder, tmp_path: Path
+) -> None:
+    folder = make_adapter_folder(tmp_path / "f", random_base.description, foreign=True)
+    foreign = read_finished(folder)
+    for force in (False, True):  # and so it is known for an export
+        run(adapter=foreign, folder=tmp_path / "out", force=force)
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert "unknown origin" in card
+    assert "Somebody" not in card
+    assert everything(tmp_path / "out") == {**everything(folder), "README.md": card.encode()}
+
+
 def test_an_earlier_export_is_replaced_on_request_only_and_whole(run, tmp_path: Path) -> None:
     out, gguf = tmp_path / "out", tmp_path / "x.gguf"
     run(folder=out, merged=True, gguf=gguf)
@@ -114,6 +127,34 @@ def test_files_that_no_export_wrote_are_never_replaced(
         with pytest.raises(ExportTargetError, match="which no export wrote"):
             run(folder=folder, force=True, base=None)
         assert everything(folder) == before
+
+
+def test_a_file_that_no_export_wrote_is_never_replaced_by_gguf(
+    run, adapter: FinishedAdapter, tmp_path: Path
+) -> None:
+    (tmp_path / "base.gguf").write_bytes(b"GGUF")
+    (tmp_path / "x.gguf.md").write_text("mine")
+    weights = adapter.folder / WEIGHTS_NAME
+    before = everything(tmp_path)
+    for path in (tmp_path / "base.gguf", tmp_path / "x.gguf", weights):
+        with pytest.raises(ExportTargetError, match="no export wrote it"):
+            run(gguf=path, force=True)
+    assert everything(tmp_path) == before
+
+
+def test_a_file_that_is_put_there_meanwhile_is_not_lost(run, tmp_path: Path, monkeypatch) -> None:
+    out = tmp_path / "out"
+    run(folder=out)
+
+    def slow_merge(stage: Path, *_: object) -> float:
+        (stage / "model.safetensors").touch()
+        (out / "thesis.txt").write_text("mine")
+        return 0.0
+
+    monkeypatch.setattr(exporting, "_merge_into", slow_merge)
+    with pytest.raises(ExportTargetError, match=r"thesis\.txt, which no export wrote"):
+        run(folder=out, merged=True, force=True)
+    assert {"thesis.txt", WEIGHTS_NAME} <= names(out)
 
 
 def test_an_empty_folder_is_filled_and_a_file_is_no_folder(run, tmp_path: Path) -> None:
@@ -161,6 +202,39 @@ def test_leavings_of_a_killed_export_do_not_matter(run, tmp_path: Path) -> None:
     run(folder=tmp_path / "out")
     assert "model.safetensors" not in names(tmp_path / "out")
     assert not (tmp_path / ".out.partial").exists()
+
+
+def test_an_export_killed_between_its_two_moves_loses_nothing(
+    run, tmp_path: Path, monkeypatch
+) -> None:
+    run(folder=tmp_path / "out")
+    before = everything(tmp_path / "out")
+    (tmp_path / "out").rename(tmp_path / ".out.old")
+    (tmp_path / ".out.partial").mkdir()
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(exporting, "_copy_into", full)
+    with pytest.raises(OSError, match="No space left"):
+        run(folder=tmp_path / "out")
+    assert everything(tmp_path / "out") == before
+
+
+def test_a_folder_that_cannot_be_replaced_is_put_back(run, tmp_path: Path, monkeypatch) -> None:
+    run(folder=tmp_path / "out")
+    before = everything(tmp_path)
+    replace = Path.replace
+
+    def busy(path: Path, target: Path) -> Path:
+        if path.name.endswith(".partial"):
+            raise OSError(16, "Device or resource busy")
+        return replace(path, target)
+
+    monkeypatch.setattr(Path, "replace", busy)
+    with pytest.raises(OSError, match="busy"):
+        run(folder=tmp_path / "out", force=True)
+    assert everything(tmp_path) == before
 
 
 def test_a_format_that_cannot_hold_it_is_told_before_anything_is_merged(

@@ -184,6 +184,23 @@ def test_a_base_without_configuration_is_named(tmp_path: Path) -> None:
 # GGUF
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        '{"model_type": "llama", "num_hidden_layers": "x"}',
+        '{"model_type": ["llama"]}',
+        '{"model_type": "llama", "rope_scaling": 5}',
+        "[" * 100_000,
+    ],
+    ids=["a-size-that-is-text", "a-type-that-is-a-list", "rope", "nested"],
+)
+def test_a_configuration_of_nonsense_is_one_sentence(tmp_path: Path, config: str) -> None:
+    (tmp_path / "config.json").write_text(config)
+    with pytest.raises(BaseModelError, match="cannot read the configuration of the base") as raised:
+        base_config(tmp_path)
+    assert "\n" not in str(raised.value)
+
+
 def test_rotary_rows_pair_a_dimension_with_the_one_half_a_head_on() -> None:
     assert rotary_rows(8, 2).tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
     assert sorted(rotary_rows(64, 4)) == list(range(64))

@@ -51,7 +51,7 @@ def test_the_card_says_what_it_is_how_it_was_made_and_how_private(
     card = model_card(provenance)
     for piece in (
         "# Notes: release 1",
-        "Of three clinics.",
+        "> Of three clinics.",
         "`synthetic/tiny`",
         manifest.base.fingerprint.hex(),
         "rank 4, α 8, factors sent: A, B, on `q_proj`, `v_proj`",
@@ -111,6 +111,35 @@ def test_texts_of_others_cannot_break_header_or_table(make_manifest, make_releas
     assert "# Nice # other \\| title: release 0\n" in card
     rows = [line for line in card.splitlines() if line.startswith("| ")]
     assert {row.replace("\\|", "").count("|") for row in rows} == {3}
+
+
+def test_a_description_cannot_pass_for_a_part_of_the_card(make_manifest, make_release) -> None:
+    text = "Nice.\n\n## Privacy\n| Privacy | ε = 0.1 |\n"
+    manifest = make_manifest(description=text)
+    lines = model_card(provenance_of(manifest, make_release(manifest))).splitlines()
+    assert all(f"> {line}".rstrip() in lines for line in text.splitlines())
+    assert "## Privacy" not in lines
+    assert sum(line.startswith("| Privacy") for line in lines) == 1
+
+
+def test_the_code_of_the_card_loads_the_revision_that_was_trained_on(
+    make_manifest, make_release
+) -> None:
+    base = make_manifest().base.model_copy(update={"revision": "abc"})
+    manifest = make_manifest(base=base)
+    card = model_card(provenance_of(manifest, make_release(manifest)))
+    assert 'from_pretrained("synthetic/tiny", revision="abc")' in card
+
+
+def test_a_file_name_is_quoted_for_the_shell(provenance) -> None:
+    card = model_card(provenance, kind=CardKind.GGUF, file_name="my notes; rm.gguf")
+    assert "--lora 'my notes; rm.gguf'" in card
+
+
+def test_a_base_that_nobody_names_is_not_in_the_header() -> None:
+    card = foreign_card("", kind=CardKind.ADAPTER, weights_sha256=bytes(32))
+    assert ModelCard(card).data.base_model is None
+    assert "| Base model | unknown |" in card
 
 
 def test_epochs_and_no_clipping_are_told_too(make_manifest, make_release) -> None:

@@ -82,8 +82,10 @@ def test_a_missing_folder_and_one_without_adapter_are_told_apart(tmp_path: Path)
         ('{"peft_type": "IA3"}', "describes IA3"),
         ('{"peft_type": "LORA"}', r"no rank and alpha: 'r'"),
         ('{"peft_type": "LORA", "r": 0, "lora_alpha": 8}', "rank"),
+        ('{"peft_type": "LORA", "r": 1e400, "lora_alpha": 8}', "gives no rank and alpha"),
+        ("[" * 100_000, "is not JSON"),
     ],
-    ids=["no-json", "no-object", "another-method", "no-rank", "rank-0"],
+    ids=["no-json", "no-object", "another-method", "no-rank", "rank-0", "infinite", "nested"],
 )
 def test_bad_configurations_are_refused(
     random_base: LoadedBase, make_adapter_folder, tmp_path: Path, config: str, says: str
@@ -105,6 +107,7 @@ def test_bad_configurations_are_refused(
         ("fan_in_fan_out", True),
         ("init_lora_weights", "pissa"),
         ("layer_replication", [[0, 1]]),
+        ("layers_to_transform", [0]),
     ],
 )
 def test_what_is_more_than_plain_lora_is_refused_by_name(
@@ -155,6 +158,56 @@ def test_weights_that_changed_since_they_were_published_are_refused(
         read_finished(folder)
     (folder / PROVENANCE_NAME).unlink()
     assert read_finished(folder).provenance is None
+
+
+@pytest.mark.parametrize(
+    "changes", [{"lora_alpha": 800.0}, {"r": 8}, {"target_modules": ["proj"]}], ids=str
+)
+def test_a_configuration_that_changed_since_it_was_published_is_refused(
+    random_base: LoadedBase, make_adapter_folder, tmp_path: Path, changes: dict[str, object]
+) -> None:
+    folder = make_adapter_folder(tmp_path / "a", random_base.description, config=changes)
+    with pytest.raises(AdapterError, match="another rank, alpha or modules than|does not target"):
+        read_finished(folder)
+
+
+@pytest.mark.parametrize("key", ["revision", "base_model_name_or_path"])
+def test_a_name_that_is_no_text_is_refused(
+    random_base: LoadedBase, make_adapter_folder, tmp_path: Path, key: str
+) -> None:
+    folder = make_adapter_folder(
+        tmp_path / "a", random_base.description, foreign=True, config={key: {"a": 1}}
+    )
+    with pytest.raises(AdapterError, match=f"for '{key}', which must be a text"):
+        read_finished(folder)
+
+
+def test_tensors_that_stock_peft_would_leave_out_are_refused(
+    random_base: LoadedBase, make_adapter_folder, tmp_path: Path
+) -> None:
+    folder = make_adapter_folder(
+        tmp_path / "a",
+        random_base.description,
+        foreign=True,
+        config={"target_modules": ["q_proj", "k_proj", "v_proj", "elsewhere"]},
+    )
+    with pytest.raises(AdapterError, match=r"down_proj', which adapter_config\.json does not"):
+        read_finished(folder)
+
+
+@pytest.mark.parametrize("foreign", [False, True], ids=["published", "foreign"])
+def test_an_adapter_of_some_layers_only_is_read_as_such(
+    random_base: LoadedBase, make_adapter_folder, tmp_path: Path, foreign: bool
+) -> None:
+    folder = make_adapter_folder(
+        tmp_path / "a",
+        random_base.description,
+        foreign=foreign,
+        target_modules=("layers.1.self_attn.q_proj", "v_proj"),
+    )
+    adapter = read_finished(folder)
+    check_fits(adapter, random_base.description)
+    assert adapter.lora.target_modules == ("layers.1.self_attn.q_proj", "v_proj")
 
 
 def test_an_adapter_for_another_base_is_refused(

@@ -277,6 +277,7 @@ def test_indices_are_read_only(official: list[str]) -> None:
         ({"alpha": 0.0}, "alpha is 0.0"),
         ({"alpha": float("nan")}, "alpha is nan"),
         ({"alpha": float("inf")}, "alpha is inf"),
+        ({"alpha": 1e308}, r"alpha is 1e\+308; it must be above 0 and at most 1e\+09"),
     ],
 )
 def test_what_cannot_be_split_is_refused_with_the_numbers(
@@ -406,6 +407,38 @@ def test_what_is_no_manifest_is_refused(tmp_path: Path, text: str, message: str)
         PartitionManifest.load(tmp_path / "a.json")
 
 
+def test_a_manifest_replaces_nothing_but_a_manifest(
+    manifest: PartitionManifest, records_file: Path, tmp_path: Path
+) -> None:
+    before = records_file.read_bytes()
+    with pytest.raises(OutputError, match=r"records\.jsonl exists, and is no manifest"):
+        manifest.save(records_file)
+    assert records_file.read_bytes() == before
+    (tmp_path / "a.json").touch()
+    digest = manifest.save(tmp_path / "a.json")
+    assert manifest.save(tmp_path / "a.json") == digest
+
+
+def test_a_manifest_with_other_clients_than_it_speaks_of_is_refused(
+    manifest: PartitionManifest, tmp_path: Path
+) -> None:
+    recipe = replace(manifest.partition.recipe, n_clients=9)
+    partition = replace(manifest.partition, recipe=recipe)
+    PartitionManifest(source=manifest.source, partition=partition).save(tmp_path / "a.json")
+    with pytest.raises(PartitionError, match="has 4 clients and speaks of 9"):
+        PartitionManifest.load(tmp_path / "a.json")
+
+
+def test_an_index_beyond_every_file_is_refused(manifest: PartitionManifest, tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    manifest.save(path)
+    document = json.loads(path.read_text(encoding="utf-8"))
+    document["clients"][0][0] = 2**63
+    path.write_text(json.dumps(document), encoding="utf-8")
+    with pytest.raises(PartitionError, match="no manifest of a partition"):
+        PartitionManifest.load(path)
+
+
 def test_an_unknown_scheme_is_refused(manifest: PartitionManifest, tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     manifest.save(path)
@@ -482,6 +515,20 @@ def test_the_table_shows_the_largest_and_smallest_clients_and_the_sums(
     many = table(make_partition(official, make_recipe(n_clients=100)), official)
     assert many.row_count == 12 + 1 + 2
     assert [str(cell) for cell in list(many.columns[-2].cells)[-2:]] == ["80", "15011"]
+
+
+def test_categories_are_texts_of_others(tmp_path: Path) -> None:
+    """Markup, mathematics and escape sequences in a category are shown as they stand."""
+    names = ["[/x]", "$a^$", "_y", "\x1b[2J"]
+    categories = [names[i % 4] for i in range(40)]
+    partition = make_partition(categories, make_recipe(Scheme.IID, n_clients=2, n_held_out=1))
+    draw(partition, categories, tmp_path / "a.png")
+    console = Console(file=io.StringIO(), width=80)
+    console.print(table(partition, categories))
+    shown = console.file.getvalue()
+    assert "[/x]" in shown
+    assert "$a^$" in shown
+    assert "\x1b" not in shown
 
 
 def test_the_numbers_of_the_json_are_those_of_the_partition(official: list[str]) -> None:
