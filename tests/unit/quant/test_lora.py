@@ -252,9 +252,18 @@ def test_backward_sees_the_mask_of_forward(adapted: AdaptedModel) -> None:
     (layer(x) * towards).sum().backward()
     found = x.grad.clone()
     step = torch.randn(2, 3, 64, generator=generator)
-    with torch.no_grad():  # linear in x, so the difference quotient is exact
-        change = ((layer(x + step) - layer(x)) * towards).sum()
-    torch.testing.assert_close((found * step).sum(), change, rtol=1e-3, atol=1e-3)
+    # The output is linear in x, in A and in B, so each difference quotient is exact.
+    with torch.no_grad():
+        before = (layer(x) * towards).sum()
+        change = (layer(x + step) * towards).sum() - before
+        torch.testing.assert_close((found * step).sum(), change, rtol=1e-3, atol=1e-3)
+        for name, factor in dropping.factors.items():
+            if "layers.0" in name and "q_proj" in name:
+                step = torch.randn(factor.shape, generator=generator)
+                factor.add_(step)
+                change = (layer(x) * towards).sum() - before
+                factor.sub_(step)
+                torch.testing.assert_close((factor.grad * step).sum(), change, rtol=1e-3, atol=1e-3)
 
 
 def test_guarantee_3_load_then_arrays_returns_the_same_bytes(adapted: AdaptedModel) -> None:
