@@ -192,6 +192,28 @@ def as_table(rows: Sequence[Row]) -> Table:
     return table
 
 
+def as_markdown(rows: Sequence[Row]) -> str:
+    """The rows as a table for docs/benchmarks.md."""
+    lines = [
+        "| what | ours | peer | ratio (smallest to largest) | target | met | runs |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in rows:
+        peer = row.peer_name if row.peer is None else f"{row.peer:.3g} {row.unit}: {row.peer_name}"
+        sign = "≤" if row.better == "lower" else "≥"
+        cells = (
+            row.what,
+            f"{row.ours:.3g} {row.unit}".strip(),
+            peer,
+            f"**{row.ratio:.3g}** ({row.spread[0]:.3g} to {row.spread[1]:.3g})",
+            "" if row.target is None else f"{sign} {row.target:g}",
+            {None: "", True: "yes", False: "**no**"}[row.met],
+            str(row.n_runs),
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
 def in_own_process(module: str, job: object) -> Any:
     """Run one side of a comparison in a process of its own.
 

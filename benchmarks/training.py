@@ -18,7 +18,7 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from benchmarks.report import Row, add_options, in_own_process, write_report
+from benchmarks.report import Row, add_options, as_markdown, in_own_process, write_report
 
 MODULE = "benchmarks.training"
 BATCH_SIZE = 16
@@ -369,6 +369,7 @@ def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     add_options(parser)
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="the table for a page")
     parser.add_argument("--job", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.job:
@@ -380,6 +381,8 @@ def main() -> None:
     with sides.made_model(shape, sides.dolly_records(2000, seed=1)) as folder:
         rows, details = measure(folder, quick=args.quick)
     write_report(rows, module=MODULE, json_target=args.json, details=details)
+    if args.markdown is not None:
+        args.markdown.write_text(as_markdown(rows), encoding="utf-8")
 
 
 if __name__ == "__main__":
