@@ -15,7 +15,7 @@ import torch
 
 from edge_agent.data.records import ChatMessage, Record, Role
 from edge_agent.data.tokens import RecordTokenizer
-from edge_agent.errors import EvaluationError, MalformedRecordError
+from edge_agent.errors import EvaluationError, MalformedRecordError, OutOfMemoryError
 from protocol.manifest import LossOn, Template
 from quant.base_model import LoadedBase, load_base
 from quant.errors import BaseModelError, FingerprintError
@@ -120,6 +120,16 @@ def base_hint(adapter: FinishedAdapter, given: str | None) -> Iterator[None]:
         raise BaseModelError(msg) from error
 
 
+@contextmanager
+def _room_hint() -> Iterator[None]:
+    """Say what to do when the GPU is full: an agent may be training on it."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        msg = "the GPU has no room for this beside what is on it; use --device cpu"
+        raise OutOfMemoryError(msg) from error
+
+
 def load_base_of(
     adapter: FinishedAdapter, given: str | None, *, device: torch.device | None = None
 ) -> LoadedBase:
@@ -133,8 +143,9 @@ def load_base_of(
     Raises:
         BaseModelError: It cannot be loaded.
         FingerprintError: It is another base.
+        OutOfMemoryError: The GPU has no room for it.
     """
-    with base_hint(adapter, given):
+    with base_hint(adapter, given), _room_hint():
         source, revision = base_source(adapter, given)
         expected = None if adapter.provenance is None else adapter.provenance.base
         return load_base(source, revision=revision, device=device, expected=expected)
@@ -235,6 +246,7 @@ class Answerer:
             EvaluationError: The model has no room for so many new tokens, or its logits are not
                 finite.
             MalformedRecordError: The template has no place for the record, or a chat is too long.
+            OutOfMemoryError: The GPU has no room for it.
             TemplateError: Not even the template fits.
         """
         room = self._max_tokens - sampling.max_new_tokens
@@ -261,7 +273,9 @@ class Answerer:
             if not whole.endswith(_UNFINISHED):
                 on_text(whole[len(text) :])
                 text += whole[len(text) :]
-        if rest := self._text(said)[len(text) :]:  # it ends amid a character
+        # Not with the token that ends it: a base may name one that is no special token.
+        spoken = said[:-1] if ending is Ending.END_OF_TEXT else said
+        if rest := self._text(spoken)[len(text) :]:  # it ends amid a character
             on_text(rest)
         return Answer(
             text=text + rest,
@@ -278,7 +292,7 @@ class Answerer:
         new = list(prompt)
         cache: object = None
         for _ in range(sampling.max_new_tokens):
-            with torch.inference_mode():
+            with _room_hint(), torch.inference_mode():
                 output: Any = self.adapted.model(
                     input_ids=torch.tensor([new], device=self._device),
                     past_key_values=cache,

@@ -1,5 +1,6 @@
 """`sheepfold-agent ask`, `chat` and `export`: what a finished adapter is good for."""
 
+import io
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -95,6 +96,9 @@ def ask(
     """
     if not instruction.strip():
         raise typer.BadParameter("there is nothing to ask", param_hint="INSTRUCTION")
+    for hint, text in (("INSTRUCTION", instruction), ("--context", context)):
+        if any("\ud800" <= sign <= "\udfff" for sign in text):  # how Python keeps other bytes
+            raise typer.BadParameter("it is not UTF-8 text", param_hint=hint)
     if context and context_file is not None:
         raise typer.BadParameter("give --context or --context-file, not both")
     if context_file is not None:
@@ -132,7 +136,7 @@ def chat(
     Example: `sheepfold-agent chat newest`
     """
     from edge_agent.answering import Conversation, Sampling
-    from edge_agent.errors import EvaluationError, MalformedRecordError
+    from edge_agent.errors import EvaluationError, MalformedRecordError, OutOfMemoryError
 
     ready = _prepare(adapter, home, base=base, device=device, threads=threads)
     sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
@@ -147,7 +151,7 @@ def chat(
         before = conversation.n_remembered
         try:
             answer = conversation.say(line, sampling, on_text=_print_text)
-        except (EvaluationError, MalformedRecordError) as error:
+        except (EvaluationError, MalformedRecordError, OutOfMemoryError) as error:
             _say(str(error))
             continue
         _print_text("\n")
@@ -288,6 +292,8 @@ def _prepare(
 
 def _lines() -> Iterator[str]:
     """What is typed, line by line, without blank ones; Ctrl-D ends it."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")  # a line that is not UTF-8 ends no conversation
     prompt = "> " if sys.stdin.isatty() else ""
     while True:
         try:

@@ -86,10 +86,15 @@ def export_adapter(
         ExportTargetError: Something is in the way.
         QuantError: The base cannot be used or is another one, or a format cannot hold the adapter.
     """
+    if folder is not None:
+        _put_back(folder)
     check_targets(folder, gguf, force=force)
     sources = {adapter.folder.resolve()} | (set() if base is None else {Path(base).resolve()})
     if folder is not None and folder.resolve() in sources:
         msg = f"{folder} is what the export is made from; name another folder"
+        raise ExportTargetError(msg)
+    if folder is not None and gguf is not None and folder.resolve() == gguf.resolve():
+        msg = f"{gguf} cannot be both the folder and the GGUF file; name another file"
         raise ExportTargetError(msg)
     if gguf is not None:
         gguf_tensors(adapter, _config_of(adapter, base))  # refused now, not after a merge
@@ -101,6 +106,7 @@ def export_adapter(
                 merge_error = _merge_into(stage, adapter, base, say)
             else:
                 _copy_into(stage, adapter)
+            check_targets(folder, None, force=force)  # merging takes long enough to add a file
     if gguf is not None:
         gguf.parent.mkdir(parents=True, exist_ok=True)
         n_layers = write_gguf(gguf, adapter, _config_of(adapter, base))
@@ -129,25 +135,29 @@ def check_targets(folder: Path | None, gguf: Path | None, *, force: bool) -> Non
             msg = f"{folder} is not empty; name a new folder, or replace an export with --force"
             raise ExportTargetError(msg)
         foreign = [name for name in names if not _OURS.fullmatch(name)]
-        if names and (foreign or not _is_ours(folder)):
+        if names and (foreign or not _is_our_card(folder / CARD_NAME)):
             msg = (
                 f"{folder} holds {(foreign or names)[0]}, which no export wrote; name a new or "
                 "empty folder"
             )
             raise ExportTargetError(msg)
-    for path in () if gguf is None else (gguf, _card_beside(gguf)):
+    if gguf is None:
+        return
+    for path in (gguf, _card_beside(gguf)):
         if path.is_dir() or (path.exists() and not force):
             msg = f"{path} exists already; name another file, or replace it with --force"
             raise ExportTargetError(msg)
+        if path.exists() and not _is_our_card(_card_beside(gguf)):
+            msg = f"{path} exists already, and no export wrote it; name another file"
+            raise ExportTargetError(msg)
 
 
-def _is_ours(folder: Path) -> bool:
-    """Whether an export wrote this folder: a base model has files of the same names."""
+def _is_our_card(path: Path) -> bool:
+    """Whether an export wrote this card: a base model's folder has files of the same names."""
     try:
-        card = (folder / CARD_NAME).read_text(encoding="utf-8")
+        return TAGS in path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
         return False
-    return TAGS in card
 
 
 def _config_of(adapter: FinishedAdapter, given: str | None) -> PretrainedConfig:
@@ -164,22 +174,43 @@ def _card_beside(gguf: Path) -> Path:
 def _staged(folder: Path) -> Iterator[Path]:
     """A hidden folder beside `folder`, which takes its place once the context ends well."""
     folder = folder.resolve()
-    stage = folder.with_name(f".{folder.name}.partial")
-    old = folder.with_name(f".{folder.name}.old")
+    stage, old = folder.with_name(f".{folder.name}.partial"), _aside(folder)
     for left_over in (stage, old):  # of an export that was killed
         if left_over.exists():
             shutil.rmtree(left_over)
     stage.mkdir(parents=True)
     try:
         yield stage
-        if folder.exists() and any(folder.iterdir()):
-            folder.replace(old)
-        stage.replace(folder)
-        if old.exists():
-            shutil.rmtree(old)
+        _take_place(stage, folder, old)
     finally:
         if stage.exists():
             shutil.rmtree(stage)
+
+
+def _aside(folder: Path) -> Path:
+    """Where an earlier export stands while a new one takes its place."""
+    return folder.resolve().with_name(f".{folder.resolve().name}.old")
+
+
+def _put_back(folder: Path) -> None:
+    """Bring back an earlier export that a kill left aside, between the moves of `_take_place`."""
+    if folder.resolve().name and _aside(folder).exists() and not folder.exists():
+        _aside(folder).replace(folder.resolve())
+
+
+def _take_place(stage: Path, folder: Path, old: Path) -> None:
+    """Put `stage` where `folder` is; when that fails, `folder` is as it was."""
+    was_there = folder.exists() and any(folder.iterdir())
+    if was_there:
+        folder.replace(old)
+    try:
+        stage.replace(folder)
+    except OSError:
+        if was_there:
+            old.replace(folder)
+        raise
+    if was_there:
+        shutil.rmtree(old)
 
 
 def _copy_into(stage: Path, adapter: FinishedAdapter) -> None:
@@ -187,6 +218,9 @@ def _copy_into(stage: Path, adapter: FinishedAdapter) -> None:
         source = adapter.folder / name
         if source.is_file():
             shutil.copyfile(source, stage / name)
+    if adapter.provenance is None:  # whatever a foreign card claims, nobody here can vouch for it
+        card = _card(adapter, CardKind.ADAPTER)
+        (stage / CARD_NAME).write_text(card, encoding="utf-8")
 
 
 def _merge_into(

@@ -39,6 +39,7 @@ from quant.tiny import EMBEDDED_NAME, tiny_base_path
 
 PROVENANCE_KEY: Final = "sheepfold.provenance"
 """Where a GGUF file holds the text of `sheepfold.json`."""
+_MOST_LAYERS: Final = 512  # LLAMA_MAX_LAYERS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,10 +70,11 @@ def base_config(source: str | Path, *, revision: str | None = None) -> Pretraine
     Raises:
         BaseModelError: It cannot be read.
     """
-    path = str(tiny_base_path()) if str(source) == EMBEDDED_NAME else str(source)
+    folder = tiny_base_path() if str(source) == EMBEDDED_NAME else Path(source).expanduser()
+    path = str(folder) if folder.is_dir() else str(source)
     try:
         config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # of several libraries, for whatever a configuration may hold
         reason = str(error).strip().partition("\n")[0]
         msg = f"cannot read the configuration of the base {path!r}: {reason}"
         raise BaseModelError(msg) from error
@@ -280,7 +282,11 @@ def gguf_tensors(adapter: FinishedAdapter, config: PretrainedConfig) -> dict[str
             not.
     """
     known = _architecture(config)
-    names = get_tensor_name_map(known.arch, int(config.num_hidden_layers))
+    n_layers = int(config.num_hidden_layers)
+    if n_layers > _MOST_LAYERS:
+        msg = f"a base of {n_layers} layers is none that llama.cpp reads (at most {_MOST_LAYERS})"
+        raise ExportError(msg)
+    names = get_tensor_name_map(known.arch, n_layers)
     n_heads = {"q_proj": config.num_attention_heads, "k_proj": _n_key_heads(config)}
     tensors: dict[str, Float32Array] = {}
     for module, (a, b) in sorted(adapter.pairs().items()):

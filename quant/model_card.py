@@ -7,6 +7,7 @@ The server uses this module without torch.
 """
 
 import json
+import shlex
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Final, Literal
@@ -162,13 +163,13 @@ def model_card(
         [
             f"# {_cell(provenance.name)}: release {provenance.release}",
             "",
-            provenance.description or "A LoRA adapter trained by federated instruction tuning.",
+            *_description(provenance.description),
             "",
             *_table([*_kind_rows(kind, merge_error), *_rows(provenance)]),
             "",
             "Made by Sheepfold. The records that it learnt from never left their owners' machines.",
             "",
-            *_usage(provenance.base.model, kind, file_name),
+            *_usage(provenance.base.model, provenance.base.revision, kind, file_name),
             "",
         ]
     )
@@ -185,7 +186,7 @@ def foreign_card(
     """The card of something made from an adapter that came without provenance.
 
     Args:
-        base_model: What its configuration names as base.
+        base_model: What its configuration names as base; may be empty.
         kind: What lies beside the card.
         weights_sha256: Digest of the adapter's `adapter_model.safetensors`, 32 bytes.
         file_name: Of the GGUF file.
@@ -193,7 +194,7 @@ def foreign_card(
     """
     rows = [
         *_kind_rows(kind, merge_error),
-        ("Base model", _code(base_model)),
+        ("Base model", _code(base_model) if base_model else "unknown"),
         ("SHA-256 of the adapter's weights", _code(weights_sha256.hex())),
         ("Privacy", "unknown: the adapter came without a record of how it was made"),
     ]
@@ -203,7 +204,7 @@ def foreign_card(
             "",
             *_table(rows),
             "",
-            *_usage(base_model, kind, file_name),
+            *_usage(base_model, None, kind, file_name),
             "",
         ]
     )
@@ -213,14 +214,21 @@ def _header(base_model: str, kind: CardKind) -> str:
     library, relation = kind.value
     lines = [
         "---",
-        f"base_model: {json.dumps(base_model)}",  # JSON is YAML
-        f"base_model_relation: {relation}",
+        *([f"base_model: {json.dumps(base_model)}"] if base_model else []),  # JSON is YAML
+        *([f"base_model_relation: {relation}"] if base_model else []),
         f"library_name: {library}",
         "pipeline_tag: text-generation",
         TAGS,
         "---",
     ]
     return "\n".join(lines) + "\n\n"
+
+
+def _description(text: str) -> list[str]:
+    """The operator's own words, as a quotation: they cannot pass for a part of the card."""
+    if not text:
+        return ["A LoRA adapter trained by federated instruction tuning."]
+    return [f"> {line}".rstrip() for line in text.splitlines()]
 
 
 def _kind_rows(kind: CardKind, merge_error: float | None) -> list[tuple[str, str]]:
@@ -292,14 +300,14 @@ def _code(text: str) -> str:
     return f"`{_cell(text).replace('`', chr(39))}`"
 
 
-def _usage(base_model: str, kind: CardKind, file_name: str) -> list[str]:
+def _usage(base_model: str, revision: str | None, kind: CardKind, file_name: str) -> list[str]:
     if kind is CardKind.GGUF:
-        line = f"llama-cli --model BASE.gguf --lora {file_name or 'THIS.gguf'}"
-        return ["```text", line, "```"]
-    return ["```python", *_loading_code(base_model, kind), "```"]
+        named = shlex.quote(" ".join(file_name.split()) or "THIS.gguf")
+        return ["```text", f"llama-cli --model BASE.gguf --lora {named}", "```"]
+    return ["```python", *_loading_code(base_model, revision, kind), "```"]
 
 
-def _loading_code(base_model: str, kind: CardKind) -> list[str]:
+def _loading_code(base_model: str, revision: str | None, kind: CardKind) -> list[str]:
     if kind is CardKind.MERGED:
         return [
             "from transformers import AutoModelForCausalLM, AutoTokenizer",
@@ -308,13 +316,14 @@ def _loading_code(base_model: str, kind: CardKind) -> list[str]:
             'tokenizer = AutoTokenizer.from_pretrained("this-folder")',
         ]
     embedded = base_model == EMBEDDED_NAME
+    pinned = "" if revision is None else f", revision={json.dumps(revision)}"
     return [
         "from peft import PeftModel",
         *(["from quant.tiny import tiny_base_path"] if embedded else []),
         "from transformers import AutoModelForCausalLM",
         "",
         "base = AutoModelForCausalLM.from_pretrained("
-        + ("tiny_base_path()" if embedded else json.dumps(base_model))
+        + ("tiny_base_path()" if embedded else json.dumps(base_model or "BASE") + pinned)
         + ")",
         'model = PeftModel.from_pretrained(base, "this-folder")',
     ]

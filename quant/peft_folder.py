@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 
 from protocol.base_description import BaseDescription
 from protocol.errors import ProtocolError
+from protocol.limits import MAX_TARGET_MODULES
 from protocol.manifest import Factor, LoraBlock
 from protocol.wire import explain, sha256
 from quant.adapter import (
@@ -40,6 +41,7 @@ _PLAIN_INITS: Final[tuple[object, ...]] = (None, True, False, "gaussian")
 _NOT_PLAIN: Final = (
     *("use_dora", "use_qalora", "use_bdlora", "bias", "lora_bias", "fan_in_fan_out"),
     *("modules_to_save", "rank_pattern", "alpha_pattern", "layer_replication"),
+    "layers_to_transform",
     *("target_parameters", "trainable_token_indices", "alora_invocation_tokens"),
     *("arrow_config", "kasa_config", "monteclora_config"),
 )
@@ -86,7 +88,7 @@ def read_finished(folder: Path) -> FinishedAdapter:
 
     Guarantees:
         1. What is read is plain LoRA: `W + s · B · A` on linear layers, and nothing else.
-        2. With a provenance, the weights are those that it names.
+        2. With a provenance, the weights are those that it names, and so are rank, α and modules.
 
     Args:
         folder: With `adapter_config.json` and `adapter_model.safetensors`.
@@ -112,11 +114,19 @@ def read_finished(folder: Path) -> FinishedAdapter:
             f"again, or remove {PROVENANCE_NAME} to use it as an adapter of unknown origin"
         )
         raise AdapterError(msg)
+    lora = _shape_of(folder, config, arrays)
+    if provenance is not None and not _same_shape(lora, provenance.lora):
+        msg = (
+            f"{folder / CONFIG_NAME} has another rank, alpha or modules than {PROVENANCE_NAME} "
+            f"beside it; export it again, or remove {PROVENANCE_NAME} to use it as an adapter of "
+            "unknown origin"
+        )
+        raise AdapterError(msg)
     return FinishedAdapter(
         folder=folder,
-        base_model=str(config.get("base_model_name_or_path") or ""),
-        revision=config.get("revision"),
-        lora=_shape_of(folder, config, arrays),
+        base_model=_text_of(folder, config, "base_model_name_or_path") or "",
+        revision=_text_of(folder, config, "revision"),
+        lora=lora,
         arrays=arrays,
         weights_sha256=digest,
         provenance=provenance,
@@ -179,7 +189,7 @@ def _read_config(folder: Path) -> Mapping[str, Any]:
         reason = f"it has no {path.name}" if folder.is_dir() else "there is no such folder"
         msg = f"{folder} is no adapter folder: {reason} ({error.strerror})"
         raise AdapterError(msg) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         msg = f"{path} is not JSON: {error}"
         raise AdapterError(msg) from error
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
@@ -196,6 +206,21 @@ def _read_config(folder: Path) -> Mapping[str, Any]:
         )
         raise AdapterError(msg)
     return config
+
+
+def _text_of(folder: Path, config: Mapping[str, Any], key: str) -> str | None:
+    value = config.get(key)
+    if value is None or isinstance(value, str):
+        return value
+    msg = f"{folder / CONFIG_NAME} gives {value!r} for {key!r}, which must be a text"
+    raise AdapterError(msg)
+
+
+def _same_shape(one: LoraBlock, other: LoraBlock) -> bool:
+    return (one.rank, one.alpha, set(one.target_modules)) == (
+        *(other.rank, other.alpha),
+        set(other.target_modules),
+    )
 
 
 def _as_float32(name: str, tensor: torch.Tensor) -> np.ndarray:
@@ -215,11 +240,28 @@ def _shape_of(folder: Path, config: Mapping[str, Any], arrays: AdapterArrays) ->
         rank, alpha = int(config["r"]), float(config["lora_alpha"])
         if config.get("use_rslora"):
             alpha *= math.sqrt(rank)  # peft's scale is then alpha / sqrt(rank)
-        modules = {module_of(name).rpartition(".")[2] for name in arrays}
-        return LoraBlock(rank=rank, alpha=alpha, target_modules=tuple(sorted(modules)), init_seed=0)
+        targets = _targets_of(folder, config.get("target_modules"), set(map(module_of, arrays)))
+        return LoraBlock(rank=rank, alpha=alpha, target_modules=targets, init_seed=0)
     except ValidationError as error:
         msg = f"cannot use the adapter in {folder}: {explain('its shape', error)}"
         raise AdapterError(msg) from error
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         msg = f"{folder / CONFIG_NAME} gives no rank and alpha: {error}"
         raise AdapterError(msg) from error
+
+
+def _targets_of(folder: Path, told: object, modules: set[str]) -> tuple[str, ...]:
+    """The names that cover the adapted modules; tensors that stock peft leaves out are refused."""
+    by_last_name = tuple(sorted({module.rpartition(".")[2] for module in modules}))
+    if not isinstance(told, list):  # a pattern, which is not tried
+        return by_last_name
+    endings = {"." + str(target): str(target) for target in told}
+    used: set[str] = set()
+    for module in sorted(modules):
+        found = {target for ending, target in endings.items() if f".{module}".endswith(ending)}
+        if not found:
+            msg = f"{folder / WEIGHTS_NAME} adapts {module!r}, which {CONFIG_NAME} does not target"
+            raise AdapterError(msg)
+        used |= found
+    # Some list every layer in full; `check_fits` then asks for the same layers by their last names.
+    return by_last_name if len(used) > MAX_TARGET_MODULES else tuple(sorted(used))

@@ -8,6 +8,7 @@ import numpy as np
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from edge_agent.plain_text import escaped, plain
 from simulations.errors import OutputError
 from simulations.partition.schemes import DRAWN_SCHEMES, IndexArray, Partition
 
@@ -66,7 +67,7 @@ def _draw_bars(
     for number, name in enumerate(names):
         heights = counts[order, number]
         colour = _PALETTE[number % len(_PALETTE)]
-        bars.bar(at, heights, width, bottom=floor, color=colour, label=name, linewidth=0)
+        bars.bar(at, heights, width, bottom=floor, color=colour, label=_label(name), linewidth=0)
         floor += heights
     mean = float(partition.sizes.mean())
     bars.axhline(mean, color="black", linewidth=0.8, linestyle=":")
@@ -92,6 +93,12 @@ def _draw_bars(
         f"{partition.held_out.size} held out, seed {recipe.seed}",
         fontsize=10,
     )
+
+
+def _label(name: str) -> str:
+    """A category as matplotlib writes it, which reads `$` as mathematics and hides `_…`."""
+    text = plain(name).replace("$", r"\$")
+    return " " + text if text.startswith("_") else text
 
 
 def _draw_spread(spread: "Axes", counts: IndexArray) -> None:
@@ -122,7 +129,8 @@ def table(partition: Partition, categories: Sequence[str]) -> Table:
     shown.add_column("client", no_wrap=True)
     for name in names:
         # Ten columns of numbers on a terminal of eighty.
-        shown.add_column("\n".join(part[:5] for part in name.split("_")), justify="right")
+        heading = "\n".join(escaped(part[:5]) for part in name.split("_"))
+        shown.add_column(heading, justify="right")
     shown.add_column("records", justify="right", style="bold")
     shown.add_column("kinds", justify="right")
     order = np.argsort(-partition.sizes, kind="stable").tolist()

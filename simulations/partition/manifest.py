@@ -21,7 +21,9 @@ from simulations.errors import OutputError, PartitionError
 from simulations.partition.schemes import UNCATEGORIZED, Partition, PartitionRecipe, Scheme
 
 _CHUNK_BYTES = 2**20
-_Count = Annotated[int, Field(ge=0)]
+_OPENING = b'{"clients":['
+"""How every manifest begins: canonical JSON sorts its keys."""
+_Count = Annotated[int, Field(ge=0, le=2**53 - 1)]
 
 
 class SourceFile(WireModel):
@@ -101,13 +103,14 @@ class PartitionManifest:
         """Write the manifest as canonical JSON (RFC 8785).
 
         Args:
-            path: A new file, or one to replace.
+            path: A new file, or an earlier manifest, which is replaced.
 
         Returns:
             The digest over all of it, in hexadecimal.
 
         Raises:
-            OutputError: It cannot be written.
+            OutputError: It cannot be written, or a file of another kind is in the way, such as the
+                data themselves.
         """
         parameters = asdict(self.partition.recipe)
         scheme: Scheme = parameters.pop("scheme")
@@ -122,6 +125,7 @@ class PartitionManifest:
         )
         document = document.model_copy(update={"digest": document.digest_over()})
         try:
+            _refuse_to_replace(path)
             path.write_bytes(document.canonical() + b"\n")
         except OSError as error:
             msg = f"cannot write the manifest {path}: {error.strerror}"
@@ -169,9 +173,24 @@ class PartitionManifest:
         return cls(source=document.source, partition=partition)
 
 
+def _refuse_to_replace(path: Path) -> None:
+    """Refuse a file that holds something else than a manifest."""
+    if not path.is_file():
+        return
+    with path.open("rb") as file:
+        begins = file.read(len(_OPENING))
+    if begins not in {b"", _OPENING}:
+        msg = f"{path} exists, and is no manifest of a partition; name another file"
+        raise OutputError(msg)
+
+
 def _check_fit(
     path: Path, document: _Document, partition: Partition, data: SourceFile | None
 ) -> None:
+    n_clients = document.parameters.n_clients
+    if len(partition.clients) != n_clients:
+        msg = f"{path} has {len(partition.clients)} clients and speaks of {n_clients}"
+        raise PartitionError(msg)
     if partition.n_records != document.source.n_records:
         msg = (
             f"{path} splits {partition.n_records} records of a file that has "

@@ -22,6 +22,9 @@ UNCATEGORIZED: Final = "uncategorized"
 DEFAULT_MIN_RECORDS: Final = 40
 """The paper's least number of records of a client, for its second scheme."""
 
+_LARGEST_ALPHA: Final = 1e9
+"""Beyond it shares are equal to a record, and far beyond it the draws overflow."""
+
 _HELD_OUT_STREAM, _SPLIT_STREAM = 0, 1
 """Which stream of a seed draws the held-out records, and which the split."""
 
@@ -86,8 +89,8 @@ class PartitionRecipe:
             if getattr(self, name) < least:
                 msg = f"{name} is {getattr(self, name)}; it must be at least {least}"
                 raise PartitionError(msg)
-        if not 0.0 < self.alpha < float("inf"):
-            msg = f"alpha is {self.alpha}; it must be positive and finite"
+        if not 0.0 < self.alpha <= _LARGEST_ALPHA:
+            msg = f"alpha is {self.alpha}; it must be above 0 and at most {_LARGEST_ALPHA:g}"
             raise PartitionError(msg)
 
 

@@ -166,6 +166,9 @@ def test_an_empty_folder_is_filled_and_a_file_is_no_folder(run, tmp_path: Path) 
         run(folder=tmp_path / "file", force=True)
     with pytest.raises(ExportTargetError, match="exists already"):
         check_targets(None, tmp_path / "empty", force=True)
+    with pytest.raises(ExportTargetError, match="cannot be both"):
+        run(folder=tmp_path / "x", gguf=tmp_path / "x")
+    assert not (tmp_path / "x").exists()
 
 
 def test_what_an_export_is_made_from_is_not_its_target(
@@ -216,8 +219,11 @@ def test_an_export_killed_between_its_two_moves_loses_nothing(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(exporting, "_copy_into", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(ExportTargetError, match="is not empty"):
         run(folder=tmp_path / "out")
+    assert everything(tmp_path / "out") == before
+    with pytest.raises(OSError, match="No space left"):
+        run(folder=tmp_path / "out", force=True)
     assert everything(tmp_path / "out") == before
 
 

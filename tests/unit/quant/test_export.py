@@ -339,6 +339,12 @@ def test_unknown_architectures_are_refused_in_one_sentence(
     assert not list(tmp_path.glob("*gguf*"))
 
 
+def test_a_base_of_absurd_depth_is_refused_at_once(adapter: FinishedAdapter, config) -> None:
+    config.num_hidden_layers = 10**9
+    with pytest.raises(ExportError, match="a base of 1000000000 layers"):
+        gguf_tensors(adapter, config)
+
+
 def test_layers_that_gguf_has_no_place_for_are_refused(
     adapter: FinishedAdapter, tmp_path: Path
 ) -> None:

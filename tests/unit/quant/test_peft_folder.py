@@ -9,6 +9,7 @@ import pytest
 import safetensors.torch
 import torch
 
+from quant import peft_folder
 from quant.adapter import CONFIG_NAME, WEIGHTS_NAME, read_folder
 from quant.base_model import LoadedBase, load_base
 from quant.errors import AdapterError
@@ -167,7 +168,7 @@ def test_a_configuration_that_changed_since_it_was_published_is_refused(
     random_base: LoadedBase, make_adapter_folder, tmp_path: Path, changes: dict[str, object]
 ) -> None:
     folder = make_adapter_folder(tmp_path / "a", random_base.description, config=changes)
-    with pytest.raises(AdapterError, match="another rank, alpha or modules than|does not target"):
+    with pytest.raises(AdapterError, match=r"another rank, alpha or|does not target"):
         read_finished(folder)
 
 
@@ -210,6 +211,20 @@ def test_an_adapter_of_some_layers_only_is_read_as_such(
     assert adapter.lora.target_modules == ("layers.1.self_attn.q_proj", "v_proj")
 
 
+@pytest.mark.parametrize("limit", [64, 3], ids=["few-layers", "more-than-a-manifest-holds"])
+def test_an_adapter_that_lists_every_layer_in_full_is_read(
+    random_base: LoadedBase, make_adapter_folder, tmp_path: Path, monkeypatch, limit: int
+) -> None:
+    monkeypatch.setattr(peft_folder, "MAX_TARGET_MODULES", limit)
+    listed = [module.name for module in random_base.description.linear_modules]
+    folder = make_adapter_folder(
+        tmp_path / "a", random_base.description, foreign=True, config={"target_modules": listed}
+    )
+    adapter = read_finished(folder)
+    check_fits(adapter, random_base.description)
+    assert len(adapter.lora.target_modules) == (8 if limit == 64 else 4)
+
+
 def test_an_adapter_for_another_base_is_refused(
     random_base: LoadedBase, make_adapter_folder, tmp_path: Path
 ) -> None:
@@ -241,6 +256,9 @@ def test_an_adapter_for_another_base_is_refused(
     renamed = {name.replace("q_proj", "c_attn"): tensor for name, tensor in tensors.items()}
     shutil.copytree(folder, tmp_path / "names")
     (tmp_path / "names" / PROVENANCE_NAME).unlink()
+    config = json.loads((folder / CONFIG_NAME).read_text())
+    config["target_modules"] = ["c_attn", "k_proj", "v_proj", "down_proj"]
+    (tmp_path / "names" / CONFIG_NAME).write_text(json.dumps(config))
     safetensors.torch.save_file(renamed, tmp_path / "names" / WEIGHTS_NAME)
     with pytest.raises(AdapterError, match=r"another base.*c_attn"):
         check_fits(read_finished(tmp_path / "names"), description)

@@ -1,5 +1,6 @@
 """Partition schemes: the paper's counts on Dolly's column of categories, and on the real file."""
 
+import io
 import json
 from collections import Counter
 from collections.abc import Callable
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 from typer.testing import CliRunner
 
 from edge_agent.errors import DataError
