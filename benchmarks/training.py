@@ -188,18 +188,23 @@ def _gradient_error(adapted: Any, batch: list[Any]) -> float:
 
 def _count(job: dict[str, Any], base: Any, train: list[Any], _: list[Any]) -> dict[str, Any]:
     """Useful tokens of an epoch's micro-batches, ours and padded as they come."""
-    from edge_agent.training.micro_batches import cut, useful_fraction
+    from edge_agent.training.micro_batches import cut
     from edge_agent.training.sampling import ShuffledBatches
     from quant.memory import StepSettings
 
     del base
+    lengths = [len(example.input_ids) for example in train]
     sampler = ShuffledBatches(n_examples=len(train), batch_size=BATCH_SIZE, seed=job["seed"])
-    batches = [[train[int(i)] for i in sampler.indices(s)] for s in range(sampler.steps_per_epoch)]
     budget = StepSettings().micro_tokens
+    computed = padded = 0
+    for step in range(sampler.steps_per_epoch):
+        batch = [lengths[int(i)] for i in sampler.indices(step)]
+        padded += len(batch) * max(batch)
+        computed += sum(len(micro) * max(batch[i] for i in micro) for micro in cut(batch, budget))
     return {
-        "ours": useful_fraction([micro for batch in batches for micro in cut(batch, budget)]),
-        "padded": useful_fraction(batches),
-        "lengths": sorted(len(example.input_ids) for example in train),
+        "ours": sum(lengths) / computed,
+        "padded": sum(lengths) / padded,
+        "lengths": sorted(lengths),
     }
 
 
@@ -354,12 +359,17 @@ def measure(folder: Path, *, quick: bool) -> tuple[list[Row], dict[str, Any]]:
             target=1e-5,
         ),
         Row.of(
-            "estimator's layer term ÷ what autograd keeps",
-            [n / 1e6 for n in column("layer", "predicted")],
-            [n / 1e6 for n in column("layer", "counted")],
-            peer_name="distinct saved storages",
-            unit="MB",
-            target=1.0,
+            "estimator's layer term: bytes it is off by",
+            [
+                float(abs(a - b))
+                for a, b in zip(
+                    column("layer", "predicted"), column("layer", "counted"), strict=True
+                )
+            ],
+            None,
+            peer_name="distinct storages that autograd keeps",
+            unit="B",
+            target=0.0,
         ),
     ]
     return rows, runs

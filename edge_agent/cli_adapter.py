@@ -271,15 +271,13 @@ def _prepare(
     threads: int | None,
 ) -> _Ready:
     with _finished(adapter, home, device=device, threads=threads) as (finished, settings):
-        import torch
-
         from edge_agent.answering import Answerer, load_base_of, template_of
-        from quant.base_model import limit_device_memory
+        from quant.base_model import limit_device_memory, parse_device
 
         template, known = template_of(finished)
         if not known:
             _say("This adapter does not say how it was trained; it is asked with Alpaca's prompt.")
-        place = None if settings.device is None else torch.device(settings.device)
+        place = None if settings.device is None else parse_device(settings.device)
         own = settings.base if adapter == NEWEST else None
         source = base or own
         _say(f"Loading {source or finished.base_model} in NF4 …")

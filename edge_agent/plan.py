@@ -28,6 +28,7 @@ _CONFIG_NAME: Final = "config.json"
 _SIZE: Final = re.compile(r"(\d+(?:\.\d+)?)\s*(GB|GiB)?", re.IGNORECASE)
 _GB: Final = 1_000_000_000
 _GIB: Final = 2**30
+_MOST_GB: Final = 100_000
 _MB: Final = 1_000_000
 _BAR_CHARS: Final = 30
 
@@ -67,9 +68,11 @@ class Plan:
             return text + ", or a smaller base."
         n_layers = self.workload.shape.n_layers
         n_twice = min(settings.n_checkpointed_layers, n_layers)
+        examples = f" and {settings.max_examples} examples" if settings.max_examples else ""
         layers = f"{n_twice} of {n_layers} layers" if n_twice else "no layer"
         return (
-            f"Fits: micro-batches of {settings.micro_tokens:,} tokens, {layers} computed twice, "
+            f"Fits: micro-batches of {settings.micro_tokens:,} tokens{examples}, {layers} computed "
+            "twice, "
             f"logits of {settings.loss_chunk:,} tokens at once. {_size(total)} of the "
             f"{_size(usable)} ({USABLE_FRAC:.0%} of {_size(self.gpu_bytes)}) that may be used."
         )
@@ -203,12 +206,11 @@ def parse_memory(text: str) -> int:
         ConfigError: Not such a size.
     """
     match = _SIZE.fullmatch(text.strip())
-    n_bytes = 0
-    if match is not None:
-        unit = _GIB if (match[2] or "").lower() == "gib" else _GB
-        n_bytes = int(float(match[1]) * unit)
+    n_units = float(match[1]) if match is not None else 0.0
+    unit = _GIB if match is not None and (match[2] or "").lower() == "gib" else _GB
+    n_bytes = int(n_units * unit) if n_units <= _MOST_GB else 0
     if n_bytes <= 0:
-        msg = f"a card's memory looks like 24GB or 24GiB, not {text!r}"
+        msg = f"a card's memory looks like 24GB or 24GiB, not {text[:40]!r}"
         raise ConfigError(msg)
     return n_bytes
 

@@ -5,8 +5,6 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Final, Self
 
-import torch
-
 from edge_agent.agent import Agent, AgentEventReport, Member
 from edge_agent.config import AgentSettings
 from edge_agent.data.reading import read_records
@@ -20,7 +18,13 @@ from edge_agent.politeness import OwnersWishes
 from edge_agent.transport import Transport
 from protocol.clock import Clock
 from protocol.manifest import FederationManifest
-from quant.base_model import LoadedBase, limit_device_memory, load_base, set_threads
+from quant.base_model import (
+    LoadedBase,
+    limit_device_memory,
+    load_base,
+    parse_device,
+    set_threads,
+)
 
 _GB: Final = 1_000_000_000
 
@@ -35,7 +39,7 @@ def load_membership_base(membership: Membership, settings: AgentSettings) -> Loa
     if settings.threads is not None:
         set_threads(settings.threads)
     block = membership.federation.body.base
-    device = None if settings.device is None else torch.device(settings.device)
+    device = None if settings.device is None else parse_device(settings.device)
     base = load_base(
         settings.base or block.model,
         revision=None if settings.base else block.revision,

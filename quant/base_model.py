@@ -82,6 +82,29 @@ def default_device() -> torch.device:
     return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 
 
+def parse_device(name: str) -> torch.device:
+    """The device of a name such as `cpu`, `cuda` or `cuda:1`.
+
+    Args:
+        name: As typed.
+
+    Raises:
+        BaseModelError: This machine, or this build of torch, has no such device.
+    """
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    n_gpus = torch.cuda.device_count()
+    if device is not None and device.type == "cuda" and (device.index or 0) < n_gpus:
+        return torch.device("cuda", device.index or 0)
+    if device is not None and device.type == "cpu":
+        return torch.device("cpu")
+    gpus = ", ".join(f"cuda:{i}" for i in range(n_gpus)) or "no CUDA device that torch can use"
+    msg = f"there is no device {name[:40]!r} here; there are cpu and {gpus}"
+    raise BaseModelError(msg)
+
+
 def default_compute_dtype(device: torch.device) -> torch.dtype:
     """float32 on the CPU, float16 below compute capability 8.0, bfloat16 from there on.
 
@@ -459,7 +482,10 @@ def _probe(
 
 
 def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__
+    lines = str(error).split("\n")
+    said = lines[0].strip() or type(error).__name__
+    # Some of transformers' sentences end in a colon, and what they announce comes after it.
+    return " ".join(" ".join(lines).split())[:300] if said.endswith(":") else said
 
 
 def set_threads(n_threads: int) -> None:

@@ -123,6 +123,18 @@ class Workload:
         length = max(self.max_length, math.ceil(micro_tokens / n_sequences))
         return MicroBatch(n_sequences=n_sequences, length=length)
 
+    def most_examples(self, micro_tokens: int) -> int | None:
+        """Examples that a micro-batch may hold, each with a gradient of its own; None: not DP.
+
+        Without a limit, many short examples would take more memory than few long ones.
+
+        Args:
+            micro_tokens: The budget.
+        """
+        if not self.private:
+            return None
+        return max(_MIN_DP_EXAMPLES, self.batch(micro_tokens).n_sequences)
+
     def predict(self, settings: StepSettings, calibration: "Calibration | None" = None) -> "Choice":
         """The settings with what they are predicted to need.
 
@@ -140,7 +152,7 @@ class Workload:
             device=self.device,
             batch=batch,
             settings=settings,
-            n_dp_examples=max(_MIN_DP_EXAMPLES, batch.n_sequences) if self.private else 0,
+            n_dp_examples=self.most_examples(settings.micro_tokens) or 0,
         )
         if calibration is not None:
             found = calibration.applied(found, self.device)
@@ -239,6 +251,11 @@ def longest_that_fits(workload: Workload, *, limit_bytes: int) -> int | None:
 
 def _candidates(workload: Workload) -> Iterator[StepSettings]:
     """Settings from the fastest to the smallest."""
+    for settings in _cuts(workload):
+        yield replace(settings, max_examples=workload.most_examples(settings.micro_tokens))
+
+
+def _cuts(workload: Workload) -> Iterator[StepSettings]:
     n_layers, longest = workload.shape.n_layers, workload.max_length
     fills = workload.device.fills
     fill = max(longest, _FILL_TOKENS) if fills else longest

@@ -18,9 +18,8 @@ the sum over b: the same products, summed later, so they cost 4 bytes a paramete
 in flight and no further pass.
 """
 
-import math
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Final, cast
@@ -36,11 +35,11 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from protocol.manifest import Factor, LoraBlock
 from quant.adapter import AdapterArrays, Float32Array, factor_of, tensor_name
 from quant.base_model import LoadedBase
+from quant.dropout import drop, dropped_places
 from quant.errors import AdapterError
 
 _ADAPTER: Final = "default"
 _PEFT_PREFIX: Final = "base_model.model."
-_SEED_MIX: Final = 0x9E3779B97F4A7C15
 
 
 @dataclass
@@ -48,8 +47,8 @@ class LoraState:
     """What all adapted layers of one model share."""
 
     enabled: bool = True
-    dropout_seed: int = 0
-    """Seed of the dropout masks of the current micro-batch: the same on recomputation."""
+    example_seeds: torch.Tensor | None = None
+    """[B] int64: seeds of the dropout masks of the current micro-batch's examples."""
     per_example: dict[str, torch.Tensor] | None = None
     """Where backward puts per-example gradients [B, …] by tensor name; None: sum as usual."""
 
@@ -78,13 +77,14 @@ class _LoraFunction(torch.autograd.Function):
         a: torch.Tensor,  # [r, d_in] float32
         b: torch.Tensor,  # [d_out, r] float32
         layer: _Layer,
-        seed: int | None,
+        seeds: torch.Tensor | None,
     ) -> torch.Tensor:
         ctx.save_for_backward(x, a, b)
-        ctx.layer, ctx.seed = layer, seed
+        ctx.layer, ctx.seeds = layer, seeds
         y = cast("torch.Tensor", layer.base(x))
-        u = _drop(x, _places(x, layer, seed)) @ a.to(x.dtype).T  # [B, T, r], without m's factor
-        _add_product(y, u, b.to(x.dtype).T, _scale(layer, seed))
+        z = _dropped(x, _places(x, layer, seeds))
+        u = z @ a.to(x.dtype).T  # [B, T, r], without m's factor
+        _add_product(y, u, b.to(x.dtype).T, _scale(layer, seeds))
         return y
 
     @staticmethod
@@ -95,7 +95,7 @@ class _LoraFunction(torch.autograd.Function):
         x, a, b = ctx.saved_tensors
         layer: _Layer = ctx.layer
         need_x, need_a, need_b = ctx.needs_input_grad[:3]
-        places, scale = _places(x, layer, ctx.seed), _scale(layer, ctx.seed)
+        places, scale = _places(x, layer, ctx.seeds), _scale(layer, ctx.seeds)
         v = (g @ b.to(g.dtype)) * scale  # [B, T, r]
         grad_x = None
         if need_x:
@@ -103,11 +103,17 @@ class _LoraFunction(torch.autograd.Function):
             if places is None:
                 _add_product(grad_x, v, a.to(v.dtype), 1.0)
             else:
-                grad_x.add_(_drop(v @ a.to(v.dtype), places))
+                grad_x.add_(_dropped(v @ a.to(v.dtype), places))
         per_example = layer.state.per_example
+        if per_example is not None and g.ndim != 3:
+            msg = (
+                f"layer {layer.name!r} gets the examples of a batch as one: no gradient of each "
+                "example can be had from this base; choose one such as Llama, Mistral or Qwen"
+            )
+            raise AdapterError(msg)
         grad_a = grad_b = None
         if need_a or need_b:
-            z = _drop(x, places)
+            z = _dropped(x, places)
             if need_a:
                 grad_a = _outer(v, z, summed=per_example is None)
             if need_b:
@@ -117,7 +123,9 @@ class _LoraFunction(torch.autograd.Function):
             return grad_x, grad_a, grad_b, None, None
         for factor, gradient in ((Factor.A, grad_a), (Factor.B, grad_b)):
             if gradient is not None:
-                per_example[tensor_name(layer.name, factor)] = gradient
+                name = tensor_name(layer.name, factor)
+                earlier = per_example.get(name)  # of a layer that is used more than once
+                per_example[name] = gradient if earlier is None else earlier + gradient
         return grad_x, None, None, None, None
 
 
@@ -140,38 +148,19 @@ def _add_product(
     total.view(-1, total.shape[-1]).addmm_(rows, right, alpha=scale)
 
 
-def _scale(layer: _Layer, seed: int | None) -> float:
+def _scale(layer: _Layer, seeds: torch.Tensor | None) -> float:
     """The adapter's scale; with dropout, times what keeps the mean."""
-    return layer.scale if seed is None else layer.scale / (1.0 - layer.dropout)
+    return layer.scale if seeds is None else layer.scale / (1.0 - layer.dropout)
 
 
-def _places(x: torch.Tensor, layer: _Layer, seed: int | None) -> torch.Tensor | None:
-    """Where dropout puts zeros, as flat positions; a function of seed and layer alone.
-
-    So recomputation in backward, a resumed run and an uninterrupted one see the same mask;
-    checkpointing restores only the global generator. The gaps between dropped values are drawn
-    from their geometric distribution: for the usual 5 % that costs a fifth of drawing for each
-    value. Positions beyond the end are those one past it.
-    """
-    if seed is None:
+def _places(x: torch.Tensor, layer: _Layer, seeds: torch.Tensor | None) -> torch.Tensor | None:
+    if seeds is None:
         return None
-    generator = torch.Generator(x.device)
-    generator.manual_seed((seed * _SEED_MIX + layer.index) % 2**63)
-    expected = x.numel() * layer.dropout
-    # Six standard deviations more than expected: enough gaps but for one time in 10⁹.
-    n_gaps = math.ceil(expected + 6.0 * math.sqrt(expected) + 10.0)
-    uniform = torch.rand(n_gaps, device=x.device, generator=generator)
-    gaps = uniform.neg_().log1p_().div_(math.log1p(-layer.dropout)).long().add_(1)
-    return gaps.cumsum(0).sub_(1).clamp_(max=x.numel())
+    return dropped_places(x, seeds=seeds, layer=layer.index, probability=layer.dropout)
 
 
-def _drop(x: torch.Tensor, places: torch.Tensor | None) -> torch.Tensor:
-    if places is None:
-        return x
-    padded = x.new_empty(x.numel() + 1)
-    kept = padded[:-1].view(x.shape).copy_(x)
-    padded.index_fill_(0, places, 0.0)
-    return kept
+def _dropped(x: torch.Tensor, places: torch.Tensor | None) -> torch.Tensor:
+    return x if places is None else drop(x, places)
 
 
 def _outer(left: torch.Tensor, right: torch.Tensor, *, summed: bool) -> torch.Tensor:
@@ -289,12 +278,22 @@ class AdaptedModel:
             for name, factor in self.factors.items()
         }
 
+    def seed_dropout(self, seeds: Sequence[int]) -> None:
+        """Say which masks the next micro-batch's examples get; without, nothing is dropped.
+
+        Args:
+            seeds: One for each example, of 64 bits.
+        """
+        unsigned = np.array([seed % 2**64 for seed in seeds], np.uint64)
+        self.state.example_seeds = torch.from_numpy(unsigned.view(np.int64)).to(self.base.device)
+
     @contextmanager
     def per_example_gradients(self) -> Iterator[dict[str, torch.Tensor]]:
         """Collect gradients of each example instead of their sum while the context is open.
 
         Yields:
             Filled by `backward`: [B, *shape] float32 by tensor name; `.grad` stays untouched.
+            `backward` raises AdapterError where a base gives a layer all examples as one.
         """
         collected: dict[str, torch.Tensor] = {}
         self.state.per_example = collected
@@ -350,8 +349,7 @@ def _forward_of(layer: _Layer, module: torch.nn.Module) -> Any:  # noqa: ANN401 
     def forward(x: torch.Tensor) -> torch.Tensor:
         if not layer.state.enabled:
             return cast("torch.Tensor", layer.base(x))
-        drops = layer.dropout > 0.0 and module.training
-        seed = layer.state.dropout_seed if drops else None
-        return cast("torch.Tensor", _LoraFunction.apply(x, layer.a, layer.b, layer, seed))  # type: ignore[no-untyped-call]
+        seeds = layer.state.example_seeds if layer.dropout > 0.0 and module.training else None
+        return cast("torch.Tensor", _LoraFunction.apply(x, layer.a, layer.b, layer, seeds))  # type: ignore[no-untyped-call]
 
     return forward

@@ -34,12 +34,15 @@ class StepSettings:
 
     Attributes:
         micro_tokens: Token budget of a micro-batch, padding included.
+        max_examples: Examples of a micro-batch, where the gradient of each is kept (DP); None: any
+            number.
         loss_chunk: Positions whose logits exist at once in the output layer.
         n_checkpointed_layers: Decoder layers, counted from the input, whose activations are
             recomputed in backward; more than the model has means all.
     """
 
     micro_tokens: int = 4096
+    max_examples: int | None = None
     loss_chunk: int = 1024
     n_checkpointed_layers: int = 0
 

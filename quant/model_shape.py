@@ -15,6 +15,12 @@ _NF4_BLOCK: Final = 64
 _NESTED_BLOCK: Final = 256
 
 
+_MOST_WIDTH: Final = 2**24
+_MOST_LAYERS: Final = 1000
+_MOST_POSITIONS: Final = 2**31
+_DEFAULT_POSITIONS: Final = 2048  # of Llama in transformers
+
+
 class Norm(StrEnum):
     """How a model writes its RMS norm, which decides what autograd keeps of it."""
 
@@ -226,7 +232,7 @@ def read_shape(config: Mapping[str, object], *, name: str) -> ModelShape:
         model_type=model_type,
         hidden=hidden,
         intermediate=intermediate,
-        n_layers=_size(config, "num_hidden_layers", name),
+        n_layers=_size(config, "num_hidden_layers", name, most=_MOST_LAYERS),
         n_heads=n_heads,
         n_kv_heads=n_kv_heads,
         head_dim=head_dim,
@@ -235,7 +241,9 @@ def read_shape(config: Mapping[str, object], *, name: str) -> ModelShape:
         norm=found.norm,
         norms_heads=found.norms_heads,
         n_biases=n_biases,
-        max_positions=_size(config, "max_position_embeddings", name, 2**20),
+        max_positions=_size(
+            config, "max_position_embeddings", name, _DEFAULT_POSITIONS, most=_MOST_POSITIONS
+        ),
         stored=_stored(config),
     )
 
@@ -252,7 +260,7 @@ def read_shape_file(path: Path, *, name: str) -> ModelShape:
     """
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         msg = f"cannot read the configuration of {name!r}, {path}: {error}"
         raise BaseModelError(msg) from error
     if not isinstance(config, dict):
@@ -264,12 +272,22 @@ def read_shape_file(path: Path, *, name: str) -> ModelShape:
     return read_shape(config, name=name)
 
 
-def _size(config: Mapping[str, object], key: str, name: str, default: int | None = None) -> int:
+def _size(
+    config: Mapping[str, object],
+    key: str,
+    name: str,
+    default: int | None = None,
+    *,
+    most: int = _MOST_WIDTH,
+) -> int:
     value = config.get(key)
     if value is None:
         value = default
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        msg = f"the configuration of {name!r} needs a whole number above 0 for {key!r}: {value!r}"
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+        msg = (
+            f"the configuration of {name!r} needs a whole number from 1 to {most:,} for {key!r}, "
+            f"not {str(value)[:40] if isinstance(value, str) else type(value).__name__}"
+        )
         raise BaseModelError(msg)
     return value
 

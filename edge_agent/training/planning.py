@@ -134,6 +134,9 @@ def choose_settings(
         free = psutil.virtual_memory().available if free_ram_bytes is None else free_ram_bytes
         return _choose_on_cpu(workload, free)
     limit = meter.limit_bytes()
+    chosen: Choice | None = None
+    calibration: Calibration | None = None
+    failure = ""
     try:
         first = choose(workload, limit_bytes=limit)
         calibration = measure(adapted, workload, first, meter)
@@ -141,12 +144,15 @@ def choose_settings(
     except MemoryLimitError as error:
         raise OutOfMemoryError(str(error)) from error
     except torch.OutOfMemoryError as error:
+        failure = str(error)  # and no more: the traceback holds the tensors that did not fit
+    if chosen is None:
         # Less is free than the driver says. The smallest steps may still fit, and the trainer tells
         # the owner when they do not.
         torch.cuda.empty_cache()
         smallest = least(workload)
         text = (
-            f"a probe step did not fit, so the smallest: {_described(smallest, workload)} ({error})"
+            f"a probe step did not fit, so the smallest: {_described(smallest, workload)} "
+            f"({failure})"
         )
         return Chosen(settings=smallest.settings, text=text)
     how = "predicted" if calibration is None else "predicted after two probe steps"
@@ -228,6 +234,7 @@ def _probe(adapted: AdaptedModel, n_tokens: int, settings: StepSettings) -> None
     device = adapted.base.device
     n_known = int(adapted.base.model.config.vocab_size)
     ids = torch.arange(n_tokens, device=device).remainder(n_known).unsqueeze(0)  # [1, T]
+    adapted.seed_dropout([0])
     losses = example_losses(
         adapted.model,
         input_ids=ids,

@@ -143,14 +143,28 @@ class TrainerOptions:
     settings: StepSettings = field(default_factory=StepSettings)
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Drawn:
+    """An example of a step's batch, and the seed of its dropout."""
+
+    example: Example
+    seed: int
+
+    @property
+    def n_tokens(self) -> int:
+        return len(self.example.input_ids)
+
+
 class LocalTrainer:
     """Trains one adapter on one owner's examples for one round.
 
     Guarantees:
-        1. A run that is killed at any moment and started again gives the same weights, bit for
-           bit, as an uninterrupted one on the same machine with the same thread count.
+        1. With a state file, a run that is killed at any moment and started again gives the same
+           weights, bit for bit, as an uninterrupted one on the same CPU with the same thread count.
+           (On a GPU, attention's backward adds in no fixed order.)
         2. The gradient does not depend on how a batch is cut into micro-batches, up to float32
-           rounding: each example's loss is its own mean, and the batch's loss is their mean.
+           rounding: each example's loss is its own mean, the batch's loss is their mean, and
+           dropout is drawn for each example by itself.
         3. The update is finite and not zero, or `TrainingError` is raised (PROTOCOL, check 18).
 
     Args:
@@ -221,6 +235,8 @@ class LocalTrainer:
         )
         run = self._run_digest(start)
         done = self._resume(run, optimizer)
+        if done == 0:
+            self._save(run, optimizer, 0)  # the settings too: another choice rounds differently
         first_loss = last_loss = math.nan
         self._adapted.model.train()
         for step in range(done, n_steps):
@@ -238,25 +254,31 @@ class LocalTrainer:
         )
 
     def _step(self, optimizer: torch.optim.AdamW, step: int, n_steps: int, run: str) -> float:
-        indices = self._sampler.indices(step)
-        batch = [self._examples[int(index)] for index in indices]
+        batch = [
+            _Drawn(
+                example=self._examples[int(index)], seed=_mix(self._recipe.seed, step, int(index))
+            )
+            for index in self._sampler.indices(step)
+        ]
         gradients: Gradients = {
             name: torch.zeros_like(factor) for name, factor in self._adapted.trainable.items()
         }
         loss_sum = 0.0
-        pending = cut(batch, self._settings.micro_tokens)
-        position = 0
+        pending = self._cut(batch)
         while pending:
             self._obey(optimizer, step, run)
             micro = pending.pop(0)
-            seed = _mix(self._recipe.seed, step, position)
-            try:
-                loss_sum += self._accumulate(micro, gradients, seed)
-            except torch.OutOfMemoryError as error:
-                pending = self._shrink(micro, error) + pending
+            total = self._try(micro, gradients)
+            if total is None:
+                pending = self._shrink(micro) + pending
             else:
-                position += 1
+                loss_sum += total
         mean = {name: tensor / max(1, len(batch)) for name, tensor in gradients.items()}
+        if not all(bool(tensor.isfinite().all()) for tensor in mean.values()):
+            msg = (
+                f"training diverged: the gradient of step {step + 1} is not finite; nothing is sent"
+            )
+            raise TrainingError(msg)
         for transform in self._transforms:
             transform(mean, step=step)
         learning_rate = self._recipe.learning_rate(step, n_steps)
@@ -268,17 +290,32 @@ class LocalTrainer:
                 n_steps=n_steps,
                 loss=loss,
                 learning_rate=learning_rate,
-                n_tokens=sum(len(example.input_ids) for example in batch),
+                n_tokens=sum(drawn.n_tokens for drawn in batch),
             )
             self._options.on_progress(event)
         return loss
 
-    def _accumulate(self, micro: list[Example], gradients: Gradients, seed: int) -> float:
+    def _cut(self, batch: list[_Drawn]) -> list[list[_Drawn]]:
+        settings = self._settings
+        lengths = [drawn.n_tokens for drawn in batch]
+        micros = cut(lengths, settings.micro_tokens, max_examples=settings.max_examples)
+        return [[batch[position] for position in micro] for micro in micros]
+
+    def _try(self, micro: list[_Drawn], gradients: Gradients) -> float | None:
+        """The micro-batch's loss sum, or None when it does not fit into memory."""
+        try:
+            return self._accumulate(micro, gradients)
+        except RuntimeError as error:
+            if not _is_out_of_memory(error):
+                raise
+            return None
+
+    def _accumulate(self, micro: list[_Drawn], gradients: Gradients) -> float:
         """Add a micro-batch's gradient sum; on failure `gradients` is as it was."""
         adapted = self._adapted
         device = adapted.base.device
-        batch = collate(micro, pad_id=_pad_id(adapted))
-        adapted.state.dropout_seed = seed
+        batch = collate([drawn.example for drawn in micro], pad_id=_pad_id(adapted))
+        adapted.seed_dropout([drawn.seed for drawn in micro])
         for factor in adapted.trainable.values():
             factor.grad = None
         losses = example_losses(
@@ -297,20 +334,20 @@ class LocalTrainer:
         if self._loss_scale > 1.0 and not all(bool(g.isfinite().all()) for g in found.values()):
             # float16 overflowed: the same examples again at half the scale, so none is skipped.
             self._loss_scale /= 2.0
-            return self._accumulate(micro, gradients, seed)
+            return self._accumulate(micro, gradients)
         for name, gradient in found.items():
             gradients[name] += gradient
         return float(total.detach())
 
-    def _shrink(self, micro: list[Example], error: torch.OutOfMemoryError) -> list[list[Example]]:
+    def _shrink(self, micro: list[_Drawn]) -> list[list[_Drawn]]:
         """Halve the micro-batch that did not fit; the last resort is to recompute activations."""
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        longest = len(micro[0].input_ids)
+        longest = micro[0].n_tokens
         if len(micro) > 1:
             smaller = max(longest, longest * len(micro) // 2)
             self._settings = replace(self._settings, micro_tokens=smaller)
-            return cut(micro, smaller)
+            return self._cut(micro)
         if self._settings.n_checkpointed_layers < self._adapted.n_layers:
             self._use(replace(self._settings, n_checkpointed_layers=self._adapted.n_layers))
             return [micro]
@@ -318,7 +355,7 @@ class LocalTrainer:
             f"one example of {longest} tokens does not fit into the memory that is allowed, even "
             "with activations recomputed; raise --max-vram or join with a smaller max_length"
         )
-        raise OutOfMemoryError(msg) from error
+        raise OutOfMemoryError(msg)
 
     def _use(self, settings: StepSettings) -> None:
         self._settings = settings
@@ -429,5 +466,13 @@ def _pad_id(adapted: AdaptedModel) -> int:
     return cast("int", tokenizer.eos_token_id if pad_id is None else pad_id)
 
 
-def _mix(seed: int, step: int, position: int) -> int:
-    return int(np.random.SeedSequence([seed, step, position]).generate_state(1, np.uint64)[0])
+def _mix(seed: int, step: int, index: int) -> int:
+    return int(np.random.SeedSequence([seed, step, index]).generate_state(1, np.uint64)[0])
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether memory ran out: on the CPU, and inside libraries, torch has no class for that."""
+    said = str(error)
+    return isinstance(error, torch.OutOfMemoryError) or any(
+        sign in said for sign in ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    )

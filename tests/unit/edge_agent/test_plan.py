@@ -159,7 +159,12 @@ def test_json_holds_terms_that_add_up(type_in: Type, make_folder: Callable[..., 
     passing = max(terms.pop("output_layer"), terms.pop("recomputed") + terms.pop("backward"))
     assert total == sum(terms.values()) + passing
     assert total <= found["usable_frac"] * found["gpu_bytes"]
-    assert set(found["settings"]) == {"micro_tokens", "loss_chunk", "n_checkpointed_layers"}
+    assert set(found["settings"]) == {
+        "micro_tokens",
+        "max_examples",
+        "loss_chunk",
+        "n_checkpointed_layers",
+    }
 
 
 def test_json_file_goes_with_the_table(
@@ -265,3 +270,9 @@ def test_tables_of_the_page_are_what_the_code_computes(
     assert plan.fits
     section = PAGE.read_text(encoding="utf-8").partition(f"<!-- {gpu} -->")[2].partition("<!--")[0]
     assert row(name, plan) in section
+
+
+@pytest.mark.parametrize("text", ["9" * 400 + "GB", "100001GiB"])
+def test_a_card_larger_than_any_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="looks like 24GB"):
+        parse_memory(text)

@@ -19,6 +19,7 @@ from quant.base_model import (
     fingerprint,
     linear_modules,
     load_base,
+    parse_device,
 )
 from quant.errors import BaseModelError, FingerprintError
 from quant.lora import AdaptedModel
@@ -502,3 +503,21 @@ def test_the_fingerprint_covers_the_configuration_that_changes_the_numbers(
         (copy / "config.json").write_text(json.dumps(config))
         found = load_base(copy).description.base.fingerprint
         assert (found == original) is same, key
+
+
+@pytest.mark.parametrize("name", ["cuda", "cuda:7", "gpu", "", "meta", "9" * 99])
+def test_a_device_that_is_not_there_is_named_with_those_that_are(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(BaseModelError, match=r"there is no device .* here; there are cpu and no"):
+        parse_device(name)
+    assert parse_device("cpu") == CPU
+
+
+def test_a_gpu_is_found_by_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert parse_device("cuda") == torch.device("cuda", 0)
+    assert parse_device("cuda:1") == torch.device("cuda", 1)
+    with pytest.raises(BaseModelError, match="cuda:0, cuda:1"):
+        parse_device("cuda:2")

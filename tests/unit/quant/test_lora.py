@@ -90,13 +90,13 @@ def test_guarantee_1_recomputed_activations_change_nothing(
     lora = LORA.model_copy(update={"dropout": dropout})
     adapted = AdaptedModel(random_base, lora)
     adapted.load(make_arrays(random_base, lora))
-    adapted.state.dropout_seed = 17
+    adapted.seed_dropout([17, 18, 19])
     plain = gradients(adapted, batch)
     adapted.checkpoint_activations(99)
     recomputed = gradients(adapted, batch)
     for name, gradient in plain.items():
         torch.testing.assert_close(recomputed[name], gradient, rtol=0, atol=0)
-    adapted.state.dropout_seed = 18
+    adapted.seed_dropout([17, 18, 20])
     same = all(torch.equal(gradients(adapted, batch)[name], plain[name]) for name in plain)
     assert same is (dropout == 0.0)
 
@@ -226,7 +226,7 @@ def test_dropout_drops_the_share_that_was_asked_for_and_keeps_the_mean(
     identity = {name: np.eye(64, dtype=np.float32) for name in adapted.factors}
     adapted.load(identity)
     x = torch.ones(4, 500, 64)
-    adapted.state.dropout_seed = 3
+    adapted.seed_dropout(range(4))
     with torch.no_grad():
         passed = layer(x) - layer.base_layer(x)
     kept = passed.abs() > 0.5
@@ -244,7 +244,7 @@ def test_backward_sees_the_mask_of_forward(adapted: AdaptedModel) -> None:
     adapted.detach()
     dropping = AdaptedModel(base, lora)
     dropping.load(make_arrays(base, lora))
-    dropping.state.dropout_seed = 5
+    dropping.seed_dropout([5, 2**64 - 1])
     layer = base.model.model.layers[0].self_attn.q_proj
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(2, 3, 64, generator=generator, requires_grad=True)

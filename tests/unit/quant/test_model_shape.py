@@ -106,3 +106,35 @@ def test_prediction_needs_no_torch() -> None:
         "sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("num_hidden_layers", 10**12),
+        ("num_hidden_layers", 1001),
+        ("hidden_size", 10**400),
+        ("vocab_size", 2**24 + 1),
+        ("max_position_embeddings", 2**31 + 1),
+    ],
+    ids=["layers", "one-layer-more", "hidden", "vocabulary", "positions"],
+)
+def test_an_absurd_size_is_refused_at_once(key: str, value: int) -> None:
+    config = {
+        "model_type": "llama",
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_attention_heads": 4,
+        "num_hidden_layers": 2,
+        "vocab_size": 100,
+    }
+    assert read_shape(config, name="x").n_layers == 2
+    with pytest.raises(BaseModelError, match=f"from 1 to .* for '{key}'"):
+        read_shape({**config, key: value}, name="x")
+
+
+def test_a_configuration_nested_too_deep_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text("[" * 100_000, encoding="utf-8")
+    with pytest.raises(BaseModelError, match="cannot read the configuration"):
+        read_shape_file(path, name="x")
