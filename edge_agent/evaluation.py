@@ -8,22 +8,19 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Final, cast
+from typing import cast
 
 import numpy as np
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from edge_agent.data.batches import collate
-from edge_agent.data.records import Record
+from edge_agent.data.records import UNCATEGORIZED, Record
 from edge_agent.data.tokens import Example, RecordTokenizer
 from edge_agent.errors import EvaluationError
 from edge_agent.rouge import rouge_l
 from protocol.manifest import LossOn, Template
 from quant.loss import CausalLM, example_losses
-
-UNCATEGORIZED: Final = "uncategorized"
-"""Where records without a category are counted."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,7 +54,7 @@ class Scores:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Answer:
+class ScoredAnswer:
     """What a model answered to one record.
 
     Attributes:
@@ -85,7 +82,7 @@ class AnswerScores:
 
     exact_match: Scores
     rouge_l: Scores
-    answers: tuple[Answer, ...]
+    answers: tuple[ScoredAnswer, ...]
 
 
 def held_out_loss(
@@ -189,7 +186,7 @@ def score_answers(
             for index, answer in zip(indices, answers, strict=True):
                 texts[index] = str(tokenizer.decode(answer, skip_special_tokens=True))
     answered = tuple(
-        Answer(
+        ScoredAnswer(
             record=record,
             text=text,
             is_match=normalize_answer(text) == normalize_answer(record.response),

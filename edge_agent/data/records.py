@@ -11,6 +11,9 @@ from edge_agent.errors import MalformedRecordError
 N_REASONS_KEPT: Final = 10
 """How many malformed records a report describes; the rest are only counted."""
 
+UNCATEGORIZED: Final = "uncategorized"
+"""Where records without a category are counted."""
+
 _DIGEST_DOMAIN: Final = b"sheepfold data set v1\n"
 
 

@@ -14,11 +14,11 @@ import numpy as np
 from pydantic import Field, ValidationError
 
 from edge_agent.data.reading import read_records
-from edge_agent.data.records import Record
+from edge_agent.data.records import UNCATEGORIZED, Record
 from edge_agent.data.sources import detect_format, open_unpacked
 from protocol.wire import Digest, JsonValue, WireModel, domain_hash, explain
 from simulations.errors import OutputError, PartitionError
-from simulations.partition.schemes import UNCATEGORIZED, Partition, PartitionRecipe, Scheme
+from simulations.partition.schemes import Partition, PartitionRecipe, Scheme
 
 _CHUNK_BYTES = 2**20
 _OPENING = b'{"clients":['

@@ -16,9 +16,6 @@ from simulations.errors import PartitionError
 
 IndexArray = NDArray[np.int64]
 
-UNCATEGORIZED: Final = "uncategorized"
-"""The category of records that have none."""
-
 DEFAULT_MIN_RECORDS: Final = 40
 """The paper's least number of records of a client, for its second scheme."""
 

@@ -11,12 +11,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from edge_agent.data.batches import collate
-from edge_agent.data.records import ChatMessage, Record, Role
+from edge_agent.data.records import UNCATEGORIZED, ChatMessage, Record, Role
 from edge_agent.data.templates import ALPACA_WITH_INPUT
 from edge_agent.data.tokens import Example, RecordTokenizer, tokenize
 from edge_agent.errors import EvaluationError
 from edge_agent.evaluation import (
-    UNCATEGORIZED,
     AnswerScores,
     held_out_loss,
     normalize_answer,

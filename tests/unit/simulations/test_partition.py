@@ -15,13 +15,13 @@ from hypothesis import strategies as st
 from rich.console import Console
 from typer.testing import CliRunner
 
+from edge_agent.data.records import UNCATEGORIZED
 from edge_agent.errors import DataError
 from simulations.cli import app
 from simulations.errors import OutputError, PartitionError
 from simulations.partition.figure import as_json, draw, table
 from simulations.partition.manifest import PartitionManifest, SourceFile, read_source, selected
 from simulations.partition.schemes import (
-    UNCATEGORIZED,
     Partition,
     PartitionRecipe,
     Scheme,
