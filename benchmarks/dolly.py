@@ -120,11 +120,20 @@ def main_jobs(settings: Settings, rate: float) -> list[Job]:
     ]
 
 
-def paper_jobs(settings: Settings) -> list[Job]:
-    """What the paper's own rate gives, under the first seed."""
-    return [
-        Job(model=model, seed=settings.seeds[0], rate=PAPER_RATE)
+def other_rate_jobs(settings: Settings, rate: float) -> list[Job]:
+    """What the main table does not tell, under the first seed.
+
+    The paper's own rate; and the locals, which make few steps, at the rates below the chosen one,
+    which was chosen for the many steps of the centralised model.
+    """
+    seed = settings.seeds[0]
+    at_paper_rate = [
+        Job(model=model, seed=seed, rate=PAPER_RATE)
         for model in (Model.FEDERATED, Model.CENTRALISED)
+    ]
+    below = [one for one in settings.rates if PAPER_RATE < one < rate]
+    return at_paper_rate + [
+        Job(model=model, seed=seed, rate=one) for one in reversed(below) for model in LOCALS
     ]
 
 
@@ -148,12 +157,12 @@ def measure(settings: Settings, *, base: Path, data: Path, kept: Path) -> dict[s
         rate = min(tuning, key=lambda one: float(one["validation_loss"]))["rate"]
         show(f"learning rate {rate:g} of {', '.join(f'{one:g}' for one in settings.rates)}")
         found = runner.run(main_jobs(settings, rate), "models")
-        at_paper_rate = runner.run(paper_jobs(settings), "the paper's rate")
+        at_other_rates = runner.run(other_rate_jobs(settings, rate), "other rates")
     source = read_source(data)
     splits = {
         seed: dolly_jobs.make_split(source.records, settings, seed) for seed in settings.seeds
     }
-    everything = [*tuning, *found, *at_paper_rate]
+    everything = [*tuning, *found, *at_other_rates]
     return {
         "settings": asdict(settings),
         "base": json.loads((base / dolly_base.RECORD_NAME).read_text(encoding="utf-8")),
@@ -172,7 +181,7 @@ def measure(settings: Settings, *, base: Path, data: Path, kept: Path) -> dict[s
             for seed, split in splits.items()
         ],
         "models": [_without_answers(one) for one in found],
-        "at_paper_rate": [_without_answers(one) for one in at_paper_rate],
+        "at_other_rates": [_without_answers(one) for one in at_other_rates],
         "answers": _answers(found, settings.seeds[0]),
         "cpu_s": round(sum(float(one["cpu_s"]) for one in everything), 1),
     }

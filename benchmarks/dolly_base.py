@@ -304,8 +304,10 @@ def _loss(model: "LlamaForCausalLM", batch: "torch.Tensor") -> "torch.Tensor":
 
     # Products in bfloat16, sums and weights in float32: twice as fast on processors that have it.
     with torch.autocast("cpu", torch.bfloat16):
-        logits = model(input_ids=batch, use_cache=False).logits[:, :-1].float()
-    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
+        hidden = model.model(input_ids=batch, use_cache=False).last_hidden_state  # B, T, H
+        # The last token of a row has no successor: taken off here, the logits are never copied.
+        logits = model.lm_head(hidden[:, :-1].flatten(0, 1))  # B·(T-1), V
+    return torch.nn.functional.cross_entropy(logits.float(), batch[:, 1:].flatten())
 
 
 def _mean_loss(model: "LlamaForCausalLM", rows: "torch.Tensor", recipe: BaseRecipe) -> float:

@@ -84,7 +84,7 @@ class Settings:
     max_new_tokens: int = 64
     max_length: int = 512
     batch_size: int = 32
-    rates: tuple[float, ...] = (PAPER_RATE, 1.5e-3, 5e-3, 1.5e-2)
+    rates: tuple[float, ...] = (PAPER_RATE, 1.5e-3, 5e-3, 1.5e-2, 5e-2)
 
 
 QUICK: Final = Settings(

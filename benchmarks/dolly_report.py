@@ -136,7 +136,7 @@ def markdown(results: Results, measure: Measure) -> str:
 
 
 def remarks(details: Mapping[str, Any], results: Results) -> tuple[str, ...]:
-    """What must be said beside the tables: base, cap, learning rate, and what the paper's gave."""
+    """What must be said beside the tables: base, cap, learning rate, and what other rates gave."""
     settings, base = details["settings"], details["base"]
     recipe = base["recipe"]
     of_base = (
@@ -151,30 +151,28 @@ def remarks(details: Mapping[str, Any], results: Results) -> tuple[str, ...]:
         f"own, at random: {min(whole)} to {max(whole)} records become {min(kept)} to {max(kept)}."
     )
     tried = ", ".join(f"{one['rate']:g}: {one['validation_loss']:.3f}" for one in details["tuning"])
-    at_paper_rate = details["at_paper_rate"]
-    seed = at_paper_rate[0]["seed"]
+    seed = settings["seeds"][0]
     of_rate = (
         f"Learning rate: {details['rate']:g}, by the validation loss of the centralised model of "
         f"seed {seed} on {settings['n_tuning']} records ({tried})."
     )
-    beside = "; ".join(_beside(one, results, results.seeds.index(seed)) for one in at_paper_rate)
-    of_paper_rate = f"At the paper's rate, {at_paper_rate[0]['rate']:g}, seed {seed}: {beside}."
+    beside = "; ".join(_beside(one, results) for one in details["at_other_rates"])
+    of_other_rates = f"At other rates, seed {seed}: {beside}."
     of_time = f"Time: {details['cpu_s'] / 60:.0f} minutes of one core in all, without the base."
-    return of_base, of_cap, of_rate, of_paper_rate, of_time
+    return of_base, of_cap, of_rate, of_other_rates, of_time
 
 
-def _beside(found: Mapping[str, Any], results: Results, index: int) -> str:
-    """A model at the paper's rate beside the same model at the chosen one."""
-    model = Model(found["model"])
+def _beside(found: Mapping[str, Any], results: Results) -> str:
+    """A model at another rate beside the same model, of the same seed, at the chosen one."""
+    model, index = Model(found["model"]), results.seeds.index(found["seed"])
     parts = []
     for measure in (LOSS, ROUGE):
         theirs = float(np.mean(list(found[measure.key].values())))
         ours = results.values(model, measure)[index]
         parts.append(
-            f"{measure.title} {theirs:.{measure.digits}f} "
-            f"(at the chosen rate {ours:.{measure.digits}f})"
+            f"{measure.title} {theirs:.{measure.digits}f} (table: {ours:.{measure.digits}f})"
         )
-    return f"{model.value} {', '.join(parts)}"
+    return f"{found['rate']:g} {model.value}: {', '.join(parts)}"
 
 
 def draw(results: Results, path: Path) -> None:

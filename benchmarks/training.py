@@ -260,7 +260,7 @@ def measure(folder: Path, *, quick: bool) -> tuple[list[Row], dict[str, Any]]:
         folder: The base.
         quick: One run of each, few steps.
     """
-    n_runs, n_steps = (1, 2) if quick else (5, 5)
+    n_runs, n_steps = (1, 2) if quick else (3, 3)
     common = {"folder": str(folder), "n_steps": n_steps}
     runs: dict[str, list[dict[str, Any]]] = {}
 
