@@ -16,6 +16,7 @@ from edge_agent.chain import check_round
 from edge_agent.data.tokens import TokenizedData
 from edge_agent.errors import (
     AgentError,
+    CheckpointError,
     DataError,
     JournalError,
     OutOfMemoryError,
@@ -243,6 +244,8 @@ class Agent:
         except TrainingStoppedError:
             self._say("stopped", f"round {part.round} is kept and goes on at the next start")
             raise
+        except CheckpointError:
+            raise  # once the owner has made room on the disk, the round goes on
         except (TrainingError, DataError, TrustError) as error:
             self._withdraw(part, error)
             raise

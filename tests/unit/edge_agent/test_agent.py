@@ -15,6 +15,7 @@ from edge_agent.agent import Agent, AgentEventReport, Member
 from edge_agent.data.records import OnMalformed, Record
 from edge_agent.data.tokens import tokenize
 from edge_agent.errors import (
+    CheckpointError,
     JournalError,
     OutOfMemoryError,
     RefusedError,
@@ -889,7 +890,16 @@ def test_guarantee_3_an_update_of_zero_is_never_sent(world: World) -> None:
     assert world.server.withdrawals[0].reason is WithdrawalReason.TRAINING_FAILED
 
 
-def test_a_full_disk_keeps_the_round_open(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("when", "error", "said"),
+    [
+        ("training begins", CheckpointError, "cannot save the training state"),
+        ("training is done", JournalError, "cannot keep the finished update"),
+    ],
+)
+def test_a_full_disk_keeps_the_round_open(
+    world: World, monkeypatch: pytest.MonkeyPatch, when: str, error: type[Exception], said: str
+) -> None:
     def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
@@ -897,7 +907,9 @@ def test_a_full_disk_keeps_the_round_open(world: World, monkeypatch: pytest.Monk
     agent = world.start()
     with monkeypatch.context() as patched:
         patched.setattr("os.fsync", full)
-        with pytest.raises(JournalError, match="cannot keep the finished update"):
+        if when == "training is done":
+            patched.setattr("edge_agent.training.trainer.save_state", lambda *_: None)
+        with pytest.raises(error, match=said):
             agent.run()
     assert world.phases() == [AgentPhase.TRAINING]
     assert not world.server.uploads
