@@ -280,9 +280,10 @@ def _value(found: Measurement, group: str) -> float:
     return found.score.by_category("exact_match")[group]
 
 
-def next_commands(result: DemoResult) -> tuple[str, str, str]:
-    """Three commands to try next, as they can be typed from here."""
+def next_commands(result: DemoResult) -> tuple[str, ...]:
+    """Commands to try next, as they can be typed from here."""
     return (
+        f'{_program("sheepfold-agent")} ask {result.folder.adapter} "Which hue belongs to a plum?"',
         f"{_program('sheepfold-agent')} sent --home {result.folder.agent(1).root}",
         f"{_program('sheepfold-server')} releases list {result.folder.server}",
         f"{_program('sheepfold-server')} init my-federation --open-enrolment",

@@ -114,7 +114,7 @@ def test_arbitrary_bytes_give_records_or_one_data_error(content: bytes, ending: 
 
 
 @settings(deadline=None, max_examples=100)
-@given(FILLED, TEXTS, FILLED, CONTROL, st.sampled_from(list(Template)), st.integers(150, 400))
+@given(FILLED, TEXTS, FILLED, CONTROL, st.sampled_from(list(Template)), st.integers(256, 500))
 def test_examples_fit_and_hold_no_control_token_that_the_template_did_not_write(
     tokenizer: PreTrainedTokenizerFast,
     instruction: str,
