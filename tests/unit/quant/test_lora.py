@@ -321,3 +321,32 @@ def test_only_b_is_trainable_when_only_b_is_sent(random_base: LoadedBase) -> Non
     adapted = AdaptedModel(random_base, LORA.model_copy(update={"sent": (Factor.B,)}))
     assert all(name.endswith("lora_B.weight") for name in adapted.trainable)
     assert len(adapted.trainable) * 2 == len(adapted.factors)
+
+
+def test_a_layer_that_is_used_twice_adds_its_gradients_by_example(adapted: AdaptedModel) -> None:
+    layer = adapted.base.model.model.layers[0].self_attn.q_proj
+    generator = torch.Generator().manual_seed(2)
+    first, second = (torch.randn(3, 4, 64, generator=generator) for _ in range(2))
+
+    def by_example(*inputs: torch.Tensor) -> dict[str, torch.Tensor]:
+        with adapted.per_example_gradients() as found:
+            torch.stack([layer(x).square().sum() for x in inputs]).sum().backward()
+        return found
+
+    both, one, other = by_example(first, second), by_example(first), by_example(second)
+    assert len(both) == 2
+    for name, gradient in both.items():
+        torch.testing.assert_close(gradient, one[name] + other[name])
+
+
+def test_examples_handed_on_as_one_are_refused_where_each_needs_a_gradient(
+    adapted: AdaptedModel,
+) -> None:
+    layer = adapted.base.model.model.layers[0].self_attn.q_proj
+    rows = torch.ones(12, 64)  # as OPT's feed-forward layers get them
+    layer(rows).sum().backward()
+    with (
+        adapted.per_example_gradients(),
+        pytest.raises(AdapterError, match="gets the examples of a batch as one"),
+    ):
+        layer(rows).sum().backward()

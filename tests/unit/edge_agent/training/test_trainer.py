@@ -293,6 +293,31 @@ def test_out_of_memory_halves_the_micro_batch_and_carries_on(
     np.testing.assert_allclose(bench.update(), whole, rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    "said",
+    ["[enforce fail at alloc_cpu.cpp] . DefaultCPUAllocator: can't allocate memory: you tried", ""],
+    ids=["of-the-cpu", "another"],
+)
+def test_memory_that_ends_on_the_cpu_is_known_by_what_torch_says(
+    random_base: LoadedBase, monkeypatch: pytest.MonkeyPatch, said: str
+) -> None:
+    bench = Bench(random_base)
+    whole = bench.update()
+    real = loss_module.example_losses
+
+    def scarce(model: object, **tensors: torch.Tensor) -> torch.Tensor:
+        if tensors["input_ids"].numel() > 60:
+            raise RuntimeError(said)
+        return real(model, **tensors)
+
+    monkeypatch.setattr("edge_agent.training.trainer.example_losses", scarce)
+    if said:
+        np.testing.assert_allclose(bench.update(), whole, rtol=1e-3, atol=1e-6)
+    else:
+        with pytest.raises(RuntimeError):
+            bench.update()
+
+
 def test_activations_are_recomputed_when_one_example_does_not_fit(
     random_base: LoadedBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
