@@ -1,10 +1,10 @@
 """A small base model for `benchmarks.dolly`, pre-trained from scratch on public text.
 
     python -m benchmarks.dolly_base
-    python -m benchmarks.dolly_base --quick --cache /tmp/bases
+    python -m benchmarks.dolly_base --quick --cache bases
 
 A Llama of seven million parameters reads novels, fairy tales, plays and encyclopedia articles, no
-instruction among them. It is made once, in a quarter of an hour on two cores, and kept in the
+instruction among them. It is made once, in 17 to 18 minutes of two free cores, and kept in the
 user's cache under a name that holds the digest of recipe and text: another recipe or another text
 is another base.
 """

@@ -14,6 +14,7 @@ from typing import Final
 
 from edge_agent.chain import check_round
 from edge_agent.data.tokens import TokenizedData
+from edge_agent.durable import write_durably
 from edge_agent.errors import (
     AgentError,
     CheckpointError,
@@ -293,7 +294,7 @@ class Agent:
             body_sha256=sha256(body),
             body_n_bytes=len(body),
         )
-        _write_durably(self._body_path(part), body)
+        _keep_update(self._body_path(part), body)
         signed = sign(self._signer, "upload", header).signed
         part = self._journal.move_part(
             part, AgentEvent.TRAINING_DONE, now=self._clock.now(), header=signed
@@ -406,15 +407,9 @@ class Agent:
         self._on_event(AgentEventReport(kind=kind, text=text))
 
 
-def _write_durably(path: Path, data: bytes) -> None:
-    partial = path.with_name(path.name + ".partial")
+def _keep_update(path: Path, data: bytes) -> None:
     try:
-        with partial.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
+        write_durably(path, data)
     except OSError as error:
-        partial.unlink(missing_ok=True)
         msg = f"cannot keep the finished update at {path}: {error}; free some space"
         raise JournalError(msg) from error

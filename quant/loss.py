@@ -11,10 +11,9 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-CausalLM = PreTrainedModel | PeftModel
+from quant.memory import DEFAULT_LOSS_CHUNK
 
-DEFAULT_LOSS_CHUNK: Final = 1024
-"""Positions whose logits exist at once."""
+CausalLM = PreTrainedModel | PeftModel
 
 _FP16_SCALE: Final = 2.0**10
 """Keeps probabilities of a large vocabulary above float16's smallest number."""
@@ -123,6 +122,9 @@ def is_plain_output_layer(model: PreTrainedModel, input_ids: torch.Tensor) -> bo
     Args:
         model: A decoder-only model.
         input_ids: [B, T] int64 to try it on.
+
+    Returns:
+        True where both agree to 1 % on these tokens.
     """
     head = cast("torch.nn.Module", model.get_output_embeddings())
     with torch.inference_mode():

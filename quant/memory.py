@@ -21,6 +21,9 @@ from typing import Final
 
 from quant.model_shape import FloatType, LoraShape, ModelShape, Norm
 
+DEFAULT_LOSS_CHUNK: Final = 1024
+"""Positions whose logits exist at once."""
+
 _LOGITS_COPIES_BYTES: Final = 16  # logits, their log-softmax, and the gradients of both, float32
 _NORM_BACKWARD_BYTES: Final = 24  # six float32 copies of the residual stream
 _CUDA_CONTEXT_BYTES: Final = 600_000_000
@@ -43,7 +46,7 @@ class StepSettings:
 
     micro_tokens: int = 4096
     max_examples: int | None = None
-    loss_chunk: int = 1024
+    loss_chunk: int = DEFAULT_LOSS_CHUNK
     n_checkpointed_layers: int = 0
 
 

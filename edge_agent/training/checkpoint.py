@@ -6,7 +6,6 @@ refused, so a state is never resumed with other data, another recipe or another 
 """
 
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
 
+from edge_agent.durable import write_durably
 from edge_agent.errors import CheckpointError
 from quant.memory import StepSettings
 
@@ -44,19 +44,13 @@ def save_state(path: Path, progress: Progress, tensors: dict[str, torch.Tensor])
         CheckpointError: It cannot be written, for instance because the disk is full; the old file
             is untouched.
     """
-    partial = path.with_name(path.name + ".partial")
     data = safetensors.torch.save(
         {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()},
         metadata={_METADATA_KEY: json.dumps(asdict(progress))},
     )
     try:
-        with partial.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
+        write_durably(path, data)
     except OSError as error:
-        partial.unlink(missing_ok=True)
         msg = f"cannot save the training state to {path}: {error}; free some space"
         raise CheckpointError(msg) from error
 

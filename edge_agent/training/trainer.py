@@ -218,7 +218,7 @@ class LocalTrainer:
         Raises:
             TrainingStoppedError: The owner stopped it; the state file holds the progress.
             OutOfMemoryError: Not even one example fits, with activations recomputed.
-            TrainingError: The update is zero or not finite.
+            TrainingError: A gradient or the update is not finite, or the update is zero.
             CheckpointError: The state cannot be written.
         """
         block = self._recipe.training
