@@ -125,7 +125,7 @@ def load_base(
     compute_dtype: torch.dtype | None = None,
     expected: BaseBlock | None = None,
 ) -> LoadedBase:
-    """Load any causal language model of the hub, or of a local folder, in NF4.
+    """Load a causal language model of the hub, or of a local folder, in NF4.
 
     Guarantees:
         1. The fingerprint does not depend on the device, the compute dtype or the thread count.
