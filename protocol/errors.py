@@ -7,6 +7,7 @@ ProtocolError
 ├── LayoutError        a vector layout that contradicts itself
 ├── SignatureError     a signature, key, time or nonce that does not hold
 ├── InviteError        an invite code that cannot be read
+├── CheckError         a check of the agent that failed (in `protocol.checks`)
 └── TransitionError    an event that the current phase does not allow
 ```
 """

@@ -68,11 +68,19 @@ class VectorLayout(WireModel):
         return self
 
     @classmethod
-    def of_shapes(cls, shapes: dict[str, tuple[int, ...]]) -> Self:
+    def of_shapes(
+        cls,
+        shapes: dict[str, tuple[int, ...]],
+        *,
+        step: float | None = None,
+        clip_amplitude: int | None = None,
+    ) -> Self:
         """Lay tensors out by ascending name.
 
         Args:
             shapes: Shape by tensor name; at least one.
+            step: Δ of every tensor in the masked mode.
+            clip_amplitude: A of every tensor in the masked mode.
 
         Raises:
             pydantic.ValidationError: The tensors exceed the limits.
@@ -80,7 +88,13 @@ class VectorLayout(WireModel):
         slots = []
         offset = 0
         for name in sorted(shapes):
-            slot = TensorSlot(name=name, shape=shapes[name], offset=offset)
+            slot = TensorSlot(
+                name=name,
+                shape=shapes[name],
+                offset=offset,
+                step=step,
+                clip_amplitude=clip_amplitude,
+            )
             slots.append(slot)
             offset += slot.n_values
         return cls(slots=tuple(slots))

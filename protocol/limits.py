@@ -36,6 +36,15 @@ MAX_COHORT: Final = 100_000
 MAX_WEIGHT: Final = 1_000_000
 """Largest cap on an agent's FedAvg weight."""
 
+MIN_CELL: Final = 5
+"""Fewest members of a masked cell: below that a sum hides too little."""
+
+MAX_CELL: Final = 128
+"""Most members of a masked cell; `sheepfold-server init` allows 32, as messages grow with it."""
+
+MAX_READY_ATTEMPTS: Final = 9
+"""READY messages of an agent in a round: one digit, so that all have one size."""
+
 MAX_RELEASES_PER_REPLY: Final = 100
 
 LONG_POLL_S: Final = 20.0

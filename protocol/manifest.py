@@ -133,11 +133,55 @@ class TrainingBlock(WireModel):
         return self
 
 
-class MaskingBlock(WireModel):
-    """Secure aggregation. This version knows `off`: the server sees each update by itself."""
+class NoMasking(WireModel):
+    """Masking off: the server sees each update by itself."""
 
     version: Literal[1] = 1
     mode: Literal["off"] = "off"
+
+
+class CellMasking(WireModel):
+    """Secure aggregation in cells: the server learns one sum for each cell.
+
+    `n` ready agents are cut into max(1, ⌊n / `cell_target`⌋) cells (PROTOCOL, "Cells"), of at least
+    `min_cell` and at most `max_cell` members. `colluders` may raise what a cell tolerates above
+    the rule, never lower it.
+
+    `max_change` is the largest change of one value that an update can carry, `clip_norm` its
+    largest L2 norm (C of PROTOCOL, "Encoding"); both in the units of the adapter's values.
+    """
+
+    version: Literal[1] = 1
+    mode: Literal["cells"] = "cells"
+    word_bits: Literal[16, 32] = 16
+    max_change: PositiveFloat
+    clip_norm: PositiveFloat
+    cell_target: Annotated[int, Field(ge=limits.MIN_CELL, le=limits.MAX_CELL)] = 10
+    min_cell: Annotated[int, Field(ge=limits.MIN_CELL, le=limits.MAX_CELL)] = limits.MIN_CELL
+    max_cell: Annotated[int, Field(ge=limits.MIN_CELL, le=limits.MAX_CELL)] = 19
+    colluders: Annotated[int, Field(ge=1, le=limits.MAX_CELL)] | None = None
+    stage_s: Annotated[float, Field(ge=1.0, le=24 * 3600.0)] = 90.0
+    """Longest wait of a cell for messages without progress; an upload that moves may go on."""
+    ready_delay_s: Annotated[float, Field(ge=0.0, le=3600.0)] = 10.0
+    """READY is sent after a random delay of up to this, as its timing hints at training time."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.min_cell > self.cell_target:
+            msg = f"min_cell {self.min_cell} is above cell_target {self.cell_target}"
+            raise ValueError(msg)
+        least = 2 * self.cell_target - 1
+        if self.max_cell < least:
+            msg = (
+                f"max_cell {self.max_cell} is below {least}: {least} ready agents make one cell "
+                f"when cell_target is {self.cell_target}"
+            )
+            raise ValueError(msg)
+        return self
+
+
+MaskingBlock = Annotated[NoMasking | CellMasking, Field(discriminator="mode")]
+"""Whether the server sees single updates, and what it sees instead."""
 
 
 class PrivacyBlock(WireModel):
@@ -221,7 +265,7 @@ class FederationManifest(WireModel):
     lora: LoraBlock
     layout: Digest
     training: TrainingBlock
-    masking: MaskingBlock = MaskingBlock()
+    masking: MaskingBlock = NoMasking()
     privacy: PrivacyBlock = PrivacyBlock()
     aggregation: AggregationBlock = AggregationBlock()
     filter: FilterBlock = FilterBlock()
@@ -234,7 +278,30 @@ class FederationManifest(WireModel):
         if self.registrar == self.server and not self.registrar_held_by_server:
             msg = "registrar is the server's own key, yet registrar_held_by_server is false"
             raise ValueError(msg)
+        if isinstance(self.masking, CellMasking):
+            self._check_masking(self.masking)
         return self
+
+    def _check_masking(self, masking: CellMasking) -> None:
+        if self.rounds.min_cohort < masking.min_cell:
+            msg = (
+                f"rounds.min_cohort {self.rounds.min_cohort} is below masking.min_cell "
+                f"{masking.min_cell}: a masked round needs that many agents"
+            )
+            raise ValueError(msg)
+        largest = (2**masking.word_bits - 1) // masking.max_cell
+        if self.max_weight > largest:
+            msg = (
+                f"aggregation.max_weight {self.max_weight} times masking.max_cell "
+                f"{masking.max_cell} wraps a word of {masking.word_bits} bits; at most {largest}"
+            )
+            raise ValueError(msg)
+
+    @property
+    def max_weight(self) -> int:
+        """W, the largest FedAvg weight of an agent; 1 when all weigh alike."""
+        rule = self.aggregation
+        return 1 if rule.weighting is Weighting.UNIFORM else rule.max_weight
 
     def digest(self) -> bytes:
         """The hash that rounds, credentials and updates refer to."""

@@ -4,7 +4,8 @@ The tables are role-blind data. `advance` is the only way from one phase to the 
 a phase does not allow raises and changes nothing (after python-hyper/h11).
 
 In the open mode an update is a cell of one: it goes from UPLOADING straight to UNMASKED, as there
-is nothing to unmask, and an agent's part ends at UPLOADED. The masked mode walks the whole table.
+is nothing to unmask, and an agent's part ends at UPLOADED. The masked mode walks the whole table:
+its part ends at REVEALED, or ABANDONED when the cell is lost.
 """
 
 from collections.abc import Mapping
@@ -82,6 +83,7 @@ class AgentEvent(StrEnum):
     UPLOAD_ACCEPTED = "upload-accepted"
     CONFIRM_SIGNED = "confirm-signed"
     REVEAL_SENT = "reveal-sent"
+    SUM_KNOWN = "sum-known"
     ATTEMPT_FAILED = "attempt-failed"
     ABANDON = "abandon"
 
@@ -126,6 +128,7 @@ AGENT_TRANSITIONS: Final[Mapping[tuple[AgentPhase, AgentEvent], AgentPhase]] = M
         (AgentPhase.SHARED, AgentEvent.UPLOAD_ACCEPTED): AgentPhase.UPLOADED,
         (AgentPhase.UPLOADED, AgentEvent.CONFIRM_SIGNED): AgentPhase.CONFIRMED,
         (AgentPhase.CONFIRMED, AgentEvent.REVEAL_SENT): AgentPhase.REVEALED,
+        (AgentPhase.CONFIRMED, AgentEvent.SUM_KNOWN): AgentPhase.REVEALED,
         (AgentPhase.READY, AgentEvent.ATTEMPT_FAILED): AgentPhase.TRAINED,
         (AgentPhase.SHARED, AgentEvent.ATTEMPT_FAILED): AgentPhase.TRAINED,
         (AgentPhase.UPLOADED, AgentEvent.ATTEMPT_FAILED): AgentPhase.TRAINED,
@@ -133,6 +136,8 @@ AGENT_TRANSITIONS: Final[Mapping[tuple[AgentPhase, AgentEvent], AgentPhase]] = M
         (AgentPhase.TRAINED, AgentEvent.ABANDON): AgentPhase.ABANDONED,
         (AgentPhase.READY, AgentEvent.ABANDON): AgentPhase.ABANDONED,
         (AgentPhase.SHARED, AgentEvent.ABANDON): AgentPhase.ABANDONED,
+        (AgentPhase.UPLOADED, AgentEvent.ABANDON): AgentPhase.ABANDONED,
+        (AgentPhase.CONFIRMED, AgentEvent.ABANDON): AgentPhase.ABANDONED,
     }
 )
 

@@ -49,6 +49,8 @@ class ProblemType(StrEnum):
     BAD_RANGE = "bad-range"
     NOT_SELECTED = "not-selected"
     ROUND_CLOSED = "round-closed"
+    STAGE_CLOSED = "stage-closed"
+    BAD_MESSAGE = "bad-message"
     CONFLICT = "conflict"
     CONSUMED = "consumed"
     DIGEST_MISMATCH = "digest-mismatch"
@@ -94,6 +96,8 @@ _TABLE: Final[dict[ProblemType, tuple[int, Advice, str]]] = {
     ProblemType.BAD_RANGE: (416, Advice.STOP, "The range is outside the file."),
     ProblemType.NOT_SELECTED: (403, Advice.DISCARD, "This agent is not in the round's cohort."),
     ProblemType.ROUND_CLOSED: (409, Advice.DISCARD, "The round no longer takes uploads."),
+    ProblemType.STAGE_CLOSED: (409, Advice.DISCARD, "The cell has gone on without this message."),
+    ProblemType.BAD_MESSAGE: (422, Advice.DISCARD, "The message contradicts the cell."),
     ProblemType.CONFLICT: (409, Advice.STOP, "Another body was already accepted for this key."),
     ProblemType.CONSUMED: (409, Advice.DISCARD, "An update of this agent was already accepted."),
     ProblemType.DIGEST_MISMATCH: (422, Advice.RETRY, "The bytes do not match their digest."),

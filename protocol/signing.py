@@ -31,6 +31,21 @@ from protocol.wire import (
 
 BodyT = TypeVar("BodyT", bound=WireModel)
 
+# Points of small order in all their encodings (Wycheproof, ed25519_test): under such a key anyone
+# can sign, so no identity may be one.
+_SMALL_ORDER = frozenset(
+    bytes.fromhex(start + end)
+    for start, ends in {
+        "01" + "00" * 30: ("00", "80"),
+        "00" * 31: ("00", "80"),
+        "ec" + "ff" * 30: ("7f", "ff"),
+        "ed" + "ff" * 30: ("7f", "ff"),
+        "ee" + "ff" * 30: ("7f", "ff"),
+        "26e8958fc2b227b045c3f489f2ef98f0d5dfac05d3c63339b13802886d53fc": ("05", "85"),
+        "c7176a703d4dd84fba3c0b760d10670f2a2053fa2c39ccc64ec7fd7792ac03": ("7a", "fa"),
+    }.items()
+    for end in ends
+)
 _INVITE_PREFIX = "sheepfold1-"
 _FINGERPRINT_BYTES = 16
 
@@ -84,8 +99,11 @@ def verify_bytes(identity: bytes, signature: bytes, message: bytes) -> None:
         message: What was signed.
 
     Raises:
-        SignatureError: It does not hold, or the key is not a key.
+        SignatureError: It does not hold, or the key is not a key, or one that anyone could use.
     """
+    if identity in _SMALL_ORDER:
+        msg = f"{b64u_encode(identity)} is a point of small order: anyone can sign under it"
+        raise SignatureError(msg)
     try:
         Ed25519PublicKey.from_public_bytes(identity).verify(signature, message)
     except (InvalidSignature, ValueError) as error:

@@ -113,6 +113,12 @@ Bytes32 = Annotated[bytes, _binary(32), _as_b64u]
 Bytes64 = Annotated[bytes, _binary(64), _as_b64u]
 """64 bytes; 86 characters of base64url in JSON: Ed25519 signatures."""
 
+Bytes33 = Annotated[bytes, _binary(33), _as_b64u]
+"""33 bytes; 44 characters of base64url in JSON: a Shamir share modulo 2^256 + 297."""
+
+Bytes82 = Annotated[bytes, _binary(82), _as_b64u]
+"""82 bytes; 110 characters of base64url in JSON: two sealed shares with their tag."""
+
 Bytes16 = Annotated[bytes, _binary(16), _as_b64u]
 """16 bytes; 22 characters of base64url in JSON: federation ids, nonces."""
 

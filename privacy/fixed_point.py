@@ -1,0 +1,323 @@
+"""Between an update's real numbers and words of Z_2^k that can be summed under masks.
+
+A tensor has a step Δ and an integer amplitude A; its value x becomes
+e = clamp(⌊x/Δ + u⌋, −A, A) with u uniform in [0, 1), so e·Δ is x on average. The weight w of an
+agent is applied before: x stands for (w/W)·x. The vector of words is
+
+    tensors · w · 1 · clipped flag, with 16 check words spread evenly between and after them.
+
+Nothing wraps: m_max·(A + 1) ≤ 2^(k−1) − 1 for the signed values, m_max·W ≤ 2^k − 1 for weights.
+
+Source: PROTOCOL, "Encoding"; stochastic rounding as in Bonawitz et al., MLSys 2019.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Final, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from privacy.errors import EncodingPlanError, SumError, UpdateRangeError
+from privacy.masking import Words, word_dtype
+from privacy.noise import SecureStream
+from privacy.updates import Float32Array
+from protocol.layout import VectorLayout
+from protocol.limits import MAX_UPDATE_BYTES
+from protocol.manifest import CellMasking
+
+N_CHECK_WORDS: Final = 16
+N_TAIL_WORDS: Final = 3
+"""The weight, the count and the clipped flag."""
+_CHUNK_VALUES: Final = 1 << 15
+
+
+def amplitude_of(*, word_bits: Literal[16, 32], max_members: int) -> int:
+    """The largest A for which a cell of `max_members` never wraps.
+
+    Raises:
+        EncodingPlanError: None is left: the cell is too large for the word.
+    """
+    amplitude = ((1 << (word_bits - 1)) - 1) // max_members - 1
+    if amplitude < 1:
+        msg = (
+            f"a cell of {max_members} leaves no room in words of {word_bits} bits; lower "
+            "masking.max_cell or set masking.word_bits = 32"
+        )
+        raise EncodingPlanError(msg)
+    return amplitude
+
+
+def masked_layout(layout: VectorLayout, masking: CellMasking) -> VectorLayout:
+    """A layout with the step and amplitude of every tensor.
+
+    Args:
+        layout: Names, shapes and offsets.
+        masking: Word size, largest cell and largest change.
+
+    Raises:
+        EncodingPlanError: A sum could wrap.
+    """
+    amplitude = amplitude_of(word_bits=masking.word_bits, max_members=masking.max_cell)
+    step = masking.max_change / amplitude
+    shapes = {slot.name: slot.shape for slot in layout.slots}
+    return VectorLayout.of_shapes(shapes, step=step, clip_amplitude=amplitude)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodingPlan:
+    """How a federation's updates become words; equal on every machine.
+
+    Guarantees:
+        1. No sum over at most `max_members` members wraps, in values or in weights.
+
+    Raises (at construction):
+        EncodingPlanError: A sum could wrap, or the layout has no step or amplitude.
+    """
+
+    layout: VectorLayout
+    word_bits: Literal[16, 32]
+    max_members: int
+    """m_max, the largest cell."""
+    max_weight: int
+    """W, the largest weight."""
+    clip_norm: float
+    """C, the largest L2 norm of an update."""
+
+    def __post_init__(self) -> None:
+        """Refuse what could wrap."""
+        half = 2 ** (self.word_bits - 1) - 1
+        for slot in self.layout.slots:
+            if slot.step is None or slot.clip_amplitude is None:
+                msg = f"{slot.name!r} has no step or amplitude"
+                raise EncodingPlanError(msg)
+            if self.max_members * (slot.clip_amplitude + 1) > half:
+                msg = (
+                    f"{self.max_members} members of amplitude {slot.clip_amplitude} wrap a word "
+                    f"of {self.word_bits} bits in {slot.name!r}"
+                )
+                raise EncodingPlanError(msg)
+        if self.max_members * self.max_weight > 2**self.word_bits - 1:
+            msg = (
+                f"{self.max_members} members of weight {self.max_weight} wrap a word of "
+                f"{self.word_bits} bits"
+            )
+            raise EncodingPlanError(msg)
+        if self.n_bytes > MAX_UPDATE_BYTES:
+            msg = f"{self.n_bytes} bytes of words; the limit is {MAX_UPDATE_BYTES}"
+            raise EncodingPlanError(msg)
+
+    @classmethod
+    def of(cls, layout: VectorLayout, masking: CellMasking, *, max_weight: int) -> "EncodingPlan":
+        """The plan of a manifest.
+
+        Args:
+            layout: With step and amplitude; see `masked_layout`.
+            masking: The manifest's block.
+            max_weight: W.
+        """
+        return cls(
+            layout=layout,
+            word_bits=masking.word_bits,
+            max_members=masking.max_cell,
+            max_weight=max_weight,
+            clip_norm=masking.clip_norm,
+        )
+
+    @property
+    def dtype(self) -> Any:  # noqa: ANN401 - one of two dtypes, of Words
+        """The type of a word, little-endian."""
+        return word_dtype(self.word_bits)
+
+    @property
+    def n_payload(self) -> int:
+        """Words without the check words."""
+        return self.layout.n_values + N_TAIL_WORDS
+
+    @property
+    def n_words(self) -> int:
+        """Length of a masked vector."""
+        return self.n_payload + N_CHECK_WORDS
+
+    @property
+    def n_bytes(self) -> int:
+        """Size of a masked vector, the body of an upload."""
+        return self.n_words * (self.word_bits // 8)
+
+    def check_positions(self) -> tuple[int, ...]:
+        """Where the check words stand in a masked vector; the last word is one."""
+        return tuple((j + 1) * self.n_words // N_CHECK_WORDS - 1 for j in range(N_CHECK_WORDS))
+
+
+def encode(vector: Float32Array, *, weight: int, plan: EncodingPlan, stream: SecureStream) -> Words:
+    """An update as words: tensors, weight, one, clipped flag.
+
+    The result is made once for each update and stored: rounding anew would let two sums of the
+    same update differ, and their difference tell of it.
+
+    Guarantees:
+        1. On average over `stream`, a value that is not clipped is unchanged.
+        2. ‖Δ·e‖ ≤ (w/W)·C + √(Σ d_l Δ_l²), checked (PROTOCOL, check 15).
+
+    Args:
+        vector: [n_values] float32 in the layout's order; unchanged.
+        weight: w, 1 to W.
+        plan: Of the federation.
+        stream: Fresh.
+
+    Returns:
+        [n_payload] words.
+
+    Raises:
+        UpdateRangeError: NaN or infinity, another length, a weight outside 1 to W, or an encoding
+            that is longer than it may be.
+    """
+    if vector.shape != (plan.layout.n_values,):
+        msg = f"an update of {vector.shape}, the layout has {plan.layout.n_values} values"
+        raise UpdateRangeError(msg)
+    if not 1 <= weight <= plan.max_weight:
+        msg = f"weight {weight} is not from 1 to {plan.max_weight}"
+        raise UpdateRangeError(msg)
+    norm = l2_norm(vector)
+    if not np.isfinite(norm):
+        msg = "the update has values that are not finite"
+        raise UpdateRangeError(msg)
+    shrink = min(1.0, plan.clip_norm / norm) if norm > 0.0 else 1.0
+    share = weight / plan.max_weight
+    words = np.empty(plan.n_payload, plan.dtype)
+    signed = words.view(np.int16 if plan.word_bits == 16 else np.int32)
+    clipped = shrink < 1.0
+    squares = 0.0
+    slack = 0.0
+    for slot, where in plan.layout.slices():
+        step, amplitude = float(slot.step or 0.0), int(slot.clip_amplitude or 0)
+        n_squares = 0.0
+        for run in _runs(where):
+            value = vector[run] * np.float64(shrink * share / step)
+            value += stream.uniform(len(value))
+            np.floor(value, out=value)
+            if value.max() > amplitude or value.min() < -amplitude:
+                clipped = True
+                np.clip(value, -amplitude, amplitude, out=value)
+            n_squares += float(np.einsum("i,i", value, value))
+            signed[run] = value
+        squares += n_squares * step * step
+        slack += slot.n_values * step * step
+    words[-N_TAIL_WORDS:] = (weight, 1, int(clipped))
+    longest = share * plan.clip_norm + np.sqrt(slack)
+    if np.sqrt(squares) > longest * (1.0 + 1e-9):
+        msg = f"the encoded update has norm {np.sqrt(squares):.6g}; at most {longest:.6g} is agreed"
+        raise UpdateRangeError(msg)
+    return words
+
+
+def l2_norm(vector: Float32Array) -> float:
+    """The L2 norm of a vector, in float64 and without a copy of it; NaN where it is not finite."""
+    total = 0.0
+    for run in _runs(slice(0, len(vector))):
+        part = vector[run].astype(np.float64)
+        total += float(np.einsum("i,i", part, part))  # not BLAS, whose threads wait for each other
+    return float(np.sqrt(total)) if np.isfinite(total) else float("nan")
+
+
+def _runs(where: slice) -> Iterator[slice]:
+    for start in range(where.start, where.stop, _CHUNK_VALUES):
+        yield slice(start, min(start + _CHUNK_VALUES, where.stop))
+
+
+def with_checks(payload: Words, checks: Words, plan: EncodingPlan, start: int, stop: int) -> Words:
+    """Words `start` to `stop` of the vector that is masked: the payload with the check words in it.
+
+    Args:
+        payload: [n_payload].
+        checks: [16].
+        plan: Of the federation.
+        start: First word.
+        stop: One past the last.
+
+    Returns:
+        [stop − start] words, a copy.
+    """
+    run = np.empty(stop - start, plan.dtype)
+    at = start
+    for index, position in enumerate(plan.check_positions()):
+        if position < at:
+            continue
+        if position >= stop:
+            break
+        run[at - start : position - start] = payload[at - index : position - index]
+        run[position - start] = checks[index]
+        at = position + 1
+    n_before = sum(position < at for position in plan.check_positions())
+    run[at - start :] = payload[at - n_before : stop - n_before]
+    return run
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodedSum:
+    """What a cell's sum says."""
+
+    values: Float32Array
+    """Σ (w/W)·x, [n_values] float32."""
+    weight_sum: int
+    n_members: int
+    n_clipped: int
+
+
+def split_sum(words: Words, checks: Words, plan: EncodingPlan, *, n_members: int) -> Words:
+    """Check an unmasked sum and take the check words out of it.
+
+    Args:
+        words: [n_words], every mask removed.
+        checks: [16], those of one member.
+        plan: Of the federation.
+        n_members: How many were summed.
+
+    Returns:
+        [n_payload] words.
+
+    Raises:
+        SumError: The check words, the count, the weight or the flags are not those of `n_members`
+            members: a mask is missing or wrong, or a member lies about its count.
+    """
+    positions = np.array(plan.check_positions())
+    expected: Words = (checks.astype(np.uint64) * np.uint64(n_members)).astype(plan.dtype)
+    if not np.array_equal(words[positions], expected):
+        msg = "check words do not add up: a mask is missing, wrong or misaligned"
+        raise SumError(msg)
+    keep = np.ones(len(words), np.bool_)
+    keep[positions] = False
+    payload: Words = words[keep]
+    weight_sum, count, n_clipped = (int(word) for word in payload[-N_TAIL_WORDS:])
+    if count != n_members:
+        msg = f"the count word says {count}, {n_members} members were summed"
+        raise SumError(msg)
+    if not n_members <= weight_sum <= n_members * plan.max_weight:
+        msg = f"weights add up to {weight_sum}; {n_members} members have at most {plan.max_weight}"
+        raise SumError(msg)
+    if n_clipped > n_members:
+        msg = f"{n_clipped} of {n_members} members say that they clipped"
+        raise SumError(msg)
+    return payload
+
+
+def decode(payload: Words, plan: EncodingPlan) -> DecodedSum:
+    """The numbers of a checked sum.
+
+    Args:
+        payload: [n_payload] words from `split_sum`.
+        plan: Of the federation.
+
+    Raises:
+        SumError: Another length.
+    """
+    if payload.shape != (plan.n_payload,):
+        msg = f"a sum of {payload.shape} words, {plan.n_payload} are expected"
+        raise SumError(msg)
+    signed: NDArray[np.signedinteger] = payload.view(np.int16 if plan.word_bits == 16 else np.int32)
+    values = np.empty(plan.layout.n_values, np.float32)
+    for slot, where in plan.layout.slices():
+        for run in _runs(where):
+            values[run] = signed[run] * np.float64(slot.step or 0.0)
+    weight_sum, count, n_clipped = (int(word) for word in payload[-N_TAIL_WORDS:])
+    return DecodedSum(values=values, weight_sum=weight_sum, n_members=count, n_clipped=n_clipped)
