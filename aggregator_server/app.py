@@ -10,13 +10,25 @@ from typing import Annotated, Final
 
 import structlog
 from anyio import CapacityLimiter, to_thread
-from fastapi import APIRouter, Depends, FastAPI, Path, Query, Request, Response
+from fastapi import APIRouter, FastAPI, Path, Query, Request, Response
 from fastapi.responses import StreamingResponse
 
 from aggregator_server import metrics as metrics_module
 from aggregator_server.errors import Refusal, ServerError
 from aggregator_server.federation import Federation
 from aggregator_server.metrics import Metrics
+from aggregator_server.web.admission import (
+    MAX_MESSAGE_BYTES,
+    Anywhere,
+    AttemptInPath,
+    Here,
+    RoundInPath,
+    admit,
+    expect,
+    poll,
+    threads_of,
+)
+from aggregator_server.web.cells import cell_router
 from aggregator_server.web.edge import (
     BodySlots,
     ProblemRoute,
@@ -26,12 +38,11 @@ from aggregator_server.web.edge import (
     parse_body,
     read_body,
     reply,
-    verify_head,
     verify_transport,
 )
 from aggregator_server.web.openapi import body_of, install_openapi, reply_of
 from aggregator_server.web.ranges import parse_range
-from protocol.limits import KIB, LONG_POLL_S, PART_BYTES
+from protocol.limits import LONG_POLL_S, PART_BYTES
 from protocol.messages import (
     Acknowledged,
     Credential,
@@ -54,15 +65,11 @@ from protocol.version import PROTOCOL_VERSION
 _log = structlog.get_logger(__name__)
 _TICK_S: Final = 1.0
 """Longest time between two looks at the clock, and at what other processes wrote."""
-_MAX_MESSAGE_BYTES: Final = 64 * KIB
-"""Of a request; the largest message that an agent sends has about 1 kB."""
 _N_PARTS_IN_MEMORY: Final = 64
 """Parts received at once: 64 times 4 MiB."""
 _BLOB_NAME: Final = re.compile(r"[0-9a-f]{64}")
 _MAX_INT: Final = 2**31 - 1
 
-RoundInPath = Annotated[int, Path(ge=1, le=_MAX_INT)]
-AttemptInPath = Annotated[int, Path(ge=1, le=_MAX_INT)]
 PartInPath = Annotated[int, Path(ge=0, le=_MAX_INT)]
 
 
@@ -90,6 +97,7 @@ def create_app(federation: Federation) -> FastAPI:
     app.include_router(_member_router())
     app.include_router(_release_router())
     app.include_router(_upload_router())
+    app.include_router(cell_router())
     install_openapi(app)
     return app
 
@@ -121,50 +129,6 @@ async def _tick(federation: Federation, limiter: CapacityLimiter) -> None:
         await work.wait(ticket, _TICK_S)
 
 
-# Both are coroutines, or the framework would run them in its threads, where they would wait.
-async def _federation(request: Request) -> Federation:
-    federation: Federation = request.app.state.federation
-    return federation
-
-
-async def _this_federation(request: Request, federation: str) -> Federation:
-    service = await _federation(request)
-    if federation != service.charter.path_id:
-        raise Refusal(
-            ProblemType.UNKNOWN_FEDERATION, f"here is only the federation {service.charter.path_id}"
-        )
-    return service
-
-
-Anywhere = Annotated[Federation, Depends(_federation)]
-Here = Annotated[Federation, Depends(_this_federation)]
-
-
-async def _admit(
-    service: Federation, request: Request, *, limit: int = 0, even_revoked: bool = False
-) -> tuple[bytes, bytes]:
-    """The member that makes a request, and the body."""
-    body = await read_body(request, limit=limit)
-
-    def check() -> bytes:
-        verified = verify_transport(request, body)
-        return service.membership.admit(verified, even_revoked=even_revoked)
-
-    return await to_thread.run_sync(check), body
-
-
-def _expect(service: Federation, request: Request) -> bytes:
-    """The member whose large body is about to be read; `_admit` has the last word on it."""
-    identity = verify_head(request)
-    service.membership.require_member(identity)
-    return identity
-
-
-def _threads(request: Request) -> Threads:
-    threads: Threads = request.app.state.threads
-    return threads
-
-
 def _public_router() -> APIRouter:
     router = APIRouter(route_class=ProblemRoute)
 
@@ -176,14 +140,14 @@ def _public_router() -> APIRouter:
     @router.get("/healthz")
     async def health(request: Request, service: Anywhere) -> Response:
         """Whether the database answers."""
-        await to_thread.run_sync(service.check, limiter=_threads(request).probes)
+        await to_thread.run_sync(service.check, limiter=threads_of(request).probes)
         return Response("ok\n", media_type="text/plain")
 
     @router.get("/metrics")
     async def metrics(request: Request, service: Anywhere) -> Response:
         """Counters and gauges for Prometheus."""
         rendered: Metrics = request.app.state.metrics
-        status = await to_thread.run_sync(service.status, limiter=_threads(request).probes)
+        status = await to_thread.run_sync(service.status, limiter=threads_of(request).probes)
         return Response(rendered.render(status), media_type=metrics_module.CONTENT_TYPE)
 
     return router
@@ -199,7 +163,7 @@ def _member_router() -> APIRouter:
     )
     async def enrol(request: Request, service: Here) -> Response:
         """Become a member; signed."""
-        body = await read_body(request, limit=_MAX_MESSAGE_BYTES)
+        body = await read_body(request, limit=MAX_MESSAGE_BYTES)
 
         def call() -> Signed[Credential]:
             verified = verify_transport(request, body)
@@ -214,7 +178,7 @@ def _member_router() -> APIRouter:
     )
     async def revoke(request: Request, service: Here) -> Response:
         """End one's membership; signed."""
-        identity, body = await _admit(service, request, limit=_MAX_MESSAGE_BYTES, even_revoked=True)
+        identity, body = await admit(service, request, limit=MAX_MESSAGE_BYTES, even_revoked=True)
 
         def call() -> Acknowledged:
             service.revoke(identity, parse_body(Signed[Revocation], body))
@@ -230,15 +194,17 @@ def _member_router() -> APIRouter:
         wait: Annotated[float, Query(ge=0.0, le=3600.0, allow_inf_nan=False)] = 0.0,
     ) -> Response:
         """What to do now; signed. Holds the answer for `wait` seconds while there is nothing."""
-        identity, _ = await _admit(service, request)
-        return reply(await _poll(service, identity, after=after, wait_s=min(wait, LONG_POLL_S)))
+        identity, _ = await admit(service, request)
+        look = partial(service.task, identity, after=after)
+        answer = await poll(service, look, is_news=_is_news, wait_s=min(wait, LONG_POLL_S))
+        return reply(answer)
 
     @router.post(
         "/withdrawals", responses=reply_of(Acknowledged), openapi_extra=body_of(Signed[Withdrawal])
     )
     async def withdraw(request: Request, service: Here) -> Response:
         """Give one's place in a round to another; signed."""
-        identity, body = await _admit(service, request, limit=_MAX_MESSAGE_BYTES)
+        identity, body = await admit(service, request, limit=MAX_MESSAGE_BYTES)
 
         def call() -> Acknowledged:
             service.withdraw(identity, parse_body(Signed[Withdrawal], body))
@@ -280,19 +246,19 @@ def _upload_router() -> APIRouter:
     @router.post("", openapi_extra=body_of(Signed[UploadHeader]))
     async def begin(request: Request, service: Here) -> Response:
         """Announce an upload by its signed header; signed."""
-        identity, body = await _admit(service, request, limit=_MAX_MESSAGE_BYTES)
+        identity, body = await admit(service, request, limit=MAX_MESSAGE_BYTES)
 
         def call() -> UploadStatus:
             return service.begin_upload(identity, parse_body(Signed[UploadHeader], body))
 
-        return await in_thread(call, _threads(request).uploads)
+        return await in_thread(call, threads_of(request).uploads)
 
     @router.get("/{round_number}/{attempt}")
     async def status(
         request: Request, service: Here, round_number: RoundInPath, attempt: AttemptInPath
     ) -> Response:
         """Where an upload stands; signed."""
-        identity, _ = await _admit(service, request)
+        identity, _ = await admit(service, request)
         return await in_thread(partial(service.uploads.status, identity, round_number, attempt))
 
     @router.put("/{round_number}/{attempt}/parts/{n}", openapi_extra=body_of(None))
@@ -305,34 +271,21 @@ def _upload_router() -> APIRouter:
     ) -> Response:
         """Store one part, raw; signed."""
         slots: BodySlots = request.app.state.part_slots
-        async with slots.one(await to_thread.run_sync(_expect, service, request)):
-            identity, body = await _admit(service, request, limit=PART_BYTES)
+        async with slots.one(await to_thread.run_sync(expect, service, request)):
+            identity, body = await admit(service, request, limit=PART_BYTES)
             call = partial(service.uploads.put_part, identity, round_number, attempt, n, body)
-            return await in_thread(call, _threads(request).uploads)
+            return await in_thread(call, threads_of(request).uploads)
 
     @router.post("/{round_number}/{attempt}/complete")
     async def complete(
         request: Request, service: Here, round_number: RoundInPath, attempt: AttemptInPath
     ) -> Response:
         """Have a whole upload verified and accepted; signed."""
-        identity, _ = await _admit(service, request)
+        identity, _ = await admit(service, request)
         call = partial(service.complete_upload, identity, round_number, attempt)
-        return await in_thread(call, _threads(request).uploads)
+        return await in_thread(call, threads_of(request).uploads)
 
     return router
-
-
-async def _poll(service: Federation, identity: bytes, *, after: int, wait_s: float) -> TaskReply:
-    look = partial(service.task, identity, after=after)
-    until = service.clock.monotonic() + wait_s
-    while True:
-        ticket = service.wakeups.ticket()
-        answer = await to_thread.run_sync(look)
-        left_s = until - service.clock.monotonic()
-        if left_s <= 0 or _is_news(answer) or service.wakeups.closed:
-            return answer
-        if not await service.wakeups.wait(ticket, left_s):
-            return await to_thread.run_sync(look)
 
 
 def _is_news(answer: TaskReply) -> bool:

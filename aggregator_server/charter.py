@@ -5,12 +5,21 @@ from dataclasses import dataclass
 
 from aggregator_server.errors import ConfigError
 from aggregator_server.keys import Keys
+from privacy.fixed_point import EncodingPlan, agreed_layout
 from protocol.base_description import BaseDescription
 from protocol.layout import VectorLayout
-from protocol.manifest import FederationManifest
+from protocol.manifest import CellMasking, FederationManifest
 from protocol.signing import Signed
 from protocol.wire import b64u_encode
 from quant.adapter import adapter_shapes, sent_layout
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskedTerms:
+    """How a federation masks its updates."""
+
+    masking: CellMasking
+    plan: EncodingPlan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +33,13 @@ class Charter:
     shapes: Mapping[str, tuple[int, ...]]
     """Of every tensor of the adapter."""
     keys: Keys
+    masked: MaskedTerms | None
+    """None in the open mode."""
+
+    @property
+    def update_n_bytes(self) -> int:
+        """Size of the body of an update, masked or not."""
+        return self.layout.n_bytes if self.masked is None else self.masked.plan.n_bytes
 
     @property
     def manifest(self) -> FederationManifest:
@@ -46,6 +62,7 @@ def make_charter(signed: Signed[FederationManifest], base: BaseDescription, keys
 
     Raises:
         ConfigError: They do not.
+        EncodingPlanError: A masked sum could wrap.
         ManifestError: A target module is not in the base.
     """
     manifest = signed.body
@@ -53,8 +70,19 @@ def make_charter(signed: Signed[FederationManifest], base: BaseDescription, keys
         msg = "the keys in keys/ are not those of the manifest; restore them from a backup"
         raise ConfigError(msg)
     shapes = adapter_shapes(base, manifest.lora)
-    layout = sent_layout(shapes, manifest.lora.sent)
+    layout = agreed_layout(sent_layout(shapes, manifest.lora.sent), manifest.masking)
     if layout.digest() != manifest.layout or base.base != manifest.base:
         msg = "base.json is not the manifest's base model; restore it from a backup"
         raise ConfigError(msg)
-    return Charter(signed=signed, digest=manifest.digest(), layout=layout, shapes=shapes, keys=keys)
+    terms = None
+    if isinstance(manifest.masking, CellMasking):
+        plan = EncodingPlan.of(layout, manifest.masking, max_weight=manifest.max_weight)
+        terms = MaskedTerms(masking=manifest.masking, plan=plan)
+    return Charter(
+        signed=signed,
+        digest=manifest.digest(),
+        layout=layout,
+        shapes=shapes,
+        keys=keys,
+        masked=terms,
+    )

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from aggregator_server.errors import ServerError
+from aggregator_server.recipes import Masking
+from privacy.errors import PrivacyError
 from protocol.errors import ProtocolError
-from protocol.manifest import Factor, Schedule, Template
+from protocol.manifest import CellMasking, Factor, MaskingBlock, Schedule, Template
 from quant.errors import QuantError
 
 if TYPE_CHECKING:
@@ -69,7 +71,7 @@ def init(  # noqa: PLR0917 - one parameter for each option
     rounds: Annotated[int, typer.Option(help="Rounds until it is finished.")] = 20,
     cohort: Annotated[int, typer.Option(help="Updates that close a round.")] = 5,
     min_cohort: Annotated[
-        int | None, typer.Option(help="Fewest agents for a round.  [default: 2]")
+        int | None, typer.Option(help="Fewest agents for a round.  [default: 5 if masked, else 2]")
     ] = None,
     rank: Annotated[int, typer.Option(help="Rank of the adapter.")] = 8,
     alpha: Annotated[float | None, typer.Option(help="Its scale.  [default: 2 x rank]")] = None,
@@ -78,7 +80,20 @@ def init(  # noqa: PLR0917 - one parameter for each option
         str | None,
         typer.Option(help="Layers, as q_proj,v_proj.  [default: the paper's six, or all linear]"),
     ] = None,
-    sent: Annotated[str, typer.Option(help="Factors that agents send: A,B or B.")] = "A,B",
+    sent: Annotated[
+        str | None,
+        typer.Option(help="Factors that agents send: A,B or B.  [default: B if masked, else A,B]"),
+    ] = None,
+    masking: Annotated[
+        Masking, typer.Option(help="Secure aggregation; auto: on where 5 or more are expected.")
+    ] = Masking.AUTO,
+    cell: Annotated[
+        int | None, typer.Option(help="Agents of a masked cell.  [default: 10, or the cohort]")
+    ] = None,
+    word_bits: Annotated[int, typer.Option(help="Bits of a masked value: 16 or 32.")] = 16,
+    ready_delay_s: Annotated[
+        float, typer.Option(help="Longest random wait before a masked update is announced.")
+    ] = 10.0,
     template: Annotated[
         Template, typer.Option(help="How a record becomes a prompt.")
     ] = Template.ALPACA,
@@ -134,7 +149,10 @@ def init(  # noqa: PLR0917 - one parameter for each option
     if base is not None and embedded:
         message = "give --base or --embedded, not both"
         raise typer.BadParameter(message)
-    factors = _factors(sent)
+    factors = None if sent is None else _factors(sent)
+    if word_bits not in {16, 32}:
+        message = f"--word-bits is 16 or 32, not {word_bits}"
+        raise typer.BadParameter(message)
     with _sentences():
         described = load_base(_embedded_base() if base is None else base)
         options = RecipeOptions(
@@ -148,6 +166,10 @@ def init(  # noqa: PLR0917 - one parameter for each option
             dropout=dropout,
             target_modules=_names(target_modules),
             sent=factors,
+            masking=masking,
+            cell_target=cell,
+            word_bits=32 if word_bits == 32 else 16,
+            ready_delay_s=ready_delay_s,
             template=template,
             max_length=max_length,
             batch_size=batch_size,
@@ -163,7 +185,7 @@ def init(  # noqa: PLR0917 - one parameter for each option
         config = make_config(options, described)
         charter = found_federation(directory, config=config, base=described, clock=SystemClock())
     fingerprint = format_fingerprint(charter.keys.server.identity)
-    n_bytes = charter.layout.n_bytes
+    n_bytes = charter.update_n_bytes
     if base is None and not embedded:
         typer.echo("No --base was given: this federation uses the tiny embedded base.", err=True)
     text = (
@@ -274,6 +296,7 @@ def status(directory: Directory, json_path: JsonPath = None) -> None:
     """
     with _opened(directory) as federation:
         now = federation.status()
+        masking = federation.charter.manifest.masking
     last = now.round
     lines = [
         f"{now.name}: {now.n_releases_of_rounds} of {now.n_rounds} rounds done"
@@ -281,11 +304,12 @@ def status(directory: Directory, json_path: JsonPath = None) -> None:
         f"agents: {now.n_enrolled} enrolled, {now.n_present} present",
         f"newest release: {now.newest_release}",
         f"bytes: {now.bytes_up:,} up, {now.bytes_down:,} down",
-        "privacy: profile P0, epsilon = infinity; masking off",
+        f"privacy: profile P0, epsilon = infinity; {_masking_line(masking)}",
     ]
     if last is not None:
         lines.append(
             f"round {last.round}: {last.phase.value}, {last.n_uploads} of {last.n_selected} updates"
+            + (f", {last.n_cells_failed} of {last.n_cells} cells failed" if last.n_cells else "")
             + (f", {last.failure}" if last.failure else "")
         )
     _answer(json_path, "\n".join(lines), now.as_json())
@@ -421,7 +445,7 @@ def _sentences() -> Iterator[None]:
     """Turn every fault that is known into one sentence and exit code 1."""
     try:
         yield
-    except (ServerError, ProtocolError, QuantError, OSError) as error:
+    except (ServerError, ProtocolError, PrivacyError, QuantError, OSError) as error:
         typer.echo(f"sheepfold-server: {error}", err=True)
         raise typer.Exit(1) from error
     except Exception as error:
@@ -437,6 +461,12 @@ def _embedded_base() -> Path:
 
 def _names(text: str | None) -> tuple[str, ...] | None:
     return None if text is None else tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def _masking_line(masking: MaskingBlock) -> str:
+    if isinstance(masking, CellMasking):
+        return f"masked in cells of {masking.min_cell} to {masking.max_cell}"
+    return "masking off"
 
 
 def _factors(text: str) -> tuple[Factor, ...]:

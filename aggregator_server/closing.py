@@ -57,7 +57,12 @@ def decide(
     if now < manifest.deadline_at:
         return Decision(ending=Ending.WAIT, reason="before the deadline")
     if now < manifest.cap_at and any(
-        _moves(upload, manifest, rate=rules.min_upload_bytes_per_s, now=now)
+        moves(
+            upload,
+            deadline_at=manifest.deadline_at,
+            rate=rules.min_upload_bytes_per_s,
+            now=now,
+        )
         for upload in progress.receiving
     ):
         return Decision(ending=Ending.WAIT, reason="an upload is moving")
@@ -68,9 +73,17 @@ def decide(
     )
 
 
-def _moves(upload: UploadProgress, manifest: RoundManifest, *, rate: float, now: float) -> bool:
+def moves(upload: UploadProgress, *, deadline_at: float, rate: float, now: float) -> bool:
+    """Whether an upload began in time and goes on at a rate that is worth waiting for.
+
+    Args:
+        upload: How far it has come.
+        deadline_at: Before which it must have begun, in seconds since the Unix epoch.
+        rate: Least bytes per second.
+        now: Seconds since the Unix epoch.
+    """
     # Bytes arrive in whole parts, so the part on its way counts as arrived.
     on_its_way = min(PART_BYTES, upload.n_bytes - upload.n_bytes_received)
     elapsed_s = now - upload.started_at
-    in_time = upload.started_at < manifest.deadline_at
+    in_time = upload.started_at < deadline_at
     return in_time and upload.n_bytes_received + on_its_way >= rate * elapsed_s

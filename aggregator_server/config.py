@@ -1,8 +1,8 @@
 """The settings of a federation: `federation.toml` as one frozen tree.
 
-The recipe (`federation`, `lora`, `training`, `aggregation`, `rounds`, `change_limits`) goes into
-the manifest that volunteers accept, so it stands in the file alone. `[server]` is how this server
-is run: flags beat the environment (`SHEEPFOLD_SERVER_<KEY>`), which beats the file.
+The recipe (`federation`, `lora`, `training`, `aggregation`, `masking`, `rounds`, `change_limits`)
+goes into the manifest that volunteers accept, so it stands in the file alone. `[server]` is how
+this server is run: flags beat the environment (`SHEEPFOLD_SERVER_<KEY>`), which beats the file.
 """
 
 import difflib
@@ -20,8 +20,11 @@ from aggregator_server.errors import ConfigError
 from protocol import limits
 from protocol.manifest import (
     AggregationBlock,
+    CellMasking,
     ChangeLimitsBlock,
     LoraBlock,
+    MaskingBlock,
+    NoMasking,
     RoundsBlock,
     Text,
     TrainingBlock,
@@ -84,6 +87,7 @@ class ServerSection(_Section):
     retention: Retention = Retention.DELETE
     min_free_bytes: Annotated[int, Field(ge=0)] = 512 * _MIB
     presence_s: Annotated[float, Field(ge=2 * limits.LONG_POLL_S, le=24 * 3600)] = 120.0
+    unmask_processes: Annotated[int, Field(ge=1, le=256)] = 1
     log_format: LogFormat = LogFormat.CONSOLE
 
 
@@ -94,6 +98,7 @@ class ServerConfig(_Section):
     lora: LoraBlock
     training: TrainingBlock
     aggregation: AggregationBlock = AggregationBlock()
+    masking: MaskingBlock = NoMasking()
     rounds: RoundsBlock
     change_limits: ChangeLimitsBlock = ChangeLimitsBlock()
     server: ServerSection = ServerSection()
@@ -204,6 +209,8 @@ def _refuse_unknown(
             msg = f"{source}: unknown key {name!r}{_nearest(key, list(fields))}"
             raise ConfigError(msg)
         inner = fields[key].annotation
+        if key == "masking" and isinstance(value, Mapping):
+            inner = CellMasking if value.get("mode") == "cells" else NoMasking
         if isinstance(inner, type) and issubclass(inner, BaseModel):
             if not isinstance(value, Mapping):
                 msg = f"{source}: [{key}] must be a section"

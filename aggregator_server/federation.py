@@ -12,6 +12,7 @@ from aggregator_server.config import ServerConfig, ServerSection, Setting, load_
 from aggregator_server.errors import BlobError, Refusal, StoreError
 from aggregator_server.founding import CONFIG_NAME, places_of, reconcile, stored_charter
 from aggregator_server.keys import load_keys
+from aggregator_server.masking.cells import Cells
 from aggregator_server.membership import (
     Membership,
     require_author,
@@ -23,10 +24,12 @@ from aggregator_server.store.database import Database
 from aggregator_server.store.rows import RoundRow
 from aggregator_server.store.store import Store
 from aggregator_server.tasks import task_reply
+from aggregator_server.unmask import Unmasker
 from aggregator_server.uploads import Uploads
 from aggregator_server.wakeups import Wakeups
 from protocol.clock import Clock, SystemClock
 from protocol.errors import SignatureError
+from protocol.masked import MaskedHeader, Ready
 from protocol.messages import (
     Credential,
     Discovery,
@@ -39,6 +42,7 @@ from protocol.messages import (
     UploadStatus,
     Withdrawal,
 )
+from protocol.phases import CellPhase
 from protocol.problems import ProblemType
 from protocol.signing import Signed, verify
 from protocol.transport_signing import VerifiedRequest
@@ -74,6 +78,18 @@ class Federation:
         self.membership = Membership(store, charter, clock, policy=config.server.enrolment)
         self.uploads = Uploads(store, blobs, charter, clock, retention=config.server.retention)
         self.releases = Releases(store, blobs, charter, clock)
+        self.unmasker = Unmasker(config.server.unmask_processes)
+        self.cells: Cells | None = None
+        """At work where updates are masked."""
+        if charter.masked is not None:
+            self.cells = Cells(
+                store=store,
+                blobs=blobs,
+                charter=charter,
+                terms=charter.masked,
+                clock=clock,
+                unmasker=self.unmasker,
+            )
         self.rounds = Rounds(
             store=store,
             blobs=blobs,
@@ -82,6 +98,7 @@ class Federation:
             releases=self.releases,
             clock=clock,
             presence_s=config.server.presence_s,
+            cells=self.cells,
         )
         self._changes = -1
 
@@ -111,6 +128,7 @@ class Federation:
     def close(self) -> None:
         """Journal what is only counted, and close the database."""
         self.stop_waiting()
+        self.unmasker.close()
         try:
             self.membership.flush()
         except StoreError as error:
@@ -151,8 +169,44 @@ class Federation:
         )
 
     def begin_upload(self, identity: bytes, signed: Signed[UploadHeader]) -> UploadStatus:
-        """Announce an upload; see `Uploads.begin`."""
+        """Announce an upload; see `Uploads.begin`.
+
+        Raises:
+            Refusal: Also in a federation that masks updates: a plain one is not taken.
+        """
+        if self.cells is not None:
+            raise Refusal(ProblemType.BAD_REQUEST, "this federation takes masked updates only")
         return self.uploads.begin(identity, signed)
+
+    def masked(self) -> Cells:
+        """The cells of a federation that masks.
+
+        Raises:
+            Refusal: It does not (`not-found`).
+        """
+        if self.cells is None:
+            raise Refusal(ProblemType.NOT_FOUND, "this federation does not mask updates")
+        return self.cells
+
+    def ready(self, identity: bytes, signed: Signed[Ready]) -> None:
+        """Take a READY; see `Cells.ready`."""
+        cells = self.masked()
+        require_federation(self.charter, signed.body.federation)
+        row = self._store.rounds.get(signed.body.round)
+        if row is None:
+            raise Refusal(ProblemType.NOT_FOUND, f"there is no round {signed.body.round}")
+        cells.ready(identity, signed, round_digest=row.digest)
+        self.work.notify()
+
+    def begin_masked_upload(self, identity: bytes, signed: Signed[MaskedHeader]) -> UploadStatus:
+        """Announce a masked upload; see `Cells.check_upload` and `Uploads.begin_masked`."""
+        row = self.masked().check_upload(identity, signed)
+        (attempt,) = (
+            member.attempt
+            for member in self._store.cells.members(row.transcript)
+            if member.agent == identity
+        )
+        return self.uploads.begin_masked(identity, signed, round_number=row.round, attempt=attempt)
 
     def complete_upload(self, identity: bytes, round_number: int, attempt: int) -> UploadStatus:
         """Verify and accept an upload; see `Uploads.complete`."""
@@ -214,6 +268,7 @@ class Federation:
     def _round_status(self, row: RoundRow) -> RoundStatus:
         manifest = round_manifest(row)
         progress = self._store.rounds.progress(row.number)
+        cells = () if self.cells is None else self._store.cells.of_round(row.number)
         return RoundStatus(
             round=row.number,
             phase=row.phase,
@@ -223,12 +278,15 @@ class Federation:
             bytes_received=progress.bytes_received,
             opened_at=manifest.opened_at,
             deadline_at=manifest.deadline_at,
+            n_ready=progress.n_ready,
+            n_cells=len(cells),
+            n_cells_failed=sum(cell.phase is CellPhase.FAILED for cell in cells),
             failure=row.failure,
         )
 
     def _has_space(self) -> bool:
         try:
-            self._blobs.require_space(self.charter.layout.n_bytes)
+            self._blobs.require_space(self.charter.update_n_bytes)
         except BlobError:
             return False
         return True

@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Final
 
 import structlog
+from pydantic import ValidationError
 
 from aggregator_server.blobs import Blobs, open_blobs
 from aggregator_server.charter import Charter, make_charter
 from aggregator_server.config import ServerConfig
 from aggregator_server.errors import ConfigError
 from aggregator_server.keys import Keys, create_keys
+from aggregator_server.masking.vectors import SUMS
 from aggregator_server.releases import (
     ADAPTERS,
     blob_key,
@@ -27,13 +29,14 @@ from aggregator_server.store.database import Database
 from aggregator_server.store.store import Store
 from aggregator_server.template import render
 from aggregator_server.uploads import UPLOADS
+from privacy.fixed_point import agreed_layout
 from protocol.base_description import BaseDescription
 from protocol.clock import Clock
 from protocol.errors import ProtocolError
 from protocol.limits import MAX_JSON_BYTES
-from protocol.manifest import FederationManifest
+from protocol.manifest import CellMasking, FederationManifest
 from protocol.signing import Signed, sign, verify
-from protocol.wire import parse
+from protocol.wire import explain, parse
 from quant.adapter import adapter_shapes, initial_adapter, sent_layout
 
 CONFIG_NAME: Final = "federation.toml"
@@ -165,23 +168,29 @@ def build_manifest(
         ManifestError: A target module is not in the base.
     """
     check_recipe(config, base)
-    layout = sent_layout(adapter_shapes(base, config.lora), config.lora.sent)
-    return FederationManifest(
-        federation=federation,
-        name=config.federation.name,
-        description=config.federation.description,
-        server=keys.server.identity,
-        registrar=keys.registrar.identity,
-        registrar_held_by_server=True,
-        created_at=created_at,
-        base=base.base,
-        lora=config.lora,
-        layout=layout.digest(),
-        training=config.training,
-        aggregation=config.aggregation,
-        rounds=config.rounds,
-        change_limits=config.change_limits,
+    layout = agreed_layout(
+        sent_layout(adapter_shapes(base, config.lora), config.lora.sent), config.masking
     )
+    try:
+        return FederationManifest(
+            federation=federation,
+            name=config.federation.name,
+            description=config.federation.description,
+            server=keys.server.identity,
+            registrar=keys.registrar.identity,
+            registrar_held_by_server=True,
+            created_at=created_at,
+            base=base.base,
+            lora=config.lora,
+            layout=layout.digest(),
+            training=config.training,
+            aggregation=config.aggregation,
+            masking=config.masking,
+            rounds=config.rounds,
+            change_limits=config.change_limits,
+        )
+    except ValidationError as error:
+        raise ConfigError(explain("the recipe", error)) from error
 
 
 def check_recipe(config: ServerConfig, base: BaseDescription) -> None:
@@ -189,9 +198,12 @@ def check_recipe(config: ServerConfig, base: BaseDescription) -> None:
 
     Raises:
         ConfigError: A round could have more updates than its release can name.
+        EncodingPlanError: A masked sum could wrap.
         ManifestError: A target module is not in the base.
     """
-    adapter_shapes(base, config.lora)
+    layout = sent_layout(adapter_shapes(base, config.lora), config.lora.sent)
+    if isinstance(config.masking, CellMasking):
+        agreed_layout(layout, config.masking)
     rounds = config.rounds
     selected, most = most_selected(rounds), most_cells()
     if selected > most:
@@ -245,7 +257,7 @@ def _found(
 
 
 def _require_unused(blobs: Blobs) -> None:
-    for prefix in (ADAPTERS, UPLOADS):
+    for prefix in (ADAPTERS, UPLOADS, SUMS):
         if found := blobs.names(prefix):
             msg = (
                 f"blobs_url is not empty (it holds {prefix}/{found[0]}); give this federation a "

@@ -281,7 +281,7 @@ class Membership:
         body = Credential(
             federation=self._charter.manifest.federation,
             agent=agent,
-            expires_at=self._clock.now() + CREDENTIAL_LIFETIME_S,
+            expires_at=int(self._clock.now()) + CREDENTIAL_LIFETIME_S,
         )
         return sign(self._charter.keys.registrar, "credential", body).signed.canonical()
 

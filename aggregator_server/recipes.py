@@ -1,8 +1,10 @@
 """The settings that `init` writes: the paper's recipe, with what the operator asked for."""
 
+import math
 import secrets
 from dataclasses import dataclass, field
-from typing import Final
+from enum import StrEnum
+from typing import Final, Literal
 
 from pydantic import SecretStr, ValidationError
 
@@ -14,12 +16,38 @@ from aggregator_server.config import (
 )
 from aggregator_server.errors import ConfigError
 from protocol.base_description import BaseDescription
-from protocol.manifest import Factor, LoraBlock, RoundsBlock, Schedule, Template, TrainingBlock
+from protocol.limits import MIN_CELL
+from protocol.manifest import (
+    AggregationBlock,
+    CellMasking,
+    Factor,
+    LoraBlock,
+    NoMasking,
+    RoundsBlock,
+    Schedule,
+    Template,
+    TrainingBlock,
+)
 from protocol.wire import explain
+from quant.adapter import adapter_shapes, sent_layout
 
 _PAPER_MODULES: Final = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj")
 _HEADS: Final = frozenset({"lm_head", "embed_out", "score"})
 _SEED_BITS: Final = 53
+_CELL_TARGET: Final = 10
+_ASSUMED_RECORDS: Final = 1000
+"""Of an agent, where a round is counted in passes over its records."""
+_MASKED_MAX_WEIGHT: Final = 256
+"""Weights scale masked values, so a cap far above the usual count would cost precision."""
+
+
+class Masking(StrEnum):
+    """Whether `init` asks for masks."""
+
+    AUTO = "auto"
+    """Where enough agents are expected for one cell."""
+    CELLS = "cells"
+    OFF = "off"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +63,12 @@ class RecipeOptions:
     alpha: float | None = None
     dropout: float = 0.05
     target_modules: tuple[str, ...] | None = None
-    sent: tuple[Factor, ...] = (Factor.A, Factor.B)
+    sent: tuple[Factor, ...] | None = None
+    """None: both factors in the open, B alone under masks."""
+    masking: Masking = Masking.AUTO
+    cell_target: int | None = None
+    word_bits: Literal[16, 32] = 16
+    ready_delay_s: float = 10.0
     template: Template = Template.ALPACA
     max_length: int = 512
     batch_size: int = 32
@@ -58,26 +91,36 @@ def make_config(options: RecipeOptions, base: BaseDescription) -> ServerConfig:
 
     Raises:
         ConfigError: A value out of range.
+        ManifestError: A target module is not in the base.
 
     Source: FedIT, arXiv 2305.05644, section 4: rank 8, alpha 16, dropout 0.05, six modules, batch
     32, 1.5e-4, 512 tokens, one local epoch, 20 rounds of 5 clients. Ours: the loss is on the
     response, and the learning rate follows one cosine over all rounds.
     """
     rules = options
+    fewest = rules.cohort_target if rules.min_cohort is None else rules.min_cohort
+    masked = rules.masking is Masking.CELLS or (
+        rules.masking is Masking.AUTO and min(fewest, rules.cohort_target) >= MIN_CELL
+    )
     epochs = rules.local_epochs
     if rules.local_steps is None and epochs is None:
         epochs = 1
     try:
+        lora = LoraBlock(
+            rank=rules.rank,
+            alpha=2.0 * rules.rank if rules.alpha is None else rules.alpha,
+            dropout=rules.dropout,
+            target_modules=rules.target_modules or default_modules(base),
+            sent=rules.sent or ((Factor.B,) if masked else (Factor.A, Factor.B)),
+            init_seed=secrets.randbits(_SEED_BITS),
+        )
         return ServerConfig(
             federation=FederationSection(name=rules.name, description=rules.description),
-            lora=LoraBlock(
-                rank=rules.rank,
-                alpha=2.0 * rules.rank if rules.alpha is None else rules.alpha,
-                dropout=rules.dropout,
-                target_modules=rules.target_modules or default_modules(base),
-                sent=rules.sent,
-                init_seed=secrets.randbits(_SEED_BITS),
-            ),
+            lora=lora,
+            aggregation=AggregationBlock(max_weight=_MASKED_MAX_WEIGHT)
+            if masked
+            else AggregationBlock(),
+            masking=_masking(rules, base, lora) if masked else NoMasking(),
             training=TrainingBlock(
                 template=rules.template,
                 max_length=rules.max_length,
@@ -90,7 +133,7 @@ def make_config(options: RecipeOptions, base: BaseDescription) -> ServerConfig:
             rounds=RoundsBlock(
                 n_rounds=rules.n_rounds,
                 cohort_target=rules.cohort_target,
-                min_cohort=_min_cohort(rules),
+                min_cohort=_min_cohort(rules, masked=masked),
                 deadline_s=rules.deadline_s,
                 cap_s=rules.deadline_s + max(60.0, rules.deadline_s / 12),
             ),
@@ -111,7 +154,29 @@ def default_modules(base: BaseDescription) -> tuple[str, ...]:
     return paper or tuple(sorted(known - _HEADS))
 
 
-def _min_cohort(options: RecipeOptions) -> int:
+def _min_cohort(options: RecipeOptions, *, masked: bool) -> int:
     if options.min_cohort is not None:
         return options.min_cohort
-    return min(2, options.cohort_target)
+    return MIN_CELL if masked else min(2, options.cohort_target)
+
+
+def _masking(options: RecipeOptions, base: BaseDescription, lora: LoraBlock) -> CellMasking:
+    """Masks whose range holds what Adam can change in a round.
+
+    Adam moves a value by about its learning rate in a step, so the steps of a round times the peak
+    rate are a bound that is rarely reached; the norm allows half of it in every value.
+    """
+    steps = options.local_steps
+    if steps is None:
+        steps = (options.local_epochs or 1) * math.ceil(_ASSUMED_RECORDS / options.batch_size)
+    max_change = options.learning_rate * steps
+    layout = sent_layout(adapter_shapes(base, lora), lora.sent)
+    target = options.cell_target or min(_CELL_TARGET, max(MIN_CELL, options.cohort_target))
+    return CellMasking(
+        word_bits=options.word_bits,
+        max_change=max_change,
+        clip_norm=0.5 * max_change * math.sqrt(layout.n_values),
+        cell_target=target,
+        max_cell=2 * target - 1,
+        ready_delay_s=options.ready_delay_s,
+    )

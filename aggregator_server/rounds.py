@@ -6,6 +6,7 @@ ends in FAILED with its reason. The state is in the store alone: after `kill -9`
 takes up the phase where it stood, and each phase's work can be done again.
 """
 
+import dataclasses
 import secrets
 import threading
 from collections.abc import Iterator, Mapping
@@ -26,10 +27,13 @@ from aggregator_server.errors import (
     StaleWriteError,
     StoreBusyError,
 )
+from aggregator_server.masking.cells import Cells
+from aggregator_server.masking.gathering import FIRST_WAVE, Waves
+from aggregator_server.masking.vectors import load_sum
 from aggregator_server.releases import Releases, RoundResult, cell_refs, with_vector
 from aggregator_server.selection import cohort_size, draw
 from aggregator_server.store.rounds import TERMINAL
-from aggregator_server.store.rows import CellRow, RoundRow, UploadRow
+from aggregator_server.store.rows import CellRow, RoundRow
 from aggregator_server.store.store import Store
 from aggregator_server.uploads import Uploads
 from privacy.updates import CellSum
@@ -80,15 +84,27 @@ class Open:
 
     name = RoundPhase.OPEN
 
-    def __init__(self, store: Store, charter: Charter, clock: Clock, *, presence_s: float) -> None:
+    def __init__(
+        self,
+        store: Store,
+        charter: Charter,
+        clock: Clock,
+        *,
+        presence_s: float,
+        waves: Waves | None,
+    ) -> None:
         """Use the rules of the charter."""
         self._store = store
         self._rules = charter.manifest.rounds
         self._clock = clock
         self._presence_s = presence_s
+        self._waves = waves
 
     def work(self, row: RoundRow) -> Found | None:
-        """Replace those who withdrew; close at the target, or by the deadline's rules."""
+        """Replace those who withdrew; close at the target, or by the deadline's rules.
+
+        In the masked mode READY messages count instead of uploads, and cells are formed.
+        """
         manifest = round_manifest(row)
         now = self._clock.now()
         progress = self._store.rounds.progress(row.number)
@@ -101,15 +117,44 @@ class Open:
             if drawn:
                 self._store.rounds.select(row.number, drawn)
                 progress = self._store.rounds.progress(row.number)
+        waiting = () if self._waves is None else self._waves.waiting(row)
+        if self._waves is not None:
+            progress = dataclasses.replace(
+                progress,
+                n_accepted=len(waiting),
+                n_open=progress.n_selected - progress.n_ready,
+                receiving=(),
+            )
         decision = decide(self._rules, manifest, progress, now=now)
         if decision.ending is Ending.WAIT:
             return None
+        n_accepted = progress.n_accepted if self._waves is None else None
         if decision.ending is Ending.FAIL:
-            return Found(
-                event=RoundEvent.FAIL, failure=decision.reason, n_accepted=progress.n_accepted
-            )
+            return Found(event=RoundEvent.FAIL, failure=decision.reason, n_accepted=n_accepted)
         _log.info("round closes", round=row.number, reason=decision.reason)
-        return Found(event=RoundEvent.CELLS_ENDED, n_accepted=progress.n_accepted)
+        if self._waves is not None:
+            self._waves.form(manifest, waiting, wave=FIRST_WAVE)
+            return Found(event=RoundEvent.WAVE_GATHERS, journalled=True)
+        return Found(event=RoundEvent.CELLS_ENDED, n_accepted=n_accepted)
+
+
+class Gathering:
+    """GATHERING: the cells of a masked round work; the round goes on once all are over."""
+
+    name = RoundPhase.GATHERING
+
+    def __init__(self, store: Store, waves: Waves) -> None:
+        """Let the waves move the cells."""
+        self._store = store
+        self._waves = waves
+
+    def work(self, row: RoundRow) -> Found | None:
+        """Move the cells on; None while one of them may still give a sum."""
+        if not self._waves.advance(row, round_manifest(row)):
+            return None
+        if self._store.uploads.cells(row.number):
+            return Found(event=RoundEvent.CELLS_ENDED)
+        return Found(event=RoundEvent.FAIL, failure="no cell of the round gave a sum")
 
 
 class Unmasked:
@@ -145,10 +190,11 @@ class Gated:
     name = RoundPhase.GATED
 
     def __init__(
-        self, store: Store, uploads: Uploads, releases: Releases, charter: Charter
+        self, store: Store, blobs: Blobs, uploads: Uploads, releases: Releases, charter: Charter
     ) -> None:
         """Read cells, write a release."""
         self._store = store
+        self._blobs = blobs
         self._uploads = uploads
         self._releases = releases
         self._charter = charter
@@ -157,13 +203,14 @@ class Gated:
         """Average the accepted updates and publish, in one transaction with the round's end."""
         base = self._releases.get(round_manifest(row).release)
         cells = self._store.uploads.cells(row.number)
+        # One at a time, as `average` asks for them.
         mean = average(self._sums(cells), n_values=self._charter.layout.n_values)
         arrays = self._releases.arrays(base)
         moved = apply_mean(self._releases.vector(base), mean.mean)
         result = RoundResult(
             number=row.number,
             digest=row.digest,
-            accepted=cell_refs([(cell.transcript, cell.members_digest) for cell, _ in cells]),
+            accepted=cell_refs([(cell.transcript, cell.members_digest) for cell in cells]),
             aggregation=AggregationReport(
                 rule="fedavg",
                 n_cells=mean.n_cells,
@@ -177,9 +224,13 @@ class Gated:
         _log.info("release published", release=release.number, n_agents=mean.n_agents)
         return Found(event=RoundEvent.RELEASE_JOURNALLED, journalled=True)
 
-    def _sums(self, cells: tuple[tuple[CellRow, UploadRow], ...]) -> Iterator[CellSum]:
-        for _, upload in cells:
-            yield self._uploads.load(upload)
+    def _sums(self, cells: tuple[CellRow, ...]) -> Iterator[CellSum]:
+        for cell in cells:
+            if cell.upload is not None:
+                yield self._uploads.load(self._store.uploads.get(cell.upload))
+            elif self._charter.masked is not None and cell.sum_sha256 is not None:
+                plan = self._charter.masked.plan
+                yield load_sum(self._blobs, cell.transcript, cell.sum_sha256, plan)
 
 
 class Rounds:
@@ -202,8 +253,9 @@ class Rounds:
         releases: Releases,
         clock: Clock,
         presence_s: float,
+        cells: Cells | None = None,
     ) -> None:
-        """Build the phases."""
+        """Build the phases; with `cells`, those of the masked mode."""
         self._store = store
         self._blobs = blobs
         self._charter = charter
@@ -212,11 +264,23 @@ class Rounds:
         self._clock = clock
         self._presence_s = presence_s
         self._lock = threading.Lock()
+        self._cells = cells
+        waves = None
+        if cells is not None and charter.masked is not None:
+            waves = Waves(
+                store=store,
+                charter=charter,
+                terms=charter.masked,
+                cells=cells,
+                clock=clock,
+                presence_s=presence_s,
+            )
         phases: tuple[Phase, ...] = (
-            Open(store, charter, clock, presence_s=presence_s),
+            Open(store, charter, clock, presence_s=presence_s, waves=waves),
+            *(() if waves is None else (Gathering(store, waves),)),
             Unmasked(store),
             Filtered(),
-            Gated(store, uploads, releases, charter),
+            Gated(store, blobs, uploads, releases, charter),
         )
         self._phases: Mapping[RoundPhase, Phase] = {phase.name: phase for phase in phases}
 
@@ -232,6 +296,8 @@ class Rounds:
                 while self._step():
                     moved = True
                 self._uploads.sweep()
+                if self._cells is not None:
+                    self._cells.sweep()
             except _TRANSIENT as error:
                 _log.warning("the round waits", error=str(error))
         return moved
@@ -283,7 +349,7 @@ class Rounds:
         present = self._store.agents.present(seen_after=now - self._presence_s)
         if len(present) < rules.min_cohort:
             return False
-        self._blobs.require_space(self._charter.layout.n_bytes)
+        self._blobs.require_space(self._charter.update_n_bytes)
         last = self._store.rounds.latest()
         manifest = self._manifest(
             1 if last is None else last.number + 1,
@@ -326,7 +392,7 @@ class Rounds:
             cohort_size=cohort_size(rules, n_present=n_present),
             schedule_start=n_done / rules.n_rounds,
             schedule_end=(n_done + 1) / rules.n_rounds,
-            update_n_bytes=self._charter.layout.n_bytes,
+            update_n_bytes=self._charter.update_n_bytes,
             opened_at=now,
             deadline_at=now + rules.deadline_s,
             cap_at=now + rules.cap_s,

@@ -49,6 +49,18 @@ _EXPLAINED: Final[Mapping[str, Mapping[str, str]]] = {
         "weighting": '"n_examples" weighs an agent by its records; "uniform" weighs all alike.',
         "max_weight": "No agent weighs more than this many records.",
     },
+    "masking": {
+        "mode": '"cells": the server sees sums only (secure aggregation); "off": single updates.',
+        "word_bits": "Bits of a masked value on the wire, 16 or 32.",
+        "max_change": "Largest change of one value in a round; larger ones are cut to it.",
+        "clip_norm": "Largest L2 norm of an update; a longer one is shortened to it.",
+        "cell_target": "Agents of a cell, as far as their number allows; 2 x this - 1 at most.",
+        "min_cell": "Smallest cell, never below 5: fewer would hide too little.",
+        "max_cell": "Largest cell; more leave less room for each value in a word.",
+        "colluders": "Members that may collude with the server; never below the protocol's rule.",
+        "stage_s": "Seconds that a cell waits for members that do not answer.",
+        "ready_delay_s": "Agents wait up to this at random before READY, to hide training time.",
+    },
     "rounds": {
         "n_rounds": "The federation is finished after this many successful rounds.",
         "cohort_target": "A round closes when this many updates have arrived.",
@@ -73,6 +85,7 @@ _EXPLAINED: Final[Mapping[str, Mapping[str, str]]] = {
         "in the environment: SHEEPFOLD_SERVER_DATABASE_URL is the whole URL.",
         "blobs_url": 'Empty: a folder here. Or any fsspec URL of its own, as "s3://bucket/name".',
         "retention": '"delete" single updates once they are in a release, or "keep" them.',
+        "unmask_processes": "Processes that share the unmasking of large adapters.",
         "min_free_bytes": "Below this much free disk space, uploads are refused.",
         "presence_s": "An agent counts as present for this long after it was last seen (seconds).",
         "log_format": '"console" for people, "json" for machines.',
@@ -92,6 +105,8 @@ def render(config: ServerConfig) -> str:
         values: BaseModel = getattr(config, section)
         lines = [f"[{section}]"]
         for key, explanation in keys.items():
+            if key not in type(values).model_fields:
+                continue  # of another mode
             lines.append(f"# {explanation}")
             lines.append(_line(key, getattr(values, key)))
         sections.append("\n".join(lines) + "\n")

@@ -16,6 +16,7 @@ from aggregator_server.blobs import Blobs
 from aggregator_server.charter import Charter
 from aggregator_server.config import Retention
 from aggregator_server.errors import AggregationError, BlobError, BlobMissingError, Refusal
+from aggregator_server.masking.vectors import StoredPart
 from aggregator_server.membership import require_author, require_federation
 from aggregator_server.store.rows import (
     CellRow,
@@ -31,7 +32,8 @@ from privacy.updates import CellSum, Float32Array, PlainUpdate
 from protocol.clock import Clock
 from protocol.errors import SignatureError
 from protocol.manifest import RoundManifest, Weighting
-from protocol.messages import UploadHeader, UploadState, UploadStatus
+from protocol.masked import MaskedHeader
+from protocol.messages import BodyHead, UploadHeader, UploadState, UploadStatus
 from protocol.phases import CELL_TRANSITIONS, CellEvent, CellPhase, advance
 from protocol.problems import ProblemType
 from protocol.signing import Signed, verify
@@ -113,6 +115,42 @@ class Uploads:
             self.sweep()  # an earlier attempt may have ended here
         return self._status(upload)
 
+    def begin_masked(
+        self, identity: bytes, signed: Signed[MaskedHeader], *, round_number: int, attempt: int
+    ) -> UploadStatus:
+        """Announce a masked upload, whose head the cell has checked.
+
+        Args:
+            identity: Who makes the request.
+            signed: The header.
+            round_number: Of its cell.
+            attempt: Of the READY with which the agent is in the cell.
+
+        Returns:
+            Where it stands; the stored answer when the same header came before.
+
+        Raises:
+            Refusal: Another header came before (`conflict`), or the cell takes no uploads.
+            NoSpaceError: The body would not fit.
+        """
+        header = signed.body
+        if self._store.uploads.find(round_number, identity, attempt) is None:
+            self._blobs.require_space(header.body_n_bytes)
+        upload = self._store.uploads.begin(
+            NewUpload(
+                round=round_number,
+                agent=identity,
+                attempt=attempt,
+                header=signed.canonical(),
+                digest=header.digest(),
+                weight=0,
+                n_bytes=header.body_n_bytes,
+                started_at=self._clock.now(),
+                transcript=header.transcript,
+            )
+        )
+        return self._status(upload)
+
     def status(self, identity: bytes, round_number: int, attempt: int) -> UploadStatus:
         """Where an upload stands.
 
@@ -190,8 +228,12 @@ class Uploads:
                     f"{len(missing)} parts are missing, the first is {missing[0]}",
                 )
             self._verify_body(upload)
-            cell = _cell_of_one(upload, _header(upload))
-            accepted = self._store.uploads.accept(upload.id, cell, now=self._clock.now())
+            cell = None if upload.transcript is not None else _cell_of_one(upload)
+            try:
+                accepted = self._store.uploads.accept(upload.id, cell, now=self._clock.now())
+            except Refusal:
+                self.sweep()  # of a cell that has gone on: deleted unread
+                raise
         _log.info("upload accepted", round=round_number, n_bytes=upload.n_bytes)
         return self._status(accepted)
 
@@ -284,15 +326,18 @@ class Uploads:
         digest = new_sha256()
         n_bytes = 0
         finite = True
+        masked = upload.transcript is not None  # its words say nothing, so there is nothing to see
         # A value that is finite, but not once it is weighted, would spoil the whole round.
         # The small margin is for the rounding of the product.
-        largest = np.float32(_MAX_FLOAT32 / upload.weight * (1 - 1e-6))
+        largest = np.float32(_MAX_FLOAT32 / max(1, upload.weight) * (1 - 1e-6))
         try:
             for chunk in self._chunks(upload):
                 digest.update(chunk)
                 n_bytes += len(chunk)
                 # NaN compares false; parts are multiples of four bytes, as PART_BYTES is.
-                finite = finite and bool((np.abs(np.frombuffer(chunk, "<f4")) <= largest).all())
+                finite = finite and (
+                    masked or bool((np.abs(np.frombuffer(chunk, "<f4")) <= largest).all())
+                )
         except BlobMissingError as error:
             _log.warning("a part vanished before its upload was complete", error=str(error))
         if n_bytes != upload.n_bytes or digest.digest() != _header(upload).body_sha256:
@@ -318,7 +363,15 @@ class Uploads:
         return self._locks[upload % _N_LOCKS]
 
 
-def _header(upload: UploadRow) -> UploadHeader:
+def stored_parts(store: Store, upload: UploadRow) -> tuple[StoredPart, ...]:
+    """Where the parts of an upload are, ascending."""
+    parts = store.uploads.parts(upload.id)
+    return tuple(StoredPart(key=_part_key(part), sha256=part.sha256) for part in parts)
+
+
+def _header(upload: UploadRow) -> BodyHead:
+    if upload.transcript is not None:
+        return parse(Signed[MaskedHeader], upload.header).body
     return parse(Signed[UploadHeader], upload.header).body
 
 
@@ -331,7 +384,8 @@ def _part_key(part: PartRow) -> str:
     return f"{_folder(part.upload)}/{part.n}-{part.sha256.hex()}"
 
 
-def _cell_of_one(upload: UploadRow, header: UploadHeader) -> CellRow:
+def _cell_of_one(upload: UploadRow) -> CellRow:
+    header = parse(Signed[UploadHeader], upload.header).body
     member = [b64u_encode(upload.agent), b64u_encode(upload.digest)]
     return CellRow(
         transcript=domain_hash("roster", b64u_encode(header.round_digest), member),

@@ -28,16 +28,19 @@ from edge_agent.errors import (
     TrustError,
 )
 from edge_agent.following import ReleaseFollower
-from edge_agent.home import AgentHome
-from edge_agent.journal import Journal, Membership, Part
+from edge_agent.journal import Part
+from edge_agent.masked import MaskedRounds
+from edge_agent.member import Member
 from edge_agent.politeness import OwnersWishes
 from edge_agent.training.planning import Chosen, choose_settings
 from edge_agent.training.sampling import ShuffledBatches
 from edge_agent.training.trainer import LocalTrainer, RoundRecipe, TrainerOptions, TrainingProgress
-from edge_agent.transport import Transport
+from edge_agent.transport import Transport, Upload
+from privacy.fixed_point import EncodingPlan
+from privacy.updates import PlainUpdate
 from protocol.clock import Clock
 from protocol.limits import LONG_POLL_S, PART_BYTES
-from protocol.manifest import RoundManifest, Weighting
+from protocol.manifest import CellMasking, RoundManifest, Weighting
 from protocol.messages import (
     TrainTask,
     UploadHeader,
@@ -47,28 +50,16 @@ from protocol.messages import (
     Withdrawal,
     WithdrawalReason,
 )
-from protocol.phases import AgentEvent, AgentPhase
+from protocol.phases import AgentEvent
 from protocol.problems import Advice, ProblemType
-from protocol.signing import Signed, Signer, sign
+from protocol.signing import Signed, sign
 from protocol.wire import domain_hash, sha256
-from quant.adapter import (
-    vector_to_bytes,
-)
+from quant.adapter import vector_to_bytes
 from quant.base_model import LoadedBase
 from quant.lora import AdaptedModel
 
 _MAX_UPLOAD_TRIES: Final = 5
 _WAIT_SLICE_S: Final = 0.5
-
-
-@dataclass(frozen=True, kw_only=True)
-class Member:
-    """An enrolled agent on its machine; whoever works with it holds the home's lock."""
-
-    home: AgentHome
-    journal: Journal
-    membership: Membership
-    signer: Signer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +92,9 @@ class Agent:
 
     Raises:
         JournalError: The membership has no credential.
-        TrustError: The manifest's layout is not the one of this base.
+        TrustError: The manifest's layout is not the one of this base, or its cells may be smaller
+            than the owner accepts.
+        EncodingPlanError: A masked sum could wrap.
     """
 
     def __init__(
@@ -140,6 +133,21 @@ class Agent:
         self._adapted = AdaptedModel(base, self._manifest.lora)
         self._max_vram_bytes = max_vram_bytes
         self._chosen: Chosen | None = None
+        self._update_n_bytes = self._layout.n_bytes
+        self._masked: MaskedRounds | None = None
+        masking = self._manifest.masking
+        if isinstance(masking, CellMasking):
+            plan = EncodingPlan.of(self._layout, masking, max_weight=self._manifest.max_weight)
+            self._update_n_bytes = plan.n_bytes
+            self._masked = MaskedRounds(
+                member=member,
+                masking=masking,
+                plan=plan,
+                transport=transport,
+                clock=clock,
+                say=self._say,
+                wait=self._wait,
+            )
 
     def run(self, *, until_finished: bool = False) -> None:
         """Take part until the owner stops it.
@@ -172,8 +180,8 @@ class Agent:
     def _turn(self) -> float | None:
         """One turn of the loop; once the federation is finished, how long to wait for more."""
         part = self._journal.open_part()
-        if part is not None and part.phase is AgentPhase.TRAINED:
-            self._upload(part)
+        if part is not None and part.trained:
+            self._send(part)
             return None
         reply = self._transport.task(after=self._journal.last_ended_round(), wait_s=LONG_POLL_S)
         moved = self._releases.follow(reply.newest_release)
@@ -211,7 +219,7 @@ class Agent:
         part = self._journal.open_part()
         if part is None:
             return
-        self._journal.move_part(part, AgentEvent.ABANDON, now=self._clock.now(), note=note)
+        self._journal.abandon_part(part, now=self._clock.now(), note=note)
         self._discard_files()
         self._say("abandoned", f"round {part.round}: {note}")
 
@@ -230,7 +238,7 @@ class Agent:
             signed,
             self._manifest,
             newest,
-            self._layout,
+            self._update_n_bytes,
             last_round=self._journal.last_ended_round(),
         )
         open_part = self._journal.open_part()
@@ -282,25 +290,31 @@ class Agent:
             ),
         )
         result = trainer.run(start, self._layout, weight=self._weight(n_examples))
-        body = vector_to_bytes(result.update.vector)
+        if self._masked is None:
+            part = self._keep(part, result.update)
+        else:
+            part = self._masked.keep(part, result.update)
+        self._home.training_state.unlink(missing_ok=True)
+        self._send(part)
+
+    def _keep(self, part: Part, update: PlainUpdate) -> Part:
+        body = vector_to_bytes(update.vector)
         header = UploadHeader(
             federation=self._manifest.federation,
             round=part.round,
             attempt=part.attempt,
             agent=self._signer.identity,
-            round_digest=round_manifest.digest(),
+            round_digest=part.manifest.body.digest(),
             layout=self._layout.digest(),
-            weight=result.update.weight,
+            weight=update.weight,
             body_sha256=sha256(body),
             body_n_bytes=len(body),
         )
         _keep_update(self._body_path(part), body)
         signed = sign(self._signer, "upload", header).signed
-        part = self._journal.move_part(
+        return self._journal.move_part(
             part, AgentEvent.TRAINING_DONE, now=self._clock.now(), header=signed
         )
-        self._home.training_state.unlink(missing_ok=True)
-        self._upload(part)
 
     def _choose(self) -> Chosen:
         # Once: the base, the data and the card stay the same while this process lives.
@@ -313,10 +327,9 @@ class Agent:
         return self._chosen
 
     def _weight(self, n_examples: int) -> int:
-        block = self._manifest.aggregation
-        if block.weighting is Weighting.UNIFORM:
+        if self._manifest.aggregation.weighting is Weighting.UNIFORM:
             return 1
-        return min(n_examples, block.max_weight)
+        return min(n_examples, self._manifest.max_weight)
 
     def _seed(self, manifest: RoundManifest, purpose: str) -> int:
         # From the private key, so that nobody else can tell the order of the owner's examples; the
@@ -346,8 +359,14 @@ class Agent:
 
     # The upload
 
+    def _send(self, part: Part) -> None:
+        if self._masked is None:
+            self._upload(part)
+        else:
+            self._masked.turn(part)
+
     def _body_path(self, part: Part) -> Path:
-        return self._home.updates / f"{part.round}-{part.attempt}.f32"
+        return self._home.plain_update(part.round, part.attempt)
 
     def _discard_files(self) -> None:
         # All of them: one is left over when a kill came between acceptance and this.
@@ -379,12 +398,13 @@ class Agent:
         if any(index >= header.n_parts for index in status.missing):
             msg = f"the server asks for part {max(status.missing)} of {header.n_parts} of an upload"
             raise TrustError(msg)
+        upload = Upload(round=header.round, attempt=header.attempt, head=header)
         try:
             with self._body_path(part).open("rb") as file:
                 for index in status.missing:
                     file.seek(index * PART_BYTES)
-                    self._transport.put_part(header, index, file.read(PART_BYTES))
-            status = self._transport.complete(header)
+                    self._transport.put_part(upload, index, file.read(PART_BYTES))
+            status = self._transport.complete(upload)
         except OSError as error:
             msg = f"the finished update of round {part.round} cannot be read: {error}"
             raise JournalError(msg) from error

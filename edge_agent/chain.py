@@ -10,8 +10,8 @@ from typing import TypeVar
 import numpy as np
 
 from edge_agent.errors import TrustError
+from protocol.checks import Check
 from protocol.errors import ProtocolError
-from protocol.layout import VectorLayout
 from protocol.manifest import FederationManifest, Release, RoundManifest
 from protocol.messages import Credential, Discovery
 from protocol.signing import Invite, Signed, fingerprint, format_fingerprint, verify
@@ -37,7 +37,7 @@ def check_discovery(discovery: Discovery, invite: Invite | None) -> FederationMa
             f"this server's key is {format_fingerprint(server)}, but the invite is for another "
             "server; check the address with whoever invited you"
         )
-        raise TrustError(msg)
+        raise TrustError(msg, Check.FOREIGN_SIGNATURE)
     return _verified(discovery.federation, "federation", server)
 
 
@@ -52,7 +52,7 @@ def check_credential(
     body = _verified(credential, "credential", manifest.registrar)
     if body.agent != agent or body.federation != manifest.federation:
         msg = "the credential is for another agent or federation"
-        raise TrustError(msg)
+        raise TrustError(msg, Check.BAD_CREDENTIAL)
 
 
 def check_releases(
@@ -82,13 +82,13 @@ def check_releases(
                 f"the chain of releases is broken: after release {expected - 1} came "
                 f"{release.number}, which does not continue it"
             )
-            raise TrustError(msg)
+            raise TrustError(msg, Check.BROKEN_CHAIN)
         if (
             release.federation != manifest.federation
             or release.federation_digest != manifest.digest()
         ):
             msg = f"release {release.number} belongs to another federation"
-            raise TrustError(msg)
+            raise TrustError(msg, Check.BROKEN_CHAIN)
         verified.append(release)
         last = release
     return verified
@@ -105,7 +105,7 @@ def check_first_release(
     verified = check_releases(manifest, None, releases)
     if not verified:
         msg = "the server shows no release; a federation begins with release 0"
-        raise TrustError(msg)
+        raise TrustError(msg, Check.BROKEN_CHAIN)
     return verified[0]
 
 
@@ -113,7 +113,7 @@ def check_round(
     signed: Signed[RoundManifest],
     manifest: FederationManifest,
     newest: Release,
-    layout: VectorLayout,
+    update_n_bytes: int,
     *,
     last_round: int,
 ) -> RoundManifest:
@@ -123,7 +123,7 @@ def check_round(
         signed: What the server sent.
         manifest: The pinned federation.
         newest: The end of the verified chain.
-        layout: Computed by this agent from its own base.
+        update_n_bytes: Size of an update's body, computed by this agent from its own base.
         last_round: The last round with nothing left to do.
 
     Raises:
@@ -131,23 +131,30 @@ def check_round(
             that does not rise.
     """
     body = _verified(signed, "round", manifest.server)
-    faults = {
-        "it belongs to another federation": body.federation != manifest.federation
-        or body.federation_digest != manifest.digest(),
-        f"its number does not rise above {last_round}": body.round <= last_round,
+    faults: dict[str, tuple[Check, bool]] = {
+        "it belongs to another federation": (
+            Check.STALE_MANIFEST,
+            body.federation != manifest.federation or body.federation_digest != manifest.digest(),
+        ),
+        f"its number does not rise above {last_round}": (
+            Check.STALE_MANIFEST,
+            body.round <= last_round,
+        ),
         f"it does not start from the newest release, {newest.number}": (
+            Check.STALE_MANIFEST,
             body.release != newest.number
             or body.release_digest != newest.digest()
-            or body.sent != newest.sent
+            or body.sent != newest.sent,
         ),
-        f"it asks for {body.update_n_bytes} bytes, the layout has {layout.n_bytes}": (
-            body.update_n_bytes != layout.n_bytes
+        f"it asks for {body.update_n_bytes} bytes, the layout has {update_n_bytes}": (
+            Check.OTHER_LAYOUT,
+            body.update_n_bytes != update_n_bytes,
         ),
     }
-    for fault, found in faults.items():
+    for fault, (check, found) in faults.items():
         if found:
             msg = f"round {body.round} is refused: {fault}"
-            raise TrustError(msg)
+            raise TrustError(msg, check)
     return body
 
 
@@ -178,7 +185,7 @@ def check_change(
                 f"the received adapter changed {name!r} by {change:.3g}, above the limit of "
                 f"{limit:.3g} that was accepted at enrolment"
             )
-            raise TrustError(msg)
+            raise TrustError(msg, Check.MOVED_TOO_FAR)
 
 
 def _verified(signed: Signed[BodyT], name: str, key: bytes) -> BodyT:
@@ -186,4 +193,4 @@ def _verified(signed: Signed[BodyT], name: str, key: bytes) -> BodyT:
         return verify(signed, name, key=key).body
     except ProtocolError as error:
         msg = f"the server's {name} document is refused: {error}"
-        raise TrustError(msg) from error
+        raise TrustError(msg, Check.FOREIGN_SIGNATURE) from error

@@ -25,9 +25,10 @@ from edge_agent.cli_shared import (
 )
 from edge_agent.config import AgentSettings, default_home, load_settings, save_settings
 from edge_agent.data.records import OnMalformed
-from edge_agent.errors import AgentError, TransportError
+from edge_agent.errors import AgentError, JournalError, TransportError
 from edge_agent.home import AgentHome
 from edge_agent.plain_text import escaped
+from privacy.errors import PrivacyError
 from protocol.clock import SystemClock
 from protocol.errors import ProtocolError
 from quant.errors import QuantError
@@ -74,7 +75,7 @@ def main() -> None:
     quiet_libraries()
     try:
         app()
-    except (AgentError, QuantError, ProtocolError, OSError) as error:
+    except (AgentError, QuantError, ProtocolError, PrivacyError, OSError) as error:
         console.print(f"[bold red]Error:[/] {escaped(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(1)
     except KeyboardInterrupt:
@@ -274,6 +275,31 @@ def sent(*, home: HomeOption = None, json_path: JsonOption = None) -> None:
     output.print(table)
     total = sum(item.n_bytes for item in items)
     output.print(f"{len(items)} bodies, {total / _MB:.2f} MB. Polls carry no body.")
+
+
+@app.command()
+def explain(*, home: HomeOption = None, json_path: JsonOption = None) -> None:
+    """What the server of your federation can learn of you, what it cannot, what is not claimed."""
+    from edge_agent.explaining import explain as explained
+
+    with opened(home) as (_, journal):
+        member = journal.membership()
+    if member is None:
+        msg = "no federation was joined here; `join` explains before it asks"
+        raise JournalError(msg)
+    found = explained(member.federation.body)
+    if json_path is not None:
+        write_json(json_path, found.as_json())
+        return
+    sections = (
+        ("What the server can learn", found.learns),
+        ("What it cannot learn", found.does_not_learn),
+        ("What is not claimed", found.not_claimed),
+    )
+    lines = [f"[bold]{escaped(found.trust_model)}[/]"]
+    for heading, sentences in sections:
+        lines += ["", f"[bold]{heading}[/]", *(f"• {escaped(text)}" for text in sentences)]
+    Console().print("\n".join(lines), highlight=False)
 
 
 @app.command()

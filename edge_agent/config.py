@@ -21,6 +21,7 @@ from pydantic_settings import (
 
 from edge_agent.data.records import OnMalformed
 from edge_agent.errors import ConfigError
+from protocol import limits
 
 SETTINGS_NAME: Final = "agent.toml"
 _HOURS: Final = re.compile(r"^(\d{1,2})-(\d{1,2})$")
@@ -52,7 +53,7 @@ class Hours(str):
 
 
 class AgentSettings(BaseSettings):
-    """What the owner allows. Nothing here changes what leaves the machine."""
+    """What the owner allows. Nothing here makes more leave the machine."""
 
     model_config = SettingsConfigDict(env_prefix="SHEEPFOLD_AGENT_", frozen=True, extra="forbid")
 
@@ -63,6 +64,12 @@ class AgentSettings(BaseSettings):
     max_vram_gb: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] | None = None
     hours: str | None = None
     on_malformed: OnMalformed = OnMalformed.SKIP
+    min_cell: Annotated[int, Field(ge=0, le=limits.MAX_CELL)] = 0
+    """Fewest agents of a masked cell that the owner accepts; 0: the manifest's."""
+    friends: tuple[Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{43}$")], ...] = ()
+    """Identities of agents that the owner trusts, in base64url."""
+    min_friends: Annotated[int, Field(ge=0, le=limits.MAX_CELL)] = 0
+    """How many of them must be in a masked cell."""
 
     @field_validator("base")
     @classmethod

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from typing import Final
 from urllib.parse import urlsplit
 
-from protocol.manifest import FederationManifest, Weighting
+from edge_agent.explaining import explain
+from protocol.manifest import CellMasking, FederationManifest, Weighting
 from protocol.signing import format_fingerprint
 from quant.tiny import EMBEDDED_NAME
 
@@ -41,21 +42,30 @@ def disclose(
         manifest: Its checks have run.
         server_host: Host and port of the server.
         base_folder: The owner's copy of the base; None: it is fetched from the hub.
-        round_n_bytes: Size of what travels each way in a round.
+        round_n_bytes: Size of the factors that travel, as a release holds them.
         data_from_hub: Whether the owner's records are a data set of the hub.
     """
+    masked = isinstance(manifest.masking, CellMasking)
     factors = " and ".join(manifest.lora.sent)
+    if isinstance(manifest.masking, CellMasking):  # words of 16 or 32 bits for float32
+        round_n_bytes = round_n_bytes * manifest.masking.word_bits // 32
     size = f"{round_n_bytes / _MB:.2f} MB"
     leaves = [
         (
-            f"In each round that draws you: an adapter update of {size}, which is the change that "
-            f"training on your data makes to the factors {factors} of a LoRA adapter of rank "
-            f"{manifest.lora.rank}."
+            f"In each round that draws you: an adapter update of {size}"
+            f"{', masked so that only a sum of it can be read' if masked else ''}, which is the "
+            f"change that training on your data makes to the factors {factors} of a LoRA adapter "
+            f"of rank {manifest.lora.rank}."
         ),
         "Your agent's public key and signatures.",
         "When your agent polls, trains and uploads, and your network address.",
     ]
-    if manifest.aggregation.weighting is Weighting.N_EXAMPLES:
+    if masked:
+        leaves.append(
+            "Messages that set the masks up and, once enough members agree, take them off the sum: "
+            "fresh public keys, sealed shares, confirmations."
+        )
+    elif manifest.aggregation.weighting is Weighting.N_EXAMPLES:
         leaves.append(
             "The number of your examples (at most "
             f"{manifest.aggregation.max_weight} is said), as the weight of your update."
@@ -72,11 +82,14 @@ def disclose(
             "Differential privacy is off (profile P0): ε = ∞. An update can reveal parts of the "
             "data that it was trained on to whoever sees it."
         ),
-        "Masking is off: the server sees your update by itself.",
+        explain(manifest).trust_model,
     ]
     if manifest.registrar_held_by_server:
         warnings.append(
             "The server itself decides who is a member, so nothing here protects you from a "
+            "dishonest server, masks neither."
+            if masked
+            else "The server itself decides who is a member, so nothing here protects you from a "
             "dishonest server."
         )
     warnings.append(

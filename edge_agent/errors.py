@@ -20,6 +20,7 @@ AgentError
 ```
 """
 
+from protocol.checks import Check
 from protocol.problems import ProblemDocument
 
 
@@ -105,4 +106,14 @@ class RefusedError(TransportError):
 
 
 class TrustError(AgentError):
-    """The server sent something that its signatures, its chain or its manifest contradict."""
+    """The server sent something that its signatures, its chain or its manifest contradict.
+
+    Attributes:
+        check: Which check of PROTOCOL's list failed, if it is one of them.
+    """
+
+    def __init__(self, message: str, check: Check | None = None) -> None:
+        """Name what was found, and the check."""
+        suffix = "" if check is None else f" [check {check.number}, {check.value}]"
+        super().__init__(message + suffix)
+        self.check = check

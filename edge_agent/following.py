@@ -5,7 +5,9 @@ from edge_agent.errors import JournalError, TrustError
 from edge_agent.home import AgentHome
 from edge_agent.journal import Journal
 from edge_agent.transport import Transport
+from privacy.fixed_point import agreed_layout
 from protocol.base_description import BaseDescription
+from protocol.checks import Check
 from protocol.manifest import FederationManifest, Release
 from protocol.wire import sha256
 from quant.adapter import (
@@ -34,6 +36,7 @@ class ReleaseFollower:
 
     Raises:
         TrustError: The manifest's layout is not the one of this base.
+        EncodingPlanError: A masked sum could wrap.
     """
 
     def __init__(
@@ -51,10 +54,11 @@ class ReleaseFollower:
         self._manifest = manifest
         self._transport = transport
         self._shapes = adapter_shapes(base, manifest.lora)
-        self.layout = sent_layout(self._shapes, manifest.lora.sent)
+        sent = sent_layout(self._shapes, manifest.lora.sent)
+        self.layout = agreed_layout(sent, manifest.masking)
         if self.layout.digest() != manifest.layout:
             msg = "the manifest's layout is not the one of its base and adapter; nothing is trained"
-            raise TrustError(msg)
+            raise TrustError(msg, Check.OTHER_LAYOUT)
         self._accepted: tuple[int, AdapterArrays] | None = None
 
     def follow(self, newest: int) -> bool:
@@ -66,7 +70,7 @@ class ReleaseFollower:
             verified = check_releases(self._manifest, last, page.releases)
             if not verified:
                 msg = f"the server speaks of release {newest} but does not show it"
-                raise TrustError(msg)
+                raise TrustError(msg, Check.BROKEN_CHAIN)
             for release, signed in zip(verified, page.releases, strict=True):
                 self._journal.add_release(release.number, signed)
             last = verified[-1]
@@ -103,7 +107,7 @@ class ReleaseFollower:
 
         A part that was only begun does not count: its release may be the one to be checked.
         """
-        trained = [part for part in self._journal.parts() if part.header is not None]
+        trained = [part for part in self._journal.parts() if part.trained]
         number = trained[-1].manifest.body.release if trained else 0
         release = self._journal.release(number)
         if release is None:  # cannot be: the chain was followed from release 0 on
@@ -136,5 +140,5 @@ class ReleaseFollower:
         arrays |= {name: array for name, array in whole.items() if name not in sent_shapes}
         if sha256(to_safetensors(arrays)) != release.adapter.sha256:
             msg = f"release {release.number} does not hold what its signature promises"
-            raise TrustError(msg)
+            raise TrustError(msg, Check.OTHER_ADAPTER)
         return arrays

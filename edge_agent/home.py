@@ -19,7 +19,7 @@ from protocol.wire import b64u_decode, b64u_encode
 _PRIVATE_FOLDER = 0o700
 _PRIVATE_FILE = 0o600
 _CACHED = re.compile(r"[0-9a-f]{64}(\.partial)?")
-_UPDATE = re.compile(r"\d+-\d+\.f32(\.partial)?")
+_UPDATE = re.compile(r"\d+-\d+\.(f32|words|masked)(\.partial)?")
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,18 @@ class AgentHome:
     def updates(self) -> Path:
         """Finished updates until they are accepted."""
         return self.root / "updates"
+
+    def plain_update(self, round_number: int, attempt: int) -> Path:
+        """A finished update of the open mode."""
+        return self.updates / f"{round_number}-{attempt}.f32"
+
+    def encoded_update(self, round_number: int, attempt: int) -> Path:
+        """A finished update as words, made once; what every masked attempt sends."""
+        return self.updates / f"{round_number}-{attempt}.words"
+
+    def masked_update(self, round_number: int, attempt: int) -> Path:
+        """A finished update under the masks of one cell; `attempt` is the READY's."""
+        return self.updates / f"{round_number}-{attempt}.masked"
 
     def cached_files(self) -> list[Path]:
         """The downloads in the cache; other files in that folder are not the agent's."""

@@ -14,13 +14,22 @@ from pathlib import Path
 from typing import Any, Final
 
 from edge_agent.errors import JournalError
+from privacy.secagg.agent import AttemptState
 from protocol.manifest import FederationManifest, Release, RoundManifest
 from protocol.messages import Credential, UploadHeader
-from protocol.phases import AGENT_TRANSITIONS, AgentEvent, AgentPhase, advance
+from protocol.phases import (
+    AGENT_TRANSITIONS,
+    AgentEvent,
+    AgentPhase,
+    advance,
+    require_follows,
+)
 from protocol.signing import Signed
 from protocol.wire import parse
 
-SCHEMA_VERSION: Final = 1
+SCHEMA_VERSION: Final = 2
+_ENDS: Final = frozenset({AgentPhase.ABANDONED, AgentPhase.REVEALED})
+_AFTER_UPLOAD: Final = frozenset({AgentPhase.UPLOADED, AgentPhase.CONFIRMED})
 _SCHEMA: Final = """
 CREATE TABLE membership (
     one INTEGER PRIMARY KEY CHECK (one = 1),
@@ -41,9 +50,17 @@ CREATE TABLE parts (
     phase TEXT NOT NULL,
     manifest BLOB NOT NULL,
     header BLOB,
+    words_sha256 BLOB,
     started_at REAL NOT NULL,
     ended_at REAL,
     note TEXT NOT NULL DEFAULT '',
+    PRIMARY KEY (round, attempt)
+) STRICT;
+CREATE TABLE attempts (
+    round INTEGER NOT NULL,
+    attempt INTEGER NOT NULL,
+    upload_begun INTEGER NOT NULL,
+    state BLOB,
     PRIMARY KEY (round, attempt)
 ) STRICT;
 CREATE TABLE sent (
@@ -85,9 +102,16 @@ class Part:
     phase: AgentPhase
     manifest: Signed[RoundManifest]
     header: Signed[UploadHeader] | None
+    words_sha256: bytes | None
+    """Of the encoded update that every masked attempt of this part sends."""
     started_at: float
     ended_at: float | None
     note: str
+
+    @property
+    def trained(self) -> bool:
+        """Whether its training gave an update."""
+        return self.header is not None or self.words_sha256 is not None
 
     @property
     def ended(self) -> bool:
@@ -291,15 +315,19 @@ class Journal:
         *,
         now: float,
         header: Signed[UploadHeader] | None = None,
+        words_sha256: bytes | None = None,
         note: str = "",
     ) -> Part:
-        """Move a part to its next phase; `UPLOADED` and `ABANDONED` end it in the open mode.
+        """Move a part to its next phase.
+
+        `ABANDONED` and `REVEALED` end it, and `UPLOADED` too in the open mode.
 
         Args:
             part: Which one; its phase is the journal's, though `part` may be older.
             event: What happened.
             now: Seconds since the Unix epoch.
             header: Kept with the part, if given.
+            words_sha256: Kept with the part, if given.
             note: For the owner.
 
         Raises:
@@ -312,20 +340,127 @@ class Journal:
                 msg = f"round {part.round}, attempt {part.attempt} is not in the journal"
                 raise JournalError(msg)
             phase = advance(AGENT_TRANSITIONS, found.phase, event)
-            ended = phase in {AgentPhase.UPLOADED, AgentPhase.ABANDONED}
+            ended = phase in _ENDS or (phase is AgentPhase.UPLOADED and found.words_sha256 is None)
             self._db.execute(
-                "UPDATE parts SET phase = ?, header = coalesce(?, header), ended_at = ?, note = ? "
+                "UPDATE parts SET phase = ?, header = coalesce(?, header), "
+                "words_sha256 = coalesce(?, words_sha256), ended_at = ?, note = ? "
                 "WHERE round = ? AND attempt = ?",
                 (
                     phase,
                     None if header is None else header.canonical(),
+                    words_sha256,
                     now if ended else None,
                     note,
                     part.round,
                     part.attempt,
                 ),
             )
+            if ended:
+                self._erase_attempts(part.round)
         return self.part(part.round, part.attempt) or part
+
+    def abandon_part(self, part: Part, *, now: float, note: str) -> Part:
+        """Give a part up, wherever it stands.
+
+        Args:
+            part: Which one; its phase is the journal's.
+            now: Seconds since the Unix epoch.
+            note: For the owner.
+
+        Raises:
+            TransitionError: Its update was accepted in the open mode, or all of it is done.
+        """
+        found = self.part(part.round, part.attempt) or part
+        in_cell = found.words_sha256 is not None and found.phase in _AFTER_UPLOAD
+        event = AgentEvent.CELL_LOST if in_cell else AgentEvent.ABANDON
+        return self.move_part(part, event, now=now, note=note)
+
+    def end_part(self, part: Part, *, now: float, note: str) -> None:
+        """Note that a part needs nothing more where it stands, and erase its attempts' secrets.
+
+        Args:
+            part: Revealed.
+            now: Seconds since the Unix epoch.
+            note: For the owner.
+        """
+        with self._transaction():
+            self._erase_attempts(part.round)
+            self._db.execute(
+                "UPDATE parts SET ended_at = ?, note = ? WHERE round = ? AND attempt = ?",
+                (now, note, part.round, part.attempt),
+            )
+
+    # Attempts at a masked round
+
+    def attempt(self, round_number: int) -> AttemptState | None:
+        """The newest attempt at a masked round that is not over, or None."""
+        row = self._one(
+            "SELECT state FROM attempts WHERE round = ? ORDER BY attempt DESC LIMIT 1",
+            round_number,
+        )
+        return None if row is None or row["state"] is None else parse(AttemptState, row["state"])
+
+    def n_attempts(self, round_number: int) -> int:
+        """How many attempts a masked round has seen."""
+        row = self._one("SELECT count(*) AS n FROM attempts WHERE round = ?", round_number)
+        return 0 if row is None else int(row["n"])
+
+    def upload_begun(self, round_number: int) -> bool:
+        """Whether masked bytes of the round's update may have left in some attempt."""
+        query = "SELECT 1 FROM attempts WHERE round = ? AND upload_begun"
+        return self._one(query, round_number) is not None
+
+    def save_attempt(self, part: Part, state: AttemptState) -> Part:
+        """Keep an attempt, and with it where the part stands, before anything of it is sent.
+
+        Raises:
+            TransitionError: The part cannot stand there after where it stood; nothing was changed.
+        """
+        with self._transaction():
+            found = self.part(part.round, part.attempt)
+            if found is None:
+                msg = f"round {part.round}, attempt {part.attempt} is not in the journal"
+                raise JournalError(msg)
+            if found.phase is not state.phase:
+                require_follows(AGENT_TRANSITIONS, found.phase, state.phase)
+            self._db.execute(
+                "INSERT INTO attempts VALUES (?, ?, ?, ?) ON CONFLICT (round, attempt) DO UPDATE "
+                "SET state = excluded.state, upload_begun = excluded.upload_begun",
+                (
+                    part.round,
+                    state.ready.body.attempt,
+                    state.upload is not None,
+                    state.canonical(),
+                ),
+            )
+            self._db.execute(
+                "UPDATE parts SET phase = ? WHERE round = ? AND attempt = ?",
+                (state.phase, part.round, part.attempt),
+            )
+        return self.part(part.round, part.attempt) or part
+
+    def fail_attempt(self, part: Part) -> Part:
+        """Take a part back to its finished update, and erase the attempt's secrets.
+
+        Raises:
+            TransitionError: The update counts already; nothing was changed.
+        """
+        with self._transaction():
+            found = self.part(part.round, part.attempt)
+            if found is None:
+                msg = f"round {part.round}, attempt {part.attempt} is not in the journal"
+                raise JournalError(msg)
+            phase = advance(AGENT_TRANSITIONS, found.phase, AgentEvent.ATTEMPT_FAILED)
+            self._erase_attempts(part.round)
+            self._db.execute(
+                "UPDATE parts SET phase = ? WHERE round = ? AND attempt = ?",
+                (phase, part.round, part.attempt),
+            )
+        return self.part(part.round, part.attempt) or part
+
+    def _erase_attempts(self, round_number: int) -> None:
+        # `secure_delete` overwrites the pages; flash and the write-ahead log may keep traces.
+        self._db.execute("UPDATE attempts SET state = NULL WHERE round = ?", (round_number,))
 
     # What left the machine
 
@@ -385,6 +520,7 @@ def _part(row: sqlite3.Row) -> Part:
         phase=AgentPhase(row["phase"]),
         manifest=parse(Signed[RoundManifest], row["manifest"]),
         header=None if header is None else parse(Signed[UploadHeader], header),
+        words_sha256=row["words_sha256"],
         started_at=row["started_at"],
         ended_at=row["ended_at"],
         note=row["note"],

@@ -14,6 +14,7 @@ from edge_agent.data.reading import read_records
 from edge_agent.data.records import ReadReport
 from edge_agent.data.sources import HUB_PREFIX
 from edge_agent.errors import JournalError, RefusedError
+from edge_agent.explaining import explain
 from edge_agent.home import AgentHome
 from edge_agent.journal import Journal, Membership, SentItem
 from edge_agent.transport import Outgoing, Transport
@@ -218,8 +219,9 @@ def record_outgoing(journal: Journal, clock: Clock) -> Callable[[Outgoing], None
 
 
 def n_accepted(journal: Journal) -> int:
-    """How many updates of this agent were accepted."""
-    return sum(part.phase is AgentPhase.UPLOADED for part in journal.parts())
+    """How many updates of this agent were accepted, or revealed for in a masked cell."""
+    done = {AgentPhase.UPLOADED, AgentPhase.REVEALED}
+    return sum(part.phase in done and part.ended for part in journal.parts())
 
 
 def describe(home: AgentHome, journal: Journal, *, clock: Clock) -> dict[str, Any]:
@@ -252,6 +254,7 @@ def describe(home: AgentHome, journal: Journal, *, clock: Clock) -> dict[str, An
         "profile": manifest.privacy.profile,
         "epsilon": None,
         "masked": manifest.masking.mode != "off",
+        "trust_model": explain(manifest).trust_model,
     }
     return found
 

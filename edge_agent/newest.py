@@ -16,6 +16,8 @@ from edge_agent.errors import JournalError, TransportError, TrustError, Unreacha
 from edge_agent.home import AgentHome
 from edge_agent.journal import Journal, Membership
 from edge_agent.transport import Transport
+from privacy.fixed_point import agreed_layout
+from protocol.checks import Check
 from protocol.clock import Clock
 from protocol.manifest import BlobRef, FederationManifest, Release
 from protocol.wire import sha256
@@ -198,9 +200,10 @@ def _check(
 ) -> None:
     shapes = {name: array.shape for name, array in newest.items()}
     same = shapes == {name: array.shape for name, array in first.items()}
-    if not same or sent_layout(shapes, manifest.lora.sent).digest() != manifest.layout:
+    layout = agreed_layout(sent_layout(shapes, manifest.lora.sent), manifest.masking)
+    if not same or layout.digest() != manifest.layout:
         msg = f"release {release.number} has another layout than the federation's manifest"
-        raise TrustError(msg)
+        raise TrustError(msg, Check.OTHER_LAYOUT)
     for name, array in newest.items():
         if factor_of(name) not in manifest.lora.sent and not np.array_equal(array, first[name]):
             msg = f"release {release.number} changes {name}, which the manifest freezes"

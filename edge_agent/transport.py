@@ -24,8 +24,18 @@ from protocol import limits
 from protocol.clock import Clock
 from protocol.errors import ProtocolError
 from protocol.manifest import BlobRef, FederationManifest
+from protocol.masked import (
+    CellNews,
+    Complaint,
+    Confirm,
+    MaskedHeader,
+    Ready,
+    Reveal,
+    Shares,
+)
 from protocol.messages import (
     Acknowledged,
+    BodyHead,
     Credential,
     Discovery,
     Enrolment,
@@ -37,10 +47,11 @@ from protocol.messages import (
     UploadStatus,
     Withdrawal,
 )
+from protocol.phases import AgentPhase
 from protocol.problems import CONTENT_TYPE, Advice, ProblemDocument, ProblemType
 from protocol.signing import Signed, Signer
 from protocol.transport_signing import sign_request
-from protocol.wire import b64u_encode, parse
+from protocol.wire import WireModel, b64u_encode, parse
 
 ReplyT = TypeVar("ReplyT", bound=BaseModel)
 
@@ -66,6 +77,17 @@ class Outgoing:
     what: str
     round: int | None
     body: bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Upload:
+    """An announced upload whose body is to be sent."""
+
+    round: int
+    attempt: int
+    head: BodyHead
+    what: str = "update"
+    """What the owner is told of its parts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,19 +244,19 @@ class Transport:
         """Announce an upload; the answer names the parts that are missing."""
         return self._post("upload-header", "/uploads", header, UploadStatus, header.body.round)
 
-    def put_part(self, header: UploadHeader, part: int, data: bytes) -> UploadStatus:
+    def put_part(self, upload: Upload, part: int, data: bytes) -> UploadStatus:
         """Send one part."""
         request = _Request(
-            what=f"update part {part + 1} of {header.n_parts}",
+            what=f"{upload.what} part {part + 1} of {upload.head.n_parts}",
             method="PUT",
-            path=f"{self._prefix}/uploads/{header.round}/{header.attempt}/parts/{part}",
+            path=f"{self._prefix}/uploads/{upload.round}/{upload.attempt}/parts/{part}",
             body=data,
-            round=header.round,
+            round=upload.round,
             content_type="application/octet-stream",
         )
         return self._ask(request, UploadStatus)
 
-    def complete(self, header: UploadHeader) -> UploadStatus:
+    def complete(self, upload: Upload) -> UploadStatus:
         """Ask the server to check the whole and accept it.
 
         Raises:
@@ -244,8 +266,8 @@ class Transport:
         request = _Request(
             what="upload-complete",
             method="POST",
-            path=f"{self._prefix}/uploads/{header.round}/{header.attempt}/complete",
-            round=header.round,
+            path=f"{self._prefix}/uploads/{upload.round}/{upload.attempt}/complete",
+            round=upload.round,
             final=frozenset({ProblemType.INCOMPLETE, ProblemType.DIGEST_MISMATCH}),
         )
         return self._ask(request, UploadStatus)
@@ -255,6 +277,52 @@ class Transport:
         return self._post(
             "withdrawal", "/withdrawals", withdrawal, Acknowledged, withdrawal.body.round
         )
+
+    # Masked rounds
+
+    def ready(self, ready: Signed[Ready]) -> Acknowledged:
+        """Ask for a cell."""
+        return self._post("ready", "/readies", ready, Acknowledged, ready.body.round)
+
+    def cell_news(
+        self, *, round_number: int, attempt: int, phase: AgentPhase, wait_s: float
+    ) -> CellNews:
+        """What there is for the agent; the server holds the answer for up to `wait_s`."""
+        path = f"{self._prefix}/cells/{round_number}/{attempt}?phase={phase.value}&wait={wait_s:g}"
+        timeout_s = wait_s + _READ_TIMEOUT_S
+        request = _Request(what="poll", method="GET", path=path, timeout_s=timeout_s)
+        return self._ask(request, CellNews)
+
+    def shares(self, shares: Shares, *, round_number: int) -> Acknowledged:
+        """Deal shares to the members of the cell."""
+        path = self._cell_path(shares.header.body.transcript, "shares")
+        return self._post("shares", path, shares, Acknowledged, round_number)
+
+    def complain(self, complaint: Signed[Complaint], *, round_number: int) -> Acknowledged:
+        """Tell of a dealer whose shares do not open."""
+        path = self._cell_path(complaint.body.transcript, "complaints")
+        return self._post("complaint", path, complaint, Acknowledged, round_number)
+
+    def begin_masked_upload(
+        self, header: Signed[MaskedHeader], *, round_number: int
+    ) -> UploadStatus:
+        """Announce a masked upload; the answer names the parts that are missing."""
+        path = self._cell_path(header.body.transcript, "uploads")
+        return self._post("masked-upload-header", path, header, UploadStatus, round_number)
+
+    def confirm(self, confirm: Confirm, *, round_number: int) -> Acknowledged:
+        """Confirm who survived."""
+        path = self._cell_path(confirm.transcript, "confirm")
+        return self._post("confirm", path, confirm, Acknowledged, round_number)
+
+    def reveal(self, reveal: Signed[Reveal], *, round_number: int) -> Acknowledged:
+        """Reveal what removes the masks of the survivors' sum."""
+        path = self._cell_path(reveal.body.transcript, "reveal")
+        return self._post("reveal", path, reveal, Acknowledged, round_number)
+
+    @staticmethod
+    def _cell_path(transcript: bytes, what: str) -> str:
+        return f"/cells/{b64u_encode(transcript)}/{what}"
 
     def fetch(self, ref: BlobRef, folder: Path) -> Path:
         """Download a blob into a folder, or find it there.
@@ -293,12 +361,11 @@ class Transport:
         self,
         what: str,
         path: str,
-        body: BaseModel,
+        body: WireModel,
         reply: type[ReplyT],
         round_number: int | None = None,
     ) -> ReplyT:
-        # Every body is a WireModel; its canonical form is what was signed and journalled.
-        data = body.canonical() if isinstance(body, Signed) else b""
+        data = body.canonical()  # what was signed and journalled
         request = _Request(
             what=what, method="POST", path=self._prefix + path, body=data, round=round_number
         )

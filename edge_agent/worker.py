@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Final, Self
 
-from edge_agent.agent import Agent, AgentEventReport, Member
+from edge_agent.agent import Agent, AgentEventReport
 from edge_agent.config import AgentSettings
 from edge_agent.data.reading import read_records
 from edge_agent.data.records import ReadReport
@@ -13,11 +13,13 @@ from edge_agent.data.tokens import TokenizedData, tokenize
 from edge_agent.errors import JournalError
 from edge_agent.home import AgentHome
 from edge_agent.journal import Journal, Membership
+from edge_agent.member import Member, OwnersCell
 from edge_agent.membership import record_outgoing
 from edge_agent.politeness import OwnersWishes
 from edge_agent.transport import Transport
 from protocol.clock import Clock
 from protocol.manifest import FederationManifest
+from protocol.wire import b64u_decode
 from quant.base_model import (
     LoadedBase,
     limit_device_memory,
@@ -157,7 +159,17 @@ def prepare(
             )
         )
         agent = Agent(
-            member=Member(home=home, journal=journal, membership=member, signer=signer),
+            member=Member(
+                home=home,
+                journal=journal,
+                membership=member,
+                signer=signer,
+                owners_cell=OwnersCell(
+                    min_cell=settings.min_cell,
+                    friends=frozenset(b64u_decode(name, n_bytes=32) for name in settings.friends),
+                    min_friends=settings.min_friends,
+                ),
+            ),
             transport=transport,
             base=base,
             data=data,

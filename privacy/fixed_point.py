@@ -24,7 +24,7 @@ from privacy.noise import SecureStream
 from privacy.updates import Float32Array
 from protocol.layout import VectorLayout
 from protocol.limits import MAX_UPDATE_BYTES
-from protocol.manifest import CellMasking
+from protocol.manifest import CellMasking, MaskingBlock
 
 N_CHECK_WORDS: Final = 16
 N_TAIL_WORDS: Final = 3
@@ -48,16 +48,18 @@ def amplitude_of(*, word_bits: Literal[16, 32], max_members: int) -> int:
     return amplitude
 
 
-def masked_layout(layout: VectorLayout, masking: CellMasking) -> VectorLayout:
-    """A layout with the step and amplitude of every tensor.
+def agreed_layout(layout: VectorLayout, masking: MaskingBlock) -> VectorLayout:
+    """The layout of a federation: with the step and amplitude of every tensor where it masks.
 
     Args:
         layout: Names, shapes and offsets.
-        masking: Word size, largest cell and largest change.
+        masking: The manifest's block.
 
     Raises:
         EncodingPlanError: A sum could wrap.
     """
+    if not isinstance(masking, CellMasking):
+        return layout
     amplitude = amplitude_of(word_bits=masking.word_bits, max_members=masking.max_cell)
     step = masking.max_change / amplitude
     shapes = {slot.name: slot.shape for slot in layout.slots}
@@ -112,7 +114,7 @@ class EncodingPlan:
         """The plan of a manifest.
 
         Args:
-            layout: With step and amplitude; see `masked_layout`.
+            layout: With step and amplitude; see `agreed_layout`.
             masking: The manifest's block.
             max_weight: W.
         """

@@ -39,8 +39,8 @@ MAX_WEIGHT: Final = 1_000_000
 MIN_CELL: Final = 5
 """Fewest members of a masked cell: below that a sum hides too little."""
 
-MAX_CELL: Final = 128
-"""Most members of a masked cell; `sheepfold-server init` allows 32, as messages grow with it."""
+MAX_CELL: Final = 32
+"""Most members of a masked cell: what each is sent grows with the square of their number."""
 
 MAX_READY_ATTEMPTS: Final = 9
 """READY messages of an agent in a round: one digit, so that all have one size."""

@@ -23,6 +23,8 @@ RoundNumber = Annotated[int, Field(ge=1, le=2**31 - 1)]
 PositiveFloat = Annotated[float, Field(gt=0.0)]
 Text = Annotated[str, Field(max_length=limits.MAX_TEXT_CHARS)]
 Seconds = Annotated[float, Field(gt=0.0, le=30 * 24 * 3600)]
+UnixSeconds = Annotated[int, Field(ge=10**9, lt=10**10)]
+"""Whole seconds since the Unix epoch, always of ten digits: its size tells nothing."""
 UnixTime = Annotated[float, Field(ge=0.0, lt=253_402_300_800.0)]  # up to the year 9999
 
 

@@ -21,13 +21,13 @@ fixed width, so that requests of one type have one size within a cell.
 
 from collections.abc import Sequence
 from enum import StrEnum
-from typing import Annotated, Final, Literal
+from typing import Annotated, Final, Literal, TypeAlias
 
 from pydantic import Field
 
 from protocol import limits
-from protocol.manifest import Count, PositiveInt, RoundNumber
-from protocol.messages import Credential, RetryAfter
+from protocol.manifest import Count, PositiveInt, RoundNumber, UnixSeconds
+from protocol.messages import BodyHead, Credential, RetryAfter
 from protocol.phases import AgentPhase
 from protocol.signing import Signed
 from protocol.wire import (
@@ -45,8 +45,6 @@ from protocol.wire import (
 )
 
 ReadyAttempt = Annotated[int, Field(ge=1, le=limits.MAX_READY_ATTEMPTS)]
-UnixSeconds = Annotated[int, Field(ge=10**9, lt=10**10)]
-"""Whole seconds since the Unix epoch, always of ten digits."""
 Entry = tuple[Identity, Digest]
 """An identity and the digest of what it signed."""
 Entries = tuple[Entry, ...]
@@ -167,7 +165,7 @@ class Bundle(WireModel):
         return tuple((header.body.agent, header.body.digest()) for header in self.headers)
 
 
-class MaskedHeader(WireModel):
+class MaskedHeader(BodyHead):
     """The signed head of a masked upload (message 6): one for each transcript."""
 
     version: Literal[1] = 1
@@ -175,8 +173,6 @@ class MaskedHeader(WireModel):
     bundle: Digest
     """T2."""
     agent: Identity
-    body_sha256: Digest
-    body_n_bytes: Annotated[int, Field(ge=1, le=limits.MAX_UPDATE_BYTES)]
 
     def digest(self) -> bytes:
         """The hash that U3 carries for this agent."""
@@ -318,13 +314,15 @@ class EndedNews(WireModel):
     """Whether the agent's update is in the cell's sum."""
 
 
+News: TypeAlias = (
+    NoNews | RosterNews | BundleNews | SurvivorsNews | ConfirmedNews | FailedNews | EndedNews
+)
+
+
 class CellNews(WireModel):
     """What there is for an agent that stands at a phase of its own."""
 
-    news: Annotated[
-        NoNews | RosterNews | BundleNews | SurvivorsNews | ConfirmedNews | FailedNews | EndedNews,
-        Field(discriminator="kind"),
-    ]
+    news: Annotated[News, Field(discriminator="kind")]
 
 
 NewsPhase = Literal[

@@ -32,6 +32,7 @@ from protocol.manifest import (
     Release,
     RoundManifest,
     RoundNumber,
+    UnixSeconds,
     UnixTime,
 )
 from protocol.phases import RoundPhase
@@ -58,7 +59,7 @@ class Credential(WireModel):
     version: Literal[1] = 1
     federation: Bytes16
     agent: Identity
-    expires_at: UnixTime
+    expires_at: UnixSeconds
 
 
 class Discovery(WireModel):
@@ -124,7 +125,23 @@ class ReleasePage(WireModel):
     newest: Count
 
 
-class UploadHeader(WireModel):
+class BodyHead(WireModel):
+    """What the head of an upload says of its body, which travels in numbered parts."""
+
+    body_sha256: Digest
+    body_n_bytes: Annotated[int, Field(ge=1, le=limits.MAX_UPDATE_BYTES)]
+
+    @property
+    def n_parts(self) -> int:
+        """Number of parts of `limits.PART_BYTES`, the last one shorter."""
+        return -(-self.body_n_bytes // limits.PART_BYTES)
+
+    def part_n_bytes(self, part: int) -> int:
+        """Size of part `part` (from 0)."""
+        return min(limits.PART_BYTES, self.body_n_bytes - part * limits.PART_BYTES)
+
+
+class UploadHeader(BodyHead):
     """The signed head of an upload (message name `upload`): one for each (round, attempt).
 
     `weight` is the FedAvg weight, 1 to the manifest's `max_weight`; in the open mode it is the
@@ -139,17 +156,6 @@ class UploadHeader(WireModel):
     round_digest: Digest
     layout: Digest
     weight: Annotated[int, Field(ge=1, le=limits.MAX_WEIGHT)]
-    body_sha256: Digest
-    body_n_bytes: Annotated[int, Field(ge=1, le=limits.MAX_UPDATE_BYTES)]
-
-    @property
-    def n_parts(self) -> int:
-        """Number of parts of `limits.PART_BYTES`, the last one shorter."""
-        return -(-self.body_n_bytes // limits.PART_BYTES)
-
-    def part_n_bytes(self, part: int) -> int:
-        """Size of part `part` (from 0)."""
-        return min(limits.PART_BYTES, self.body_n_bytes - part * limits.PART_BYTES)
 
     def digest(self) -> bytes:
         """The hash that U3 carries for this agent."""
@@ -203,6 +209,10 @@ class RoundStatus(WireModel):
     bytes_received: Count
     opened_at: UnixTime
     deadline_at: UnixTime
+    n_ready: Count = 0
+    """Agents that hold a finished update and wait for a cell, or have been given one."""
+    n_cells: Count = 0
+    n_cells_failed: Count = 0
     failure: Annotated[str, Field(max_length=limits.MAX_TEXT_CHARS)] | None = None
 
 

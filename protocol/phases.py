@@ -84,6 +84,7 @@ class AgentEvent(StrEnum):
     CONFIRM_SIGNED = "confirm-signed"
     REVEAL_SENT = "reveal-sent"
     SUM_KNOWN = "sum-known"
+    CELL_LOST = "cell-lost"
     ATTEMPT_FAILED = "attempt-failed"
     ABANDON = "abandon"
 
@@ -136,8 +137,8 @@ AGENT_TRANSITIONS: Final[Mapping[tuple[AgentPhase, AgentEvent], AgentPhase]] = M
         (AgentPhase.TRAINED, AgentEvent.ABANDON): AgentPhase.ABANDONED,
         (AgentPhase.READY, AgentEvent.ABANDON): AgentPhase.ABANDONED,
         (AgentPhase.SHARED, AgentEvent.ABANDON): AgentPhase.ABANDONED,
-        (AgentPhase.UPLOADED, AgentEvent.ABANDON): AgentPhase.ABANDONED,
-        (AgentPhase.CONFIRMED, AgentEvent.ABANDON): AgentPhase.ABANDONED,
+        (AgentPhase.UPLOADED, AgentEvent.CELL_LOST): AgentPhase.ABANDONED,
+        (AgentPhase.CONFIRMED, AgentEvent.CELL_LOST): AgentPhase.ABANDONED,
     }
 )
 
@@ -162,3 +163,21 @@ def advance(table: Mapping[tuple[PhaseT, EventT], PhaseT], phase: PhaseT, event:
         allowed = sorted(str(known) for where, known in table if where is phase)
         msg = f"{event.value!r} is not allowed in phase {phase.value!r}; allowed: {allowed}"
         raise TransitionError(msg) from None
+
+
+def require_follows(
+    table: Mapping[tuple[PhaseT, EventT], PhaseT], phase: PhaseT, successor: PhaseT
+) -> None:
+    """Refuse a phase that no single event leads to.
+
+    Args:
+        table: One of the three tables of this module.
+        phase: Where it stands.
+        successor: Where it is said to go.
+
+    Raises:
+        TransitionError: No event leads there.
+    """
+    if not any(where is phase and to is successor for (where, _), to in table.items()):
+        msg = f"no event leads from phase {phase.value!r} to {successor.value!r}"
+        raise TransitionError(msg)

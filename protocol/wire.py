@@ -174,11 +174,15 @@ def parse(model: type[ModelT], data: bytes | str) -> ModelT:
 def explain(what: str, error: ValidationError) -> str:
     """One sentence for a validation error: the field, what was given, what is accepted."""
     first = error.errors(include_url=False)[0]
-    where = ".".join(str(part) for part in first["loc"]) or "(the whole)"
+    loc, value = first["loc"], first["input"]
+    if first["type"] == "union_tag_invalid":  # the tag is what is wrong, not the whole block
+        tag = str(first["ctx"]["discriminator"]).strip("'")
+        loc, value = (*loc, tag), first["ctx"]["tag"]
+    where = ".".join(str(part) for part in loc) or "(the whole)"
     more = error.error_count() - 1
     # A whole block is no help where the sentence of one of its own rules names the values.
-    told = first["type"] == "missing" or isinstance(first["input"], Mapping)
-    given = "" if told else f" (given: {str(first['input'])[:80]!r})"
+    told = first["type"] == "missing" or isinstance(value, Mapping)
+    given = "" if told else f" (given: {str(value)[:80]!r})"
     suffix = f"; and {more} more" if more else ""
     sentence = first["msg"].removeprefix("Value error, ")
     return f"{what}: {where}: {sentence}{given}{suffix}"

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Final
 import typer
 from rich.console import Console
 
+from aggregator_server.recipes import Masking
 from edge_agent.errors import AgentError
 from protocol.errors import ProtocolError
 from protocol.manifest import Factor
@@ -46,7 +47,13 @@ def demo(
     *,
     out: Annotated[Path, typer.Option(help="Where everything goes.")] = Path("sheepfold-demo"),
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier demo.")] = False,
-    sent: Annotated[str, typer.Option(help="Factors that agents send: A,B or B.")] = "A,B",
+    masking: Annotated[
+        Masking, typer.Option(help="Secure aggregation: cells, or off.")
+    ] = Masking.CELLS,
+    sent: Annotated[
+        str | None,
+        typer.Option(help="Factors that agents send: A,B or B.  [default: B if masked, else A,B]"),
+    ] = None,
     json_path: Annotated[
         str | None, typer.Option("--json", metavar="PATH", help="Write JSON here; `-` for stdout.")
     ] = None,
@@ -59,14 +66,15 @@ def demo(
     from simulations import demo_report
     from simulations.demo import DemoFolder, DemoRecipe, run_demo
 
+    default = "A,B" if masking is Masking.OFF else "B"
     try:
-        factors = tuple(Factor(part.strip()) for part in sent.split(","))
+        factors = tuple(Factor(part.strip()) for part in (sent or default).split(","))
     except ValueError as error:
         msg = f"--sent must be A,B or B, not {sent!r}"
         raise typer.BadParameter(msg) from error
     folder = DemoFolder.create(out, force=force)
     with demo_report.DemoDisplay(console) as display:
-        result = run_demo(folder, DemoRecipe(sent=factors), display)
+        result = run_demo(folder, DemoRecipe(sent=factors, masking=masking), display)
     found = demo_report.as_json(result)
     figure = out / "results.png"
     demo_report.draw(result, figure)
@@ -83,7 +91,8 @@ def demo(
         f"{100 * max(match['local']):.0f} %, all data in one place "
         f"{100 * match['centralised']:.0f} %. Each agent sent "
         f"{found['bytes_up_per_agent'] / 1e6:.2f} MB; its records stayed with it. Privacy: profile "
-        f"P0, ε = ∞, masking off. {found['wall_s']:.0f} s.",
+        f"P0, ε = ∞; {'the server saw sums only' if found['masked'] else 'masking off'}. "
+        f"{found['wall_s']:.0f} s.",
         highlight=False,
     )
     shown.print(f"Adapter: {folder.adapter}\nFigure:  {figure}\n", highlight=False, soft_wrap=True)

@@ -16,6 +16,7 @@ from typing import Final
 
 import numpy as np
 
+from aggregator_server.recipes import Masking
 from edge_agent.chain import check_discovery, check_releases
 from edge_agent.data.reading import read_records
 from edge_agent.data.records import Record
@@ -63,7 +64,9 @@ class DemoRecipe:
     learning_rate: float = 8e-3
     rank: int = 8
     alpha: float = 16.0
-    sent: tuple[Factor, ...] = (Factor.A, Factor.B)
+    sent: tuple[Factor, ...] = (Factor.B,)
+    masking: Masking = Masking.CELLS
+    ready_delay_s: float = 0.5
     max_length: int = 192
     max_new_tokens: int = 28
     seed: int = 1
@@ -298,6 +301,7 @@ def _found(folder: DemoFolder, recipe: DemoRecipe) -> None:
         *("--sent", ",".join(recipe.sent), "--max-length", str(recipe.max_length)),
         *("--batch-size", str(recipe.batch_size), "--local-steps", str(recipe.local_steps)),
         *("--learning-rate", str(recipe.learning_rate), "--schedule", Schedule.LINEAR.value),
+        *("--masking", recipe.masking.value, "--ready-delay-s", str(recipe.ready_delay_s)),
         *("--deadline-s", str(_LONGEST_S)),
     )
 

@@ -18,7 +18,7 @@ from aggregator_server.store.rows import (
     SelectionRow,
     UploadPhase,
 )
-from aggregator_server.store.schema import rounds, selections, uploads
+from aggregator_server.store.schema import readies, rounds, selections, uploads
 from aggregator_server.store.uploads import (
     end_uploads,
     has_accepted,
@@ -84,7 +84,7 @@ class RoundStore:
             StaleWriteError: The round is no longer open.
         """
         with self._database.writing() as connection:
-            _require_phase(connection, number, RoundPhase.OPEN)
+            require_phase(connection, number, RoundPhase.OPEN)
             _select_agents(connection, ranks)
 
     def candidates(self, number: int, *, seen_after: float) -> tuple[bytes, ...]:
@@ -104,6 +104,8 @@ class RoundStore:
                 selections.c.round == number, selections.c.withdrawn_reason.is_(None)
             )
             holders = {bytes(agent) for agent in connection.execute(held).scalars()}
+            ready = select(readies.c.agent).where(readies.c.round == number)
+            sent_ready = {bytes(agent) for agent in connection.execute(ready).scalars()}
             return RoundProgress(
                 n_selected=len(holders),
                 n_accepted=len(accepted),
@@ -112,6 +114,7 @@ class RoundStore:
                 receiving=tuple(
                     upload for _, phase, upload in found if phase is UploadPhase.RECEIVING
                 ),
+                n_ready=len(holders & sent_ready),
             )
 
     def move(
@@ -141,7 +144,7 @@ class RoundStore:
         """
         found = {"filter_report": filter_report, "verdict": verdict, "failure": failure}
         with self._database.writing() as connection:
-            _require_phase(connection, number, seen)
+            require_phase(connection, number, seen)
             if n_accepted is not None and _n_accepted(connection, number) != n_accepted:
                 msg = f"round {number} has another number of uploads than {n_accepted}"
                 raise StaleWriteError(msg)
@@ -221,7 +224,12 @@ def _select_agents(connection: Connection, ranks: Sequence[SelectionRow]) -> Non
         counters.add(connection, Counter.CHANGES)
 
 
-def _require_phase(connection: Connection, number: int, seen: RoundPhase) -> None:
+def require_phase(connection: Connection, number: int, seen: RoundPhase) -> None:
+    """Refuse to write when a round has moved on, inside the caller's transaction.
+
+    Raises:
+        StaleWriteError: It is in another phase.
+    """
     phase = connection.execute(select(rounds.c.phase).where(rounds.c.number == number)).scalar_one()
     if phase != seen.value:
         msg = f"round {number} is {phase}, no longer {seen.value}"

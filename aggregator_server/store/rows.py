@@ -81,6 +81,11 @@ class RoundRow:
     filter_report: str | None
     verdict: str | None
 
+    @property
+    def over(self) -> bool:
+        """Whether nothing leaves its phase."""
+        return self.phase in {RoundPhase.PUBLISHED, RoundPhase.FAILED}
+
 
 @dataclass(frozen=True, kw_only=True)
 class SelectionRow:
@@ -101,9 +106,12 @@ class UploadRow:
     round: int
     agent: bytes
     attempt: int
+    transcript: bytes | None
+    """T of its cell; None for a plain update. `header` is then a `Signed[MaskedHeader]`."""
     header: bytes
     digest: bytes
     weight: int
+    """Of a plain update; 0 for a masked one, whose weight is masked too."""
     n_bytes: int
     phase: UploadPhase
     has_bytes: bool
@@ -124,6 +132,7 @@ class NewUpload:
     weight: int
     n_bytes: int
     started_at: float
+    transcript: bytes | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,16 +147,99 @@ class PartRow:
 
 @dataclass(frozen=True, kw_only=True)
 class CellRow:
-    """A cell; in the open mode one accepted upload. `members` is [[identity, digest], …]."""
+    """A cell whose sum is known. `members` is U3: [[identity, digest], …].
+
+    In the open mode it is one accepted `upload`; in the masked mode a sum with a digest.
+    """
 
     transcript: bytes
     round: int
     phase: CellPhase
     members_digest: bytes
     members: str
-    upload: int
+    upload: int | None
     n_members: int
     weight_sum: int
+    sum_sha256: bytes | None = None
+
+
+class MessageKind(StrEnum):
+    """What a member of a masked cell sent."""
+
+    SHARES = "shares"
+    COMPLAINT = "complaint"
+    CONFIRM = "confirm"
+    REVEAL = "reveal"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadyRow:
+    """A READY; `message` is the canonical JSON of the `Signed[Ready]`."""
+
+    round: int
+    agent: bytes
+    attempt: int
+    message: bytes
+    digest: bytes
+    wave: int | None
+    """The list that it stands in; None while it waits."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WaveRow:
+    """A READY LIST; `message` is the canonical JSON of the `Signed[ReadyList]`."""
+
+    round: int
+    number: int
+    message: bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskedCellRow:
+    """A masked cell under way or over; `roster` is the canonical JSON of its `Signed[Roster]`."""
+
+    transcript: bytes
+    round: int
+    wave: int
+    number: int
+    """The cell's number in its wave, from 0."""
+    phase: CellPhase
+    roster: bytes
+    stage_at: float
+    """When its stage began, in seconds since the Unix epoch."""
+    shared: str | None
+    """U2 as a JSON array of identities, once sharing is over."""
+    survivors: str | None
+    """U3 as a JSON array of identities, once uploads are over."""
+    failed: bytes | None
+    """Canonical JSON of its `Signed[Failed]`."""
+    has_sum: bool
+    """Whether the bytes of its sum are kept."""
+    retried: bool
+    """Whether a later wave took up its members, or gave up on them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CellMemberRow:
+    """A member of a masked cell, and with which READY."""
+
+    transcript: bytes
+    agent: bytes
+    round: int
+    attempt: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class CellMessageRow:
+    """A message of a member; `about` is the dealer of a complaint, else empty."""
+
+    id: int
+    transcript: bytes
+    agent: bytes
+    kind: MessageKind
+    about: bytes
+    message: bytes
+    digest: bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,6 +281,8 @@ class RoundProgress:
     """Places held without an accepted upload."""
     bytes_received: int
     receiving: tuple[UploadProgress, ...]
+    n_ready: int
+    """Agents that hold a place and have sent READY; 0 in the open mode."""
 
 
 @dataclass(frozen=True, kw_only=True)

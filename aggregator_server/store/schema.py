@@ -1,7 +1,8 @@
 """The tables, for SQLite and PostgreSQL alike.
 
-Two rules stand in the schema itself, so that no fault of the code can break them: a round number
-is one row with one digest, and an agent has at most one accepted upload in a round.
+Three rules stand in the schema itself, so that no fault of the code can break them: a round number
+is one row with one digest, an agent has at most one accepted upload in a round, and a cell one
+message of each kind from each member.
 """
 
 from typing import Final
@@ -22,7 +23,7 @@ from sqlalchemy import (
     UniqueConstraint,
 )
 
-SCHEMA_VERSION: Final = 2
+SCHEMA_VERSION: Final = 3
 """Raised with every change that an older program cannot read."""
 
 metadata: Final = MetaData()
@@ -93,6 +94,7 @@ uploads = Table(
     Column("round", Integer, nullable=False),
     Column("agent", LargeBinary(32), nullable=False),
     Column("attempt", Integer, nullable=False),
+    Column("transcript", LargeBinary(32), index=True),
     Column("header", LargeBinary, nullable=False),
     Column("digest", LargeBinary(32), nullable=False),
     Column("weight", Integer, nullable=False),
@@ -131,9 +133,69 @@ cells = Table(
     Column("phase", String(16), nullable=False),
     Column("members_digest", LargeBinary(32), nullable=False),
     Column("members", Text, nullable=False),
-    Column("upload", Integer, ForeignKey("uploads.id"), nullable=False, unique=True),
+    Column("upload", Integer, ForeignKey("uploads.id"), unique=True),
+    Column("sum_sha256", LargeBinary(32)),
     Column("n_members", Integer, nullable=False),
     Column("weight_sum", BigInteger, nullable=False),
+)
+
+readies = Table(
+    "readies",
+    metadata,
+    Column("round", Integer, ForeignKey("rounds.number"), primary_key=True),
+    Column("agent", LargeBinary(32), ForeignKey("agents.identity"), primary_key=True),
+    Column("attempt", Integer, primary_key=True),
+    Column("message", LargeBinary, nullable=False),
+    Column("digest", LargeBinary(32), nullable=False),
+    Column("wave", Integer),
+)
+
+waves = Table(
+    "waves",
+    metadata,
+    Column("round", Integer, ForeignKey("rounds.number"), primary_key=True),
+    Column("number", Integer, primary_key=True),
+    Column("message", LargeBinary, nullable=False),
+)
+
+masked_cells = Table(
+    "masked_cells",
+    metadata,
+    Column("transcript", LargeBinary(32), primary_key=True),
+    Column("round", Integer, ForeignKey("rounds.number"), nullable=False, index=True),
+    Column("wave", Integer, nullable=False),
+    Column("number", Integer, nullable=False),
+    Column("phase", String(16), nullable=False),
+    Column("roster", LargeBinary, nullable=False),
+    Column("stage_at", Double, nullable=False),
+    Column("shared", Text),
+    Column("survivors", Text),
+    Column("failed", LargeBinary),
+    Column("has_sum", Boolean, nullable=False),
+    Column("retried", Boolean, nullable=False),
+)
+
+cell_members = Table(
+    "cell_members",
+    metadata,
+    Column("transcript", LargeBinary(32), ForeignKey("masked_cells.transcript"), primary_key=True),
+    Column("agent", LargeBinary(32), ForeignKey("agents.identity"), primary_key=True),
+    Column("round", Integer, nullable=False),
+    Column("attempt", Integer, nullable=False),
+    UniqueConstraint("round", "agent", "attempt"),
+)
+
+cell_messages = Table(
+    "cell_messages",
+    metadata,
+    Column("id", Integer, primary_key=True, autoincrement=True),
+    Column("transcript", LargeBinary(32), ForeignKey("masked_cells.transcript"), nullable=False),
+    Column("agent", LargeBinary(32), ForeignKey("agents.identity"), nullable=False),
+    Column("kind", String(16), nullable=False),
+    Column("about", LargeBinary(32), nullable=False),
+    Column("message", LargeBinary, nullable=False),
+    Column("digest", LargeBinary(32), nullable=False),
+    UniqueConstraint("transcript", "agent", "kind", "about"),
 )
 
 releases = Table(

@@ -8,6 +8,7 @@ from sqlalchemy import Connection, delete, func, insert, inspect, select
 from aggregator_server.errors import SchemaError, StaleWriteError
 from aggregator_server.store import counters
 from aggregator_server.store.agents import AgentStore
+from aggregator_server.store.cells import CellStore
 from aggregator_server.store.counters import Counter
 from aggregator_server.store.database import Database
 from aggregator_server.store.releases import (
@@ -44,6 +45,7 @@ class Store:
         self.agents = AgentStore(database)
         self.rounds = RoundStore(database)
         self.uploads = UploadStore(database)
+        self.cells = CellStore(database)
         self.releases = ReleaseStore(database)
 
     def close(self) -> None:

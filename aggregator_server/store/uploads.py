@@ -1,5 +1,6 @@
 """Uploads, their parts and the cells they become."""
 
+import dataclasses
 from collections.abc import Iterator
 
 from sqlalchemy import Connection, and_, delete, exists, func, insert, or_, select, update
@@ -16,7 +17,14 @@ from aggregator_server.store.rows import (
     UploadProgress,
     UploadRow,
 )
-from aggregator_server.store.schema import cells, parts, rounds, selections, uploads
+from aggregator_server.store.schema import (
+    cells,
+    masked_cells,
+    parts,
+    rounds,
+    selections,
+    uploads,
+)
 from protocol.phases import CellPhase, RoundPhase
 from protocol.problems import ProblemType
 
@@ -51,8 +59,8 @@ class UploadStore:
 
         Raises:
             Refusal: Another head for this attempt (`conflict`), an older attempt than the newest
-                (`conflict`), no such round, a closed round, no place in it, or an update already
-                accepted (`consumed`).
+                (`conflict`), no such round, a closed round, no place in it, an update already
+                accepted (`consumed`), or a masked cell that takes no uploads (`stage-closed`).
         """
         with self._database.writing() as connection:
             known = _find(connection, new.round, new.agent, new.attempt)
@@ -64,8 +72,11 @@ class UploadStore:
                         "raise the attempt for a new one",
                     )
                 return known
-            require_open(connection, new.round)
-            require_place(connection, new.round, new.agent)
+            if new.transcript is None:
+                require_open(connection, new.round)
+                require_place(connection, new.round, new.agent)
+            else:
+                require_uploading(connection, new.transcript)
             _require_newest(connection, new)
             connection.execute(
                 update(uploads)
@@ -81,6 +92,7 @@ class UploadStore:
                     round=new.round,
                     agent=new.agent,
                     attempt=new.attempt,
+                    transcript=new.transcript,
                     header=new.header,
                     digest=new.digest,
                     weight=new.weight,
@@ -130,8 +142,13 @@ class UploadStore:
             counters.add(connection, Counter.BYTES_UP, part.n_bytes)
             return upload
 
-    def accept(self, upload: int, cell: CellRow, *, now: float) -> UploadRow:
-        """Accept an upload whose body was verified, with its cell.
+    def accept(self, upload: int, cell: CellRow | None, *, now: float) -> UploadRow:
+        """Accept an upload whose body was verified, with its cell of one.
+
+        Args:
+            upload: Which one.
+            cell: None for a masked update, whose cell is summed later.
+            now: Seconds since the Unix epoch.
 
         Returns:
             The accepted upload; the stored one when it was accepted before.
@@ -144,24 +161,15 @@ class UploadStore:
             if row.phase is UploadPhase.ACCEPTED:
                 return row
             require_receiving(connection, row)
-            require_place(connection, row.round, row.agent)
+            if cell is not None:
+                require_place(connection, row.round, row.agent)
             connection.execute(
                 update(uploads)
                 .where(uploads.c.id == upload)
                 .values(phase=UploadPhase.ACCEPTED.value, accepted_at=now)
             )
-            connection.execute(
-                insert(cells).values(
-                    transcript=cell.transcript,
-                    round=cell.round,
-                    phase=cell.phase.value,
-                    members_digest=cell.members_digest,
-                    members=cell.members,
-                    upload=cell.upload,
-                    n_members=cell.n_members,
-                    weight_sum=cell.weight_sum,
-                )
-            )
+            if cell is not None:
+                add_cell(connection, cell)
             return _by_id(connection, upload)
 
     def refuse(self, upload: int) -> None:
@@ -186,16 +194,20 @@ class UploadStore:
             connection.execute(delete(parts).where(parts.c.upload == upload))
             return forgotten
 
-    def cells(self, round_number: int) -> tuple[tuple[CellRow, UploadRow], ...]:
-        """The unmasked cells of a round with their uploads, by ascending transcript."""
+    def cells(self, round_number: int) -> tuple[CellRow, ...]:
+        """The unmasked cells of a round, by ascending transcript."""
         query = (
             select(cells)
             .where(cells.c.round == round_number, cells.c.phase == CellPhase.UNMASKED.value)
             .order_by(cells.c.transcript)
         )
         with self._database.reading() as connection:
-            found = [_cell(row._mapping) for row in connection.execute(query)]
-            return tuple((cell, _by_id(connection, cell.upload)) for cell in found)
+            return tuple(_cell(row._mapping) for row in connection.execute(query))
+
+    def get(self, upload: int) -> UploadRow:
+        """An upload by its number."""
+        with self._database.reading() as connection:
+            return _by_id(connection, upload)
 
     def deletable(self, *, keep_accepted: bool) -> tuple[UploadRow, ...]:
         """The uploads whose bytes nobody needs any more.
@@ -211,10 +223,15 @@ class UploadStore:
             ]
         )
         used = and_(uploads.c.phase == UploadPhase.ACCEPTED.value, over)
-        which = dead if keep_accepted else or_(dead, used)
+        # A masked vector serves its cell's sum and nothing else, so it is never kept.
+        summed = exists().where(
+            masked_cells.c.transcript == uploads.c.transcript,
+            masked_cells.c.phase.in_([CellPhase.UNMASKED.value, CellPhase.FAILED.value]),
+        )
+        which = or_(dead, summed) if keep_accepted else or_(dead, summed, used)
         query = select(uploads).where(uploads.c.has_bytes.is_(True), which).order_by(uploads.c.id)
         with self._database.reading() as connection:
-            return tuple(_upload(row._mapping) for row in connection.execute(query))
+            return tuple(upload_of(row._mapping) for row in connection.execute(query))
 
     def with_bytes(self) -> frozenset[int]:
         """The uploads whose bytes are not deleted yet."""
@@ -282,7 +299,33 @@ def require_receiving(connection: Connection, upload: UploadRow) -> None:
         raise Refusal(
             ProblemType.CONSUMED, f"attempt {upload.attempt} of round {upload.round} is complete"
         )
-    require_open(connection, upload.round)
+    if upload.transcript is None:
+        require_open(connection, upload.round)
+    else:
+        require_uploading(connection, upload.transcript)
+
+
+def require_uploading(connection: Connection, transcript: bytes) -> None:
+    """Refuse a masked update that its cell no longer takes.
+
+    Raises:
+        Refusal: `round-closed` or `stage-closed`.
+    """
+    phase, round_phase = connection.execute(
+        select(masked_cells.c.phase, rounds.c.phase)
+        .join(rounds, rounds.c.number == masked_cells.c.round)
+        .where(masked_cells.c.transcript == transcript)
+    ).one()
+    if round_phase != RoundPhase.GATHERING.value:
+        raise Refusal(ProblemType.ROUND_CLOSED, f"the cell's round is {round_phase}")
+    if phase != CellPhase.UPLOADING.value:
+        raise Refusal(ProblemType.STAGE_CLOSED, f"the cell is {phase} and takes no uploads")
+
+
+def add_cell(connection: Connection, cell: CellRow) -> None:
+    """Journal a cell whose sum is known, inside the caller's transaction."""
+    values = {**dataclasses.asdict(cell), "phase": cell.phase.value}
+    connection.execute(insert(cells).values(**values))
 
 
 def refuse_ended(upload: UploadRow) -> None:
@@ -295,7 +338,10 @@ def refuse_ended(upload: UploadRow) -> None:
     if upload.phase is UploadPhase.REFUSED:
         raise Refusal(ProblemType.NOT_FINITE, f"{where} has values that are not finite")
     if upload.phase is UploadPhase.ENDED:
-        raise Refusal(ProblemType.ROUND_CLOSED, f"{where} was incomplete when it ended")
+        problem = (
+            ProblemType.ROUND_CLOSED if upload.transcript is None else ProblemType.STAGE_CLOSED
+        )
+        raise Refusal(problem, f"{where} was incomplete when it ended")
     if upload.phase is UploadPhase.REPLACED:
         raise Refusal(ProblemType.CONFLICT, f"{where} was replaced by a newer attempt")
 
@@ -381,11 +427,13 @@ def _find(
         uploads.c.round == round_number, uploads.c.agent == agent, uploads.c.attempt == attempt
     )
     row = connection.execute(query).first()
-    return None if row is None else _upload(row._mapping)
+    return None if row is None else upload_of(row._mapping)
 
 
 def _by_id(connection: Connection, upload: int) -> UploadRow:
-    return _upload(connection.execute(select(uploads).where(uploads.c.id == upload)).one()._mapping)
+    return upload_of(
+        connection.execute(select(uploads).where(uploads.c.id == upload)).one()._mapping
+    )
 
 
 def _parts(connection: Connection, upload: int) -> tuple[PartRow, ...]:
@@ -393,7 +441,8 @@ def _parts(connection: Connection, upload: int) -> tuple[PartRow, ...]:
     return tuple(PartRow(**row._mapping) for row in connection.execute(query))
 
 
-def _upload(values: object) -> UploadRow:
+def upload_of(values: object) -> UploadRow:
+    """An upload from a row of its table."""
     row = dict(values)  # type: ignore[call-overload]  # a row mapping
     return UploadRow(**{**row, "phase": UploadPhase(row["phase"])})
 

@@ -10,7 +10,9 @@ READY ── roster ──▶ SHARED ── bundle, upload ──▶ UPLOADED �
 
 import os
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Annotated, Final, Literal
+
+from pydantic import Field
 
 from privacy.errors import ShareError
 from privacy.masking import Mask, Words
@@ -56,8 +58,8 @@ class ReceivedShares(WireModel):
     """What a dealer gave; `protocol.masked.MISSING_SHARE` where it gave nothing that holds."""
 
     dealer: Identity
-    self_share: Bytes33
-    mask_share: Bytes33
+    self_share: Annotated[Bytes33, Field(repr=False)]
+    mask_share: Annotated[Bytes33, Field(repr=False)]
 
 
 class AttemptState(WireModel):
@@ -66,24 +68,20 @@ class AttemptState(WireModel):
     version: Literal[1] = 1
     phase: AgentPhase
     ready: Signed[Ready]
-    sealing_private_key: Bytes32
-    masking_private_key: Bytes32
-    self_seed: Bytes32
+    sealing_private_key: Annotated[Bytes32, Field(repr=False)]
+    masking_private_key: Annotated[Bytes32, Field(repr=False)]
+    self_seed: Annotated[Bytes32, Field(repr=False)]
     tried_again: bool
     """Whether this attempt is the one that follows an attempt whose update was uploaded."""
     roster: Signed[Roster] | None = None
     shares: Shares | None = None
     headers: tuple[Signed[SharesHeader], ...] = ()
-    received: tuple[ReceivedShares, ...] = ()
+    received: Annotated[tuple[ReceivedShares, ...], Field(repr=False)] = ()
     complaints: tuple[Signed[Complaint], ...] = ()
     upload: Signed[MaskedHeader] | None = None
     survivors: Survivors | None = None
     confirm: Confirm | None = None
-    reveal: Signed[Reveal] | None = None
-
-    def __repr__(self) -> str:
-        """The state without its secrets."""
-        return f"AttemptState(phase={self.phase.value!r}, attempt={self.ready.body.attempt})"
+    reveal: Annotated[Signed[Reveal] | None, Field(repr=False)] = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,11 +175,6 @@ class SecAggAgent:
         """T, once a roster was accepted."""
         return None if self.state.roster is None else self._view().transcript
 
-    @property
-    def upload_begun(self) -> bool:
-        """Whether masked bytes of this update may have left; a later attempt is the last one."""
-        return self.state.tried_again or self.state.upload is not None
-
     # ROSTER in, SHARES out
 
     def receive_roster(self, ready_list: Signed[ReadyList], roster: Signed[Roster]) -> Shares:
@@ -261,7 +254,7 @@ class SecAggAgent:
         if self.state.headers:
             if bundle.headers != self.state.headers:
                 raise CheckError(Check.BAD_BUNDLE, "A second, other one was shown.")
-            return self._mask_plan(cell)
+            return self.mask_plan()
         if self.state.shares is None:  # cannot be: the roster is kept together with the shares
             raise CheckError(Check.BAD_BUNDLE, "You have not shared yet.")
         check_bundle(bundle, cell, own=self.state.shares.header)
@@ -279,7 +272,7 @@ class SecAggAgent:
                 )
                 complaints.append(sign(self._signer, "complaint", complaint).signed)
         self._update(headers=bundle.headers, received=tuple(received), complaints=tuple(complaints))
-        return self._mask_plan(cell)
+        return self.mask_plan()
 
     def _open(self, header: SharesHeader, ciphertext: bytes, cell: CellView) -> ReceivedShares:
         own, transcript = self._signer.identity, cell.transcript
@@ -306,7 +299,15 @@ class SecAggAgent:
                 return missing
         return ReceivedShares(dealer=header.agent, self_share=self_share, mask_share=mask_share)
 
-    def _mask_plan(self, cell: CellView) -> MaskPlan:
+    def mask_plan(self) -> MaskPlan:
+        """The masks of this agent's update, once the bundle was accepted.
+
+        Raises:
+            CheckError: It was not (check 10).
+        """
+        cell = self._view()
+        if not self.state.headers:
+            raise CheckError(Check.BAD_BUNDLE, "You have accepted none yet.")
         own, bundle = self._signer.identity, self._bundle_hash()
         masks = [
             Mask(seed=derive.self_mask_seed(self.state.self_seed, bundle, own), sign=1),
@@ -331,6 +332,8 @@ class SecAggAgent:
             CheckError: Another body was signed for this transcript (check 7).
         """
         cell = self._view()
+        if not self.state.headers:
+            raise CheckError(Check.BAD_BUNDLE, "You have accepted none yet.")
         if self.state.upload is not None:
             if self.state.upload.body.body_sha256 != body_sha256:
                 found = "Another masked update was signed for this cell."
@@ -465,10 +468,7 @@ class SecAggAgent:
     def _bundle_hash(self) -> bytes:
         if self._bundle is None:
             entries = tuple((head.body.agent, head.body.digest()) for head in self.state.headers)
-            bundle = derive.bundle_hash(self._view().transcript, entries)
-            if not entries:  # U2 is not known yet
-                return bundle
-            self._bundle = bundle
+            self._bundle = derive.bundle_hash(self._view().transcript, entries)
         return self._bundle
 
     def _move(self, event: AgentEvent, **changes: object) -> None:

@@ -129,9 +129,16 @@ def _check_member(signed: Signed[Ready], policy: CellPolicy, *, formed_at: int) 
     _check_credential(body, name, policy, formed_at=formed_at)
     if body.expires_at < formed_at:
         raise CheckError(Check.EXPIRED_READY, f"Member {name}'s had.")
-    for key in (body.sealing_key, body.masking_key):
-        if not derive.is_canonical_key(key) or derive.is_low_order(key):
-            raise CheckError(Check.WEAK_KEY, f"Member {name}'s is.")
+    if not keys_are_sound(body):
+        raise CheckError(Check.WEAK_KEY, f"Member {name}'s is.")
+
+
+def keys_are_sound(ready: Ready) -> bool:
+    """Whether both keys of a READY are canonical and not of low order."""
+    return all(
+        derive.is_canonical_key(key) and not derive.is_low_order(key)
+        for key in (ready.sealing_key, ready.masking_key)
+    )
 
 
 def _check_credential(body: Ready, name: str, policy: CellPolicy, *, formed_at: int) -> None:

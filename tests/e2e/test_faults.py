@@ -33,11 +33,12 @@ from aggregator_server.founding import found_federation
 from aggregator_server.recipes import RecipeOptions, make_config
 from aggregator_server.store.database import Database
 from edge_agent import agent as agent_module
-from edge_agent.agent import Agent, Member
+from edge_agent.agent import Agent
 from edge_agent.chain import check_discovery
 from edge_agent.errors import RefusedError, TrainingStoppedError, TransportError
 from edge_agent.home import AgentHome
 from edge_agent.journal import Journal
+from edge_agent.member import Member
 from edge_agent.membership import record_outgoing
 from edge_agent.politeness import OwnersWishes
 from edge_agent.training.planning import Chosen

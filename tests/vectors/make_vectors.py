@@ -147,7 +147,7 @@ def signed_messages(federation: FederationManifest, upload: UploadHeader) -> lis
         invite=proof,
     )
     credential = Credential(
-        federation=federation.federation, agent=AGENT.identity, expires_at=NOW + 1000
+        federation=federation.federation, agent=AGENT.identity, expires_at=int(NOW) + 1000
     )
     cases = [
         ("enrolment", AGENT, enrolment),

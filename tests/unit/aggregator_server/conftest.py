@@ -16,7 +16,7 @@ from aggregator_server.app import create_app
 from aggregator_server.config import ServerConfig
 from aggregator_server.federation import Federation, open_federation
 from aggregator_server.founding import found_federation
-from aggregator_server.recipes import RecipeOptions, make_config
+from aggregator_server.recipes import Masking, RecipeOptions, make_config
 from protocol.base_description import BaseDescription, LinearModule
 from protocol.limits import NONCE_BYTES, PART_BYTES
 from protocol.manifest import BaseBlock, FederationManifest, RoundManifest
@@ -262,7 +262,14 @@ def make_case(tmp_path: Path, clock: FakeClock) -> Iterator[Callable[..., Case]]
         **options: object,
     ) -> Case:
         described = base or make_base()
-        settings = {"name": "Test", "open_enrolment": True, "rank": 4, "n_rounds": 3, **options}
+        settings = {
+            "name": "Test",
+            "open_enrolment": True,
+            "rank": 4,
+            "n_rounds": 3,
+            "masking": Masking.OFF,
+            **options,
+        }
         config = make_config(RecipeOptions(**settings), described)
         config = edit(config) if edit else config
         directory = tmp_path / f"federation-{len(cases)}"

@@ -44,6 +44,7 @@ def progress(n_accepted: int, *, n_open: int, receiving: tuple[UploadProgress, .
         n_open=n_open,
         bytes_received=0,
         receiving=receiving,
+        n_ready=0,
     )
 
 

@@ -150,7 +150,7 @@ def test_a_password_in_a_setting_is_never_shown(config):
         ("rank = 8", "rank = 0", "lora.rank"),
         ("rank = 8", 'rank = "8"', "lora.rank"),
         ("port = 8750", "port = 70000", "server.port"),
-        ("min_cohort = 2", "min_cohort = 6", "min_cohort 6 is above cohort_target 5"),
+        ("min_cohort = 5", "min_cohort = 6", "min_cohort 6 is above cohort_target 5"),
         ("presence_s = 120.0", "presence_s = 10.0", "server.presence_s"),
         ("learning_rate = 0.00015", "learning_rate = nan", "training.learning_rate"),
         ("rank = 8", "rank = 1979-05-27", "not JSON serializable"),

@@ -12,7 +12,7 @@ from aggregator_server.errors import (
 )
 from aggregator_server.federation import open_federation
 from aggregator_server.founding import CONFIG_NAME, found_federation
-from aggregator_server.recipes import RecipeOptions, make_config
+from aggregator_server.recipes import Masking, RecipeOptions, make_config
 from aggregator_server.releases import sign_release
 from protocol.errors import ManifestError
 from protocol.signing import verify
@@ -54,7 +54,8 @@ def test_init_keeps_everything_private(make_case):
 
 
 def test_init_refuses_a_module_that_the_base_lacks_and_writes_nothing(base, clock, tmp_path):
-    config = make_config(RecipeOptions(name="Test", target_modules=("q_porj",)), base)
+    options = RecipeOptions(name="Test", target_modules=("q_porj",), masking=Masking.OFF)
+    config = make_config(options, base)
     with pytest.raises(ManifestError, match="q_porj"):
         found_federation(tmp_path / "new", config=config, base=base, clock=clock)
     assert not (tmp_path / "new").exists()
@@ -166,7 +167,7 @@ def test_a_database_of_a_newer_version_is_refused_clearly(make_case):
     case = make_case()
     with case.federation._store._database.writing() as connection:
         connection.execute(update(meta).where(meta.c.key == "schema_version").values(value=b"99"))
-    with pytest.raises(SchemaError, match="schema version 99, this server knows 2"):
+    with pytest.raises(SchemaError, match="schema version 99, this server knows 3"):
         reopen(case)
 
 

@@ -23,7 +23,7 @@ def test_enrolment_answers_a_credential_of_the_registrar(agent):
     manifest = agent.case.manifest
     credential = verify(credential_of(agent.enrol()), "credential", key=manifest.registrar).body
     assert credential.agent == agent.identity
-    assert credential.expires_at == agent.case.clock.now() + CREDENTIAL_LIFETIME_S
+    assert credential.expires_at == int(agent.case.clock.now()) + CREDENTIAL_LIFETIME_S
 
 
 def test_enrolling_again_gets_the_stored_answer(agent):

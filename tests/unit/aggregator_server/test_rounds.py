@@ -335,7 +335,7 @@ class TestAggregation:
         transcripts = [ref.transcript for ref in release.accepted]
         assert transcripts == sorted(transcripts)
         by_upload = {
-            upload.id: cell.transcript for cell, upload in case.federation._store.uploads.cells(1)
+            cell.upload: cell.transcript for cell in case.federation._store.uploads.cells(1)
         }
         assert [by_upload[upload] for upload in loaded] == transcripts
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from edge_agent import agent as agent_module
-from edge_agent.agent import Agent, AgentEventReport, Member
+from edge_agent.agent import Agent, AgentEventReport
 from edge_agent.data.records import OnMalformed, Record
 from edge_agent.data.tokens import tokenize
 from edge_agent.errors import (
@@ -25,8 +25,10 @@ from edge_agent.errors import (
 )
 from edge_agent.home import AgentHome
 from edge_agent.journal import Journal
+from edge_agent.member import Member
 from edge_agent.politeness import OwnersWishes
 from edge_agent.training.trainer import LocalTrainer, TrainingProgress
+from edge_agent.transport import Upload as SentUpload
 from protocol.manifest import (
     AggregationBlock,
     AggregationReport,
@@ -248,20 +250,20 @@ class FakeServer:
         self._end("begin_upload")
         return self._status(upload)
 
-    def put_part(self, header: UploadHeader, part: int, data: bytes) -> UploadStatus:
+    def put_part(self, sent: SentUpload, part: int, data: bytes) -> UploadStatus:
         self._begin("put_part")
-        upload = self.uploads[header.round, header.attempt]
-        assert len(data) == header.part_n_bytes(part)
+        upload = self.uploads[sent.round, sent.attempt]
+        assert len(data) == sent.head.part_n_bytes(part)
         upload.parts[part] = data
         self._end("put_part")
         return self._status(upload)
 
-    def complete(self, header: UploadHeader) -> UploadStatus:
+    def complete(self, sent: SentUpload) -> UploadStatus:
         self._begin("complete")
-        upload = self.uploads[header.round, header.attempt]
-        if len(upload.parts) < header.n_parts:
+        upload = self.uploads[sent.round, sent.attempt]
+        if len(upload.parts) < sent.head.n_parts:
             raise refusal(ProblemType.INCOMPLETE)
-        if sha256(upload.body) != header.body_sha256:
+        if sha256(upload.body) != sent.head.body_sha256:
             upload.parts.clear()
             raise refusal(ProblemType.DIGEST_MISMATCH)
         upload.accepted = True
@@ -321,7 +323,7 @@ class World:
             credential = Credential(
                 federation=self.server.manifest.federation,
                 agent=self.agent_key.identity,
-                expires_at=2e9,
+                expires_at=2_000_000_000,
             )
             journal.set_credential(sign(self.server.key, "credential", credential).signed)
         membership = journal.membership()

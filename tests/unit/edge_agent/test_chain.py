@@ -86,7 +86,7 @@ def test_the_registrars_word_for_this_agent_here_is_accepted_and_nothing_else(
         values = {
             "federation": manifest.federation,
             "agent": agent_key.identity,
-            "expires_at": 2e9,
+            "expires_at": 2_000_000_000,
             **changes,
         }
         return sign(signer, name, Credential(**values)).signed
@@ -200,7 +200,7 @@ def offered(chain, make_round: Make, server_key: Signer):
         return sign(signer, name, make_round(manifest, newest, **changes)).signed
 
     def check(item: Signed[Any], *, last_round: int = 2):
-        return check_round(item, manifest, newest, LAYOUT, last_round=last_round)
+        return check_round(item, manifest, newest, LAYOUT.n_bytes, last_round=last_round)
 
     return make, check
 

@@ -129,7 +129,7 @@ def make_federation(server, answer, server_key, make_manifest, make_release):
             if seen.path.endswith("/enrolments"):
                 enrolled = parse(Signed[Enrolment], seen.body).body
                 credential = Credential(
-                    federation=manifest.federation, agent=enrolled.agent, expires_at=2e9
+                    federation=manifest.federation, agent=enrolled.agent, expires_at=2_000_000_000
                 )
                 return answer(body=sign(server_key, "credential", credential).signed.canonical())
             assert seen.path.endswith("/enrolments/revoke")

@@ -82,7 +82,9 @@ def test_guarantee_1_what_was_written_is_there_after_a_kill(
     """Nothing is closed: another connection reads what the first one wrote."""
     first = Journal(path)
     first.join(url="https://h", federation=federation, data="/d", now=1.0)
-    credential = Credential(federation=bytes(range(16)), agent=agent_key.identity, expires_at=9.0)
+    credential = Credential(
+        federation=bytes(range(16)), agent=agent_key.identity, expires_at=2_000_000_000
+    )
     first.set_credential(sign(server_key, "credential", credential).signed)
     release = make_release()
     first.add_release(0, sign(server_key, "release", release).signed)
@@ -254,7 +256,9 @@ def test_joining_again_begins_without_a_credential(
     journal: Journal, federation, server_key, agent_key
 ) -> None:
     journal.join(url="https://a", federation=federation, data="/a", now=1.0)
-    credential = Credential(federation=bytes(range(16)), agent=agent_key.identity, expires_at=9.0)
+    credential = Credential(
+        federation=bytes(range(16)), agent=agent_key.identity, expires_at=2_000_000_000
+    )
     journal.set_credential(sign(server_key, "credential", credential).signed)
     journal.leave(2.0)
     assert journal.has_left()

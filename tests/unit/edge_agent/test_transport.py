@@ -10,7 +10,7 @@ import pytest
 import requests
 
 from edge_agent.errors import RefusedError, TransportError, UnreachableError
-from edge_agent.transport import Outgoing, Transport, check_url
+from edge_agent.transport import Outgoing, Transport, Upload, check_url
 from protocol.limits import MAX_JSON_BYTES
 from protocol.manifest import BlobRef
 from protocol.messages import (
@@ -31,6 +31,10 @@ ACKNOWLEDGED = Acknowledged().canonical()
 CHUNK = 16 * 1024
 BLOB = bytes(range(251)) * 300
 REF = BlobRef(sha256=hashlib.sha256(BLOB).digest(), n_bytes=len(BLOB))
+
+
+def upload_of(header: UploadHeader) -> Upload:
+    return Upload(round=header.round, attempt=header.attempt, head=header)
 
 
 @pytest.fixture
@@ -199,8 +203,8 @@ def test_guarantee_2_every_body_is_told_of_before_it_leaves(
     transport = make_transport(on_outgoing=lambda item: told.append((item, len(server.seen))))
     server.script = [answer(body=ACCEPTED)]
     transport.begin_upload(sign(agent_key, "upload", header).signed)
-    transport.put_part(header, 0, b"12345678")
-    transport.complete(header)
+    transport.put_part(upload_of(header), 0, b"12345678")
+    transport.complete(upload_of(header))
     assert [(item.what, item.round, n_seen) for item, n_seen in told] == [
         ("upload-header", 1, 0),
         ("update part 1 of 1", 1, 1),
@@ -212,7 +216,7 @@ def test_guarantee_2_every_body_is_told_of_before_it_leaves(
 
 def test_a_part_travels_as_raw_bytes(transport, server, answer, header) -> None:
     server.script = [answer(body=ACCEPTED)]
-    transport.put_part(header, 0, b"\x00\xff123456")
+    transport.put_part(upload_of(header), 0, b"\x00\xff123456")
     (seen,) = server.seen
     assert (seen.method, seen.body) == ("PUT", b"\x00\xff123456")
     assert seen.headers["content-type"] == "application/octet-stream"
@@ -323,7 +327,7 @@ def test_what_the_agent_mends_itself_comes_back_at_once(
 ) -> None:
     server.script = [refuse(problem)]
     with pytest.raises(RefusedError):
-        transport.complete(header)
+        transport.complete(upload_of(header))
     assert len(server.seen) == 1
 
 
@@ -331,7 +335,7 @@ def test_a_part_that_was_damaged_on_its_way_is_sent_again(
     transport, server, answer, refuse, header
 ) -> None:
     server.script = [refuse(ProblemType.DIGEST_MISMATCH), answer(body=ACCEPTED)]
-    transport.put_part(header, 0, b"12345678")
+    transport.put_part(upload_of(header), 0, b"12345678")
     assert [seen.body for seen in server.seen] == [b"12345678"] * 2
 
 

@@ -1,0 +1,131 @@
+"""What the server of a federation can learn of this agent, what it cannot, and what is not claimed.
+
+In plain words, from the manifest that the owner accepted (PROTOCOL, "What is claimed, and what is
+not"). `join` shows the short form, `sheepfold-agent explain` all of it.
+"""
+
+from dataclasses import dataclass
+
+from privacy.secagg import cells
+from protocol.manifest import CellMasking, FederationManifest, Weighting
+
+_EVERY_MODE = (
+    "Privacy over many rounds: what sums or releases of several rounds tell together.",
+    "That a published adapter hides its training data: whoever has it can ask it.",
+    "Anonymity: your key, your network address and when you take part are visible.",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Explanation:
+    """Plain sentences about a federation."""
+
+    trust_model: str
+    """Which trust model is in force, in one sentence."""
+    learns: tuple[str, ...]
+    does_not_learn: tuple[str, ...]
+    not_claimed: tuple[str, ...]
+
+    def as_json(self) -> dict[str, str | tuple[str, ...]]:
+        """For scripts."""
+        return {
+            "trust_model": self.trust_model,
+            "learns": self.learns,
+            "does_not_learn": self.does_not_learn,
+            "not_claimed": self.not_claimed,
+        }
+
+
+def explain(manifest: FederationManifest) -> Explanation:
+    """What a federation's server can learn.
+
+    Args:
+        manifest: Its checks have run.
+    """
+    if isinstance(manifest.masking, CellMasking):
+        return _of_cells(manifest, manifest.masking)
+    return _of_open_mode(manifest)
+
+
+def _of_open_mode(manifest: FederationManifest) -> Explanation:
+    learns = [
+        (
+            "Your update by itself. Parts of the text that it was trained on can be reconstructed "
+            "from it by someone who tries."
+        ),
+        "When your agent polls, trains and uploads.",
+    ]
+    if manifest.aggregation.weighting is Weighting.N_EXAMPLES:
+        learns.append(
+            f"How many examples you have, up to {manifest.aggregation.max_weight}: the weight of "
+            "your update."
+        )
+    return Explanation(
+        trust_model="Open: you trust the operator with each of your updates. Masking is off.",
+        learns=tuple(learns),
+        does_not_learn=("Your records, prompts and file names, as such.",),
+        not_claimed=(_no_dp(), *_EVERY_MODE),
+    )
+
+
+def _of_cells(manifest: FederationManifest, masking: CellMasking) -> Explanation:
+    smallest = masking.min_cell
+    colluders = cells.colluders(smallest, wanted=masking.colluders)
+    threshold = cells.threshold(smallest, colluders)
+    honest = threshold - colluders
+    learns = [
+        (
+            f"One sum of the updates of each cell of {smallest} to {masking.max_cell} agents, of "
+            f"which at least {honest} are honest if no more than the tolerated members collude "
+            "with it. A sum still tells something of what is in it."
+        ),
+        (
+            "The number of agents in a sum, the sum of their weights, and how many of them cut "
+            "their update to the agreed range."
+        ),
+        (
+            "Who takes part, when, and who drops out at which step. READY is sent after a random "
+            f"delay of up to {masking.ready_delay_s:g} s, so its time hints only roughly at how "
+            "long you trained."
+        ),
+    ]
+    does_not = [
+        (
+            f"Your update by itself, as long as at most {colluders} of a cell of {smallest} (more "
+            "in a larger one) give the server what they know."
+        ),
+        "How many examples you have: the weight travels masked.",
+        "Your losses, records, prompts and file names.",
+    ]
+    not_claimed = [
+        _no_dp(),
+        "Privacy of the sums themselves: secure aggregation is not differential privacy.",
+        (
+            "Protection from a server that invents members: with enough of its own in your cell it "
+            "could subtract them from the sum."
+        ),
+        "That other members send honest numbers: one of them can spoil its cell.",
+        "Secrecy against a future quantum computer that was given today's traffic.",
+        "That erased keys leave no trace on flash storage.",
+        *_EVERY_MODE,
+    ]
+    if manifest.registrar_held_by_server:
+        not_claimed.insert(
+            0,
+            "Protection from a dishonest server: here the server itself decides who is a member. "
+            "Masks hide your update from a server that keeps to the protocol, and from whoever "
+            "reads its disk later.",
+        )
+    return Explanation(
+        trust_model=(
+            "Masked cells: an honest-but-curious server sees one sum for each cell of "
+            f"{smallest} to {masking.max_cell} agents, never your update."
+        ),
+        learns=tuple(learns),
+        does_not_learn=tuple(does_not),
+        not_claimed=tuple(not_claimed),
+    )
+
+
+def _no_dp() -> str:
+    return "Any formal privacy: differential privacy is off (profile P0), ε = ∞."

@@ -1,0 +1,97 @@
+"""The stream that rounding draws from: known numbers, uniform ones, and never the same twice."""
+
+import os
+from typing import Any
+
+import numpy as np
+import pytest
+from cryptography.hazmat.primitives.ciphers import Cipher
+from cryptography.hazmat.primitives.ciphers.algorithms import AES
+from cryptography.hazmat.primitives.ciphers.modes import ECB
+
+from privacy import noise
+from privacy.noise import SecureStream
+
+KEY = bytes(range(32))
+
+
+def blocks(n_blocks: int, key: bytes = KEY) -> bytes:
+    """Counter mode by hand: the block cipher of 0, 1, 2, …"""
+    cipher = Cipher(AES(key), ECB()).encryptor()
+    return b"".join(cipher.update(block.to_bytes(16, "big")) for block in range(n_blocks))
+
+
+def test_the_same_key_gives_the_same_numbers_everywhere() -> None:
+    # Guarantee 1: the bytes are those of the standard, read in one order on every machine.
+    expected = blocks(4)
+    assert SecureStream(KEY).take_bytes(64) == expected
+    words = [int.from_bytes(expected[at : at + 4], "little") for at in range(0, 64, 4)]
+    assert SecureStream(KEY).uniform(16).tolist() == [word / 2**32 for word in words]
+
+
+@pytest.mark.parametrize("cuts", [[64], [1] * 64, [5, 20, 39], [16, 0, 48]])
+def test_it_goes_on_where_it_stopped(cuts: list[int]) -> None:
+    stream = SecureStream(KEY)
+    assert b"".join(stream.take_bytes(n_bytes) for n_bytes in cuts) == blocks(4)
+
+
+def test_another_key_gives_other_numbers() -> None:
+    other = SecureStream(bytes(31) + b"\1").take_bytes(64)
+    assert other == blocks(4, bytes(31) + b"\1")
+    assert other != blocks(4)
+
+
+def test_a_new_stream_has_a_key_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Guarantee 2 rests on the key: 32 bytes of the operating system's generator, each time.
+    asked = []
+
+    def urandom(n_bytes: int) -> bytes:
+        asked.append(n_bytes)
+        return os.urandom(n_bytes)
+
+    class FakeOs:
+        pass
+
+    fake: Any = FakeOs()
+    fake.urandom = urandom
+    monkeypatch.setattr(noise, "os", fake)
+    first, second = SecureStream().take_bytes(64), SecureStream().take_bytes(64)
+    assert asked == [32, 32]
+    assert first != second
+
+
+def test_numbers_are_multiples_of_2_to_the_minus_32_from_0_to_1_without_1() -> None:
+    numbers = SecureStream(KEY).uniform(100_000)
+    assert numbers.dtype == np.float64
+    assert numbers.min() >= 0.0
+    assert numbers.max() < 1.0
+    scaled = numbers * 2.0**32
+    assert np.array_equal(scaled, np.floor(scaled))
+    assert len(np.unique(scaled % 2**16)) > 45_000  # the low bits are not constant
+
+
+def far_from_uniform(numbers: Any) -> bool:
+    """Whether 256 equal bins hold counts that uniform numbers have once in 10^9 tries."""
+    counts = np.bincount((numbers * 256).astype(np.int64), minlength=256)
+    expected = len(numbers) / 256
+    return bool(((counts - expected) ** 2 / expected).sum() > 410.0)  # χ² with 255 degrees
+
+
+def test_numbers_are_uniform() -> None:
+    numbers = SecureStream(KEY).uniform(1 << 18)
+    assert not far_from_uniform(numbers)
+    assert abs(numbers.mean() - 0.5) < 5 / np.sqrt(12 * len(numbers))
+
+
+@pytest.mark.parametrize(
+    "bias", [lambda u: u * u, lambda u: np.maximum(u, 0.01), lambda u: np.floor(u * 100) / 100]
+)
+def test_the_test_of_uniform_numbers_can_fail(bias: Any) -> None:
+    assert far_from_uniform(bias(SecureStream(KEY).uniform(1 << 18)))
+
+
+def test_none_is_none() -> None:
+    stream = SecureStream(KEY)
+    assert stream.take_bytes(0) == b""
+    assert stream.uniform(0).shape == (0,)
+    assert stream.take_bytes(64) == blocks(4)
