@@ -18,6 +18,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from benchmarks.resident import ResidentPeak
 from edge_agent.data.batches import collate
 from edge_agent.data.reading import read_records
 from edge_agent.data.records import Record
@@ -378,32 +379,24 @@ def synchronize(device: torch.device) -> None:
 class PeakMemory:
     """Peak memory above what stood when it was made, in bytes.
 
-    On the CPU it is the resident set, whose high-water mark Linux lets a process reset; on CUDA
-    what the allocator handed out.
+    On the CPU it is the resident set; on CUDA what the allocator handed out.
     """
 
     def __init__(self, device: torch.device) -> None:
         """Take what stands now, and forget earlier peaks."""
-        gc.collect()
         self._device = device
         if device.type == "cuda":
+            gc.collect()
             torch.cuda.synchronize(device)
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(device)
             self.standing_bytes = int(torch.cuda.memory_allocated(device))
         else:
-            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-            self.standing_bytes = _status_bytes("VmRSS")
+            self._resident = ResidentPeak()
+            self.standing_bytes = self._resident.standing_bytes
 
     def above_bytes(self) -> int:
         """The peak since, above what stood."""
         if self._device.type == "cuda":
             return int(torch.cuda.max_memory_allocated(self._device)) - self.standing_bytes
-        return _status_bytes("VmHWM") - self.standing_bytes
-
-
-def _status_bytes(field: str) -> int:
-    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"no {field} in /proc/self/status")
+        return self._resident.above_bytes()

@@ -188,6 +188,8 @@ def encode(vector: Float32Array, *, weight: int, plan: EncodingPlan, stream: Sec
     share = weight / plan.max_weight
     words = np.empty(plan.n_payload, plan.dtype)
     signed = words.view(np.int16 if plan.word_bits == 16 else np.int32)
+    # Two buffers that stay in the cache: new ones for each run would cost more than the arithmetic.
+    values, draws = np.empty(_CHUNK_VALUES), np.empty(_CHUNK_VALUES)
     clipped = shrink < 1.0
     squares = 0.0
     slack = 0.0
@@ -195,8 +197,11 @@ def encode(vector: Float32Array, *, weight: int, plan: EncodingPlan, stream: Sec
         step, amplitude = float(slot.step or 0.0), int(slot.clip_amplitude or 0)
         n_squares = 0.0
         for run in _runs(where):
-            value = vector[run] * np.float64(shrink * share / step)
-            value += stream.uniform(len(value))
+            value, noise = values[: run.stop - run.start], draws[: run.stop - run.start]
+            np.copyto(value, vector[run])  # first: a product in float32 would round with a bias
+            value *= shrink * share / step
+            stream.fill_uniform(noise)
+            np.add(value, noise, out=value)
             np.floor(value, out=value)
             if value.max() > amplitude or value.min() < -amplitude:
                 clipped = True
@@ -216,8 +221,10 @@ def encode(vector: Float32Array, *, weight: int, plan: EncodingPlan, stream: Sec
 def l2_norm(vector: Float32Array) -> float:
     """The L2 norm of a vector, in float64 and without a copy of it; NaN where it is not finite."""
     total = 0.0
+    buffer = np.empty(_CHUNK_VALUES)
     for run in _runs(slice(0, len(vector))):
-        part = vector[run].astype(np.float64)
+        part = buffer[: run.stop - run.start]
+        np.copyto(part, vector[run])
         total += float(np.einsum("i,i", part, part))  # not BLAS, whose threads wait for each other
     return float(np.sqrt(total)) if np.isfinite(total) else float("nan")
 

@@ -35,6 +35,7 @@ class SecureStream:
         """Begin at the stream's start."""
         secret = os.urandom(KEY_BYTES) if key is None else key
         self._cipher = Cipher(AES(secret), CTR(_ZERO_COUNTER)).encryptor()
+        self._zeros, self._buffer = b"", bytearray()
 
     def take_bytes(self, n_bytes: int) -> bytes:
         """The next `n_bytes` bytes."""
@@ -42,5 +43,14 @@ class SecureStream:
 
     def uniform(self, n_values: int) -> NDArray[np.float64]:
         """The next values [n_values] float64, multiples of 2^-32 in [0, 1)."""
-        words = np.frombuffer(self.take_bytes(4 * n_values), "<u4")
-        return words * _UINT32_SCALE
+        values = np.empty(n_values, np.float64)
+        self.fill_uniform(values)
+        return values
+
+    def fill_uniform(self, values: NDArray[np.float64]) -> None:
+        """Write the next values into `values`: the same as `uniform` gives, without new memory."""
+        n_bytes = 4 * len(values)
+        if len(self._buffer) < n_bytes:
+            self._zeros, self._buffer = bytes(n_bytes), bytearray(n_bytes)
+        self._cipher.update_into(memoryview(self._zeros)[:n_bytes], self._buffer)
+        np.multiply(np.frombuffer(self._buffer, "<u4", len(values)), _UINT32_SCALE, out=values)

@@ -189,8 +189,9 @@ class SecAggAgent:
                 found = "It was used for the cell that you accepted first."
                 raise CheckError(Check.SPENT_READY, found)
             return state.shares
-        check_roster(ready_list, roster, policy=self._policy, ready=state.ready)
-        shares = self._deal(CellView(roster.body))
+        cell = check_roster(ready_list, roster, policy=self._policy, ready=state.ready)
+        shares = self._deal(cell)
+        self._cell = cell
         self._move(AgentEvent.SHARES_SENT, roster=roster, shares=shares)
         return shares
 

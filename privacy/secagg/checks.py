@@ -53,8 +53,10 @@ def check_roster(
     *,
     policy: CellPolicy,
     ready: Signed[Ready],
-) -> None:
+) -> CellView:
     """Check a cell before anything is shared in it.
+
+    Each document is hashed once: its hash is what was signed, what the list names, and T.
 
     Args:
         ready_list: From which the cell was drawn.
@@ -62,12 +64,16 @@ def check_roster(
         policy: What it is held against.
         ready: What the agent signed itself.
 
+    Returns:
+        The cell, its checks done.
+
     Raises:
         CheckError: Checks 1 to 6, or 9.
     """
-    check_server_signature(ready_list, "ready-list", policy.server)
-    check_server_signature(signed, "roster", policy.server)
     listed, roster = ready_list.body, signed.body
+    list_digest, cell = listed.digest(), CellView(roster)
+    for document, message in ((ready_list, list_digest), (signed, cell.transcript)):
+        _check_signed(policy.server, document.signature, message, Check.FOREIGN_SIGNATURE)
     expected = (policy.federation, policy.round, policy.round_digest)
     for body in (listed, roster):
         if (body.federation, body.round, body.round_digest) != expected:
@@ -76,13 +82,25 @@ def check_roster(
     _check_size(roster, policy)
     _check_distinct(listed, roster)
     _check_own_entry(listed, roster, ready)
-    for member in roster.members:
-        _check_member(member, policy, formed_at=roster.formed_at)
-    _check_assignment(listed, roster, policy)
+    digests = {
+        member.body.agent: _check_member(member, policy, formed_at=roster.formed_at)
+        for member in roster.members
+    }
+    drawn = cells.assign(listed, policy.masking.cell_target)
+    mine = drawn[roster.cell] if roster.cell < len(drawn) else ()
+    named = dict(listed.entries)
+    if (
+        roster.list_digest != list_digest
+        or roster.identities() != mine
+        or any(named[agent] != digest for agent, digest in digests.items())
+    ):
+        found = "The list of ready agents does not yield this cell."
+        raise CheckError(Check.WRONG_ASSIGNMENT, found)
     n_friends = len(policy.friends.intersection(roster.identities()))
     if n_friends < policy.min_friends:
         found = f"{n_friends} are; you ask for {policy.min_friends}."
         raise CheckError(Check.TOO_FEW_FRIENDS, found)
+    return cell
 
 
 def _check_size(roster: Roster, policy: CellPolicy) -> None:
@@ -113,13 +131,12 @@ def _check_own_entry(listed: ReadyList, roster: Roster, ready: Signed[Ready]) ->
         raise CheckError(Check.EDITED_ENTRY, found)
 
 
-def _check_member(signed: Signed[Ready], policy: CellPolicy, *, formed_at: int) -> None:
+def _check_member(signed: Signed[Ready], policy: CellPolicy, *, formed_at: int) -> bytes:
+    """Check one READY; its digest."""
     body = signed.body
     name = b64u_encode(body.agent)[:12]
-    try:
-        verify(signed, "ready", key=body.agent)
-    except SignatureError as error:
-        raise CheckError(Check.FOREIGN_ENTRY, f"Member {name}: {error}.") from error
+    digest = body.digest()
+    _check_signed(body.agent, signed.signature, digest, Check.FOREIGN_ENTRY)
     if (body.federation, body.round) != (policy.federation, policy.round):
         found = f"Member {name} speaks of another round."
         raise CheckError(Check.FOREIGN_ENTRY, found)
@@ -131,6 +148,14 @@ def _check_member(signed: Signed[Ready], policy: CellPolicy, *, formed_at: int) 
         raise CheckError(Check.EXPIRED_READY, f"Member {name}'s had.")
     if not keys_are_sound(body):
         raise CheckError(Check.WEAK_KEY, f"Member {name}'s is.")
+    return digest
+
+
+def _check_signed(key: bytes, signature: bytes, message: bytes, check: Check) -> None:
+    try:
+        verify_bytes(key, signature, message)
+    except SignatureError as error:
+        raise CheckError(check, f"{error}.") from error
 
 
 def keys_are_sound(ready: Ready) -> bool:
@@ -151,19 +176,6 @@ def _check_credential(body: Ready, name: str, policy: CellPolicy, *, formed_at: 
         raise CheckError(Check.BAD_CREDENTIAL, found)
     if credential.expires_at < formed_at:
         raise CheckError(Check.BAD_CREDENTIAL, f"Member {name}'s has expired.")
-
-
-def _check_assignment(listed: ReadyList, roster: Roster, policy: CellPolicy) -> None:
-    drawn = cells.assign(listed, policy.masking.cell_target)
-    mine = drawn[roster.cell] if roster.cell < len(drawn) else ()
-    digests = dict(listed.entries)
-    if (
-        roster.list_digest != listed.digest()
-        or roster.identities() != mine
-        or any(member.body.digest() != digests[member.body.agent] for member in roster.members)
-    ):
-        found = "The list of ready agents does not yield this cell."
-        raise CheckError(Check.WRONG_ASSIGNMENT, found)
 
 
 def check_bundle(bundle: Bundle, cell: CellView, *, own: Signed[SharesHeader]) -> None:
