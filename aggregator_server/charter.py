@@ -8,7 +8,7 @@ from aggregator_server.keys import Keys
 from privacy.fixed_point import EncodingPlan, agreed_layout
 from protocol.base_description import BaseDescription
 from protocol.layout import VectorLayout
-from protocol.manifest import CellMasking, FederationManifest
+from protocol.manifest import CellMasking, FederationManifest, HelperMasking
 from protocol.signing import Signed
 from protocol.wire import b64u_encode
 from quant.adapter import adapter_shapes, sent_layout
@@ -16,9 +16,9 @@ from quant.adapter import adapter_shapes, sent_layout
 
 @dataclass(frozen=True, kw_only=True)
 class MaskedTerms:
-    """How a federation masks its updates."""
+    """How a federation masks its updates, whatever the trust model."""
 
-    masking: CellMasking
+    masking: CellMasking | HelperMasking
     plan: EncodingPlan
 
 
@@ -75,7 +75,7 @@ def make_charter(signed: Signed[FederationManifest], base: BaseDescription, keys
         msg = "base.json is not the manifest's base model; restore it from a backup"
         raise ConfigError(msg)
     terms = None
-    if isinstance(manifest.masking, CellMasking):
+    if isinstance(manifest.masking, CellMasking | HelperMasking):
         plan = EncodingPlan.of(layout, manifest.masking, max_weight=manifest.max_weight)
         terms = MaskedTerms(masking=manifest.masking, plan=plan)
     return Charter(

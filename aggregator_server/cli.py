@@ -8,12 +8,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from aggregator_server.errors import ServerError
+from aggregator_server import cli_helper
+from aggregator_server.cli_shared import JsonPath, answer, sentences, write_json
 from aggregator_server.recipes import Masking
-from privacy.errors import PrivacyError
-from protocol.errors import ProtocolError
-from protocol.manifest import CellMasking, Factor, MaskingBlock, Schedule, Template
-from quant.errors import QuantError
+from protocol.manifest import (
+    CellMasking,
+    Factor,
+    HelperMasking,
+    MaskingBlock,
+    Schedule,
+    Template,
+)
 
 if TYPE_CHECKING:
     from aggregator_server.federation import Federation
@@ -42,12 +47,9 @@ agents_app = typer.Typer(
     no_args_is_help=True,
 )
 app.add_typer(agents_app, name="agents")
+app.add_typer(cli_helper.app, name="helper")
 
 Directory = Annotated[Path, typer.Argument(metavar="DIR", help="The federation's folder.")]
-JsonPath = Annotated[
-    Path | None,
-    typer.Option("--json", metavar="PATH", help="Write the answer as JSON; '-' is the terminal."),
-]
 Number = Annotated[int, typer.Argument(metavar="N", min=0, help="The release's number.")]
 
 
@@ -87,6 +89,10 @@ def init(  # noqa: PLR0917 - one parameter for each option
     masking: Annotated[
         Masking, typer.Option(help="Secure aggregation; auto: on where 5 or more are expected.")
     ] = Masking.AUTO,
+    helper: Annotated[
+        Path | None, typer.Option(help="helper.json of the second operator, for helper masks.")
+    ] = None,
+    helper_url: Annotated[str, typer.Option(help="Where that helper answers.")] = "",
     cell: Annotated[
         int | None, typer.Option(help="Agents of a masked cell.  [default: 10, or the cohort]")
     ] = None,
@@ -142,6 +148,7 @@ def init(  # noqa: PLR0917 - one parameter for each option
     """
     from aggregator_server.config import secret_settings
     from aggregator_server.founding import CONFIG_NAME, found_federation, load_base
+    from aggregator_server.helper.service import load_description
     from aggregator_server.recipes import RecipeOptions, make_config
     from protocol.clock import SystemClock
     from protocol.signing import format_fingerprint
@@ -153,8 +160,9 @@ def init(  # noqa: PLR0917 - one parameter for each option
     if word_bits not in {16, 32}:
         message = f"--word-bits is 16 or 32, not {word_bits}"
         raise typer.BadParameter(message)
-    with _sentences():
+    with sentences():
         described = load_base(_embedded_base() if base is None else base)
+        helping = None if helper is None else load_description(helper)
         options = RecipeOptions(
             name=name,
             description=description,
@@ -167,6 +175,8 @@ def init(  # noqa: PLR0917 - one parameter for each option
             target_modules=_names(target_modules),
             sent=factors,
             masking=masking,
+            helper=helping,
+            helper_url=helper_url,
             cell_target=cell,
             word_bits=32 if word_bits == 32 else 16,
             ready_delay_s=ready_delay_s,
@@ -196,7 +206,7 @@ def init(  # noqa: PLR0917 - one parameter for each option
     secrets = secret_settings(config.server)
     if secrets:
         text += f"\nNot written, as it holds a password; set it always: {', '.join(secrets)}"
-    _answer(
+    answer(
         json_path,
         text,
         {
@@ -248,7 +258,7 @@ def serve(
         "tls_key": None if tls_key is None else str(tls_key),
         "behind_proxy": behind_proxy or None,
     }
-    with _sentences():
+    with sentences():
         configure_logs(read_settings(directory, flags=flags).log_format, verbose=verbose)
         with only_server(directory) as lock:
             federation = open_federation(directory, flags=flags, may_edit=True)
@@ -280,7 +290,7 @@ def invite(
     command = f"sheepfold-agent join {address.url or 'URL'} --data FILE --invite {made}"
     if address.note is not None:
         typer.echo(address.note, err=True)
-    _answer(
+    answer(
         json_path,
         f"{made}\n\nLets in {uses}. Hand it over privately; a volunteer runs:\n{command}",
         {"invite": made, "uses": uses, "url": address.url, "command": command},
@@ -312,7 +322,7 @@ def status(directory: Directory, json_path: JsonPath = None) -> None:
             + (f", {last.n_cells_failed} of {last.n_cells} cells failed" if last.n_cells else "")
             + (f", {last.failure}" if last.failure else "")
         )
-    _answer(json_path, "\n".join(lines), now.as_json())
+    answer(json_path, "\n".join(lines), now.as_json())
 
 
 @agents_app.command("list")
@@ -326,7 +336,7 @@ def list_agents(directory: Directory, json_path: JsonPath = None) -> None:
 
     with _opened(directory) as federation:
         members = federation.membership.members()
-    _answer(json_path, table(members), as_json(members))
+    answer(json_path, table(members), as_json(members))
 
 
 # One identity in 64 begins with a dash, which is no option then.
@@ -350,7 +360,7 @@ def revoke_agent(
 
     with _opened(directory) as federation:
         agent = b64u_encode(federation.membership.expel(identity))
-    _answer(json_path, f"{agent} is no member any more.", {"agent": agent})
+    answer(json_path, f"{agent} is no member any more.", {"agent": agent})
 
 
 @releases_app.command("list")
@@ -372,7 +382,7 @@ def list_releases(directory: Directory, json_path: JsonPath = None) -> None:
             f"{release.number:7d}  {release.round:5d}  {report.n_agents:6d}  "
             f"{report.update_norm:11.4g}  {note}"
         )
-    _answer(json_path, "\n".join(lines), [release.as_json() for release in releases])
+    answer(json_path, "\n".join(lines), [release.as_json() for release in releases])
 
 
 @releases_app.command("show")
@@ -387,7 +397,7 @@ def show_release(directory: Directory, number: Number, json_path: JsonPath = Non
     with _opened(directory) as federation:
         release = federation.releases.get(number)
     shown = {**release.as_json(), "digest": release.digest().hex()}
-    _answer(json_path, json.dumps(shown, indent=2), shown)
+    answer(json_path, json.dumps(shown, indent=2), shown)
 
 
 @releases_app.command("rollback")
@@ -399,7 +409,7 @@ def roll_back(directory: Directory, number: Number, json_path: JsonPath = None) 
     """
     with _opened(directory) as federation:
         release = federation.releases.roll_back(number)
-    _answer(
+    answer(
         json_path,
         f"Release {release.number} holds the adapter of release {number} again.",
         release.as_json(),
@@ -420,7 +430,7 @@ def export(
     """
     with _opened(directory) as federation:
         release = federation.releases.export(number, folder)
-    _answer(
+    answer(
         json_path,
         f"Wrote release {number} to {folder}; load it with "
         f'PeftModel.from_pretrained(base, "{folder}").',
@@ -432,25 +442,12 @@ def export(
 def _opened(directory: Path) -> Iterator["Federation"]:
     from aggregator_server.federation import open_federation
 
-    with _sentences():
+    with sentences():
         federation = open_federation(directory)
         try:
             yield federation
         finally:
             federation.close()
-
-
-@contextmanager
-def _sentences() -> Iterator[None]:
-    """Turn every fault that is known into one sentence and exit code 1."""
-    try:
-        yield
-    except (ServerError, ProtocolError, PrivacyError, QuantError, OSError) as error:
-        typer.echo(f"sheepfold-server: {error}", err=True)
-        raise typer.Exit(1) from error
-    except Exception as error:
-        typer.echo(f"sheepfold-server: {type(error).__name__}: {error} (unexpected)", err=True)
-        raise typer.Exit(1) from error
 
 
 def _embedded_base() -> Path:
@@ -464,8 +461,9 @@ def _names(text: str | None) -> tuple[str, ...] | None:
 
 
 def _masking_line(masking: MaskingBlock) -> str:
-    if isinstance(masking, CellMasking):
-        return f"masked in cells of {masking.min_cell} to {masking.max_cell}"
+    if isinstance(masking, CellMasking | HelperMasking):
+        by = " by a helper" if isinstance(masking, HelperMasking) else ""
+        return f"masked{by} in cells of {masking.min_cell} to {masking.max_cell}"
     return "masking off"
 
 
@@ -481,30 +479,12 @@ def _announcer(json_path: Path | None, lock: "ServeLock") -> Callable[["Listenin
     def announce(listening: "Listening") -> None:
         lock.tell(listening.url)
         if json_path is not None:
-            _write_json(json_path, listening.as_json())
+            write_json(json_path, listening.as_json())
         if json_path is None or str(json_path) != "-":
             typer.echo(listening.line())
         sys.stdout.flush()
 
     return announce
-
-
-def _answer(json_path: Path | None, text: str, value: object) -> None:
-    import json
-
-    if json_path is None:
-        typer.echo(text)
-        return
-    _write_json(json_path, json.dumps(value, indent=2, allow_nan=False))
-    if str(json_path) != "-":
-        typer.echo(text)
-
-
-def _write_json(path: Path, text: str) -> None:
-    if str(path) == "-":
-        typer.echo(text)
-    else:
-        path.write_text(text + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

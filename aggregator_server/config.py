@@ -22,6 +22,7 @@ from protocol.manifest import (
     AggregationBlock,
     CellMasking,
     ChangeLimitsBlock,
+    HelperMasking,
     LoraBlock,
     MaskingBlock,
     NoMasking,
@@ -33,6 +34,7 @@ from protocol.manifest import (
 ENVIRONMENT_PREFIX: Final = "SHEEPFOLD_SERVER_"
 Setting: TypeAlias = str | int | float | bool
 _MIB: Final = limits.MIB
+_MASKING: Final = {"cells": CellMasking, "helper": HelperMasking}
 _SECRET_KEYS: Final = frozenset({"database_url", "blobs_url"})
 _PASSWORDS: Final = (
     (re.compile(r"(?<=://)([^:/@]*):[^@]*@"), r"\1@"),
@@ -87,6 +89,7 @@ class ServerSection(_Section):
     retention: Retention = Retention.DELETE
     min_free_bytes: Annotated[int, Field(ge=0)] = 512 * _MIB
     presence_s: Annotated[float, Field(ge=2 * limits.LONG_POLL_S, le=24 * 3600)] = 120.0
+    helper_url: Annotated[str, Field(pattern=r"^(https?://[^\s/]+/?)?$")] = ""
     unmask_processes: Annotated[int, Field(ge=1, le=256)] = 1
     log_format: LogFormat = LogFormat.CONSOLE
 
@@ -210,7 +213,7 @@ def _refuse_unknown(
             raise ConfigError(msg)
         inner = fields[key].annotation
         if key == "masking" and isinstance(value, Mapping):
-            inner = CellMasking if value.get("mode") == "cells" else NoMasking
+            inner = _MASKING.get(str(value.get("mode")), NoMasking)
         if isinstance(inner, type) and issubclass(inner, BaseModel):
             if not isinstance(value, Mapping):
                 msg = f"{source}: [{key}] must be a section"

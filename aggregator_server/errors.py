@@ -14,10 +14,13 @@ ServerError
 ├── ChainError           the releases do not follow one another
 ├── AggregationError     an average that cannot be published
 ├── MemberError          no member, or several, of the name that was given
+├── HelperError          the helper cannot be reached, refuses, or answers what it should not
 ├── InUseError           another process serves this federation
 └── Refusal              a request that gets a problem document; nothing was changed
 ```
 """
+
+from collections.abc import Mapping
 
 from protocol.problems import ProblemType
 
@@ -74,6 +77,10 @@ class MemberError(ServerError):
     """No member, or several, of the name that was given."""
 
 
+class HelperError(ServerError):
+    """The helper cannot be reached, refuses, or answers what it should not."""
+
+
 class InUseError(ServerError):
     """Another process serves this federation."""
 
@@ -95,3 +102,18 @@ class Refusal(ServerError):  # noqa: N818 - an answer to the agent, not a fault 
         self.problem = problem
         self.detail = detail
         self.retry_after_s = retry_after_s
+
+
+def refuse_first(problem: ProblemType, faults: Mapping[str, bool]) -> None:
+    """Refuse for the first fault that is there.
+
+    Args:
+        problem: The type of the refusal.
+        faults: What is wrong, in words, and whether it is.
+
+    Raises:
+        Refusal: One of them is there.
+    """
+    for fault, found in faults.items():
+        if found:
+            raise Refusal(problem, fault)

@@ -11,8 +11,10 @@ from aggregator_server.charter import Charter
 from aggregator_server.config import ServerConfig, ServerSection, Setting, load_config
 from aggregator_server.errors import BlobError, Refusal, StoreError
 from aggregator_server.founding import CONFIG_NAME, places_of, reconcile, stored_charter
+from aggregator_server.helper.client import HelperClient
 from aggregator_server.keys import load_keys
 from aggregator_server.masking.cells import Cells
+from aggregator_server.masking.helped import HelpedRounds
 from aggregator_server.membership import (
     Membership,
     require_author,
@@ -29,6 +31,8 @@ from aggregator_server.uploads import Uploads
 from aggregator_server.wakeups import Wakeups
 from protocol.clock import Clock, SystemClock
 from protocol.errors import SignatureError
+from protocol.helped import HelperUpload
+from protocol.manifest import CellMasking, HelperMasking
 from protocol.masked import MaskedHeader, Ready
 from protocol.messages import (
     Credential,
@@ -81,12 +85,24 @@ class Federation:
         self.unmasker = Unmasker(config.server.unmask_processes)
         self.cells: Cells | None = None
         """At work where updates are masked."""
-        if charter.masked is not None:
+        helped: HelpedRounds | None = None
+        masking = charter.manifest.masking
+        if charter.masked is not None and isinstance(masking, HelperMasking):
+            helped = HelpedRounds(
+                store=store,
+                blobs=blobs,
+                charter=charter,
+                terms=charter.masked,
+                masking=masking,
+                client=HelperClient(config.server.helper_url),
+            )
+        if charter.masked is not None and isinstance(masking, CellMasking):
             self.cells = Cells(
                 store=store,
                 blobs=blobs,
                 charter=charter,
                 terms=charter.masked,
+                masking=masking,
                 clock=clock,
                 unmasker=self.unmasker,
             )
@@ -98,7 +114,7 @@ class Federation:
             releases=self.releases,
             clock=clock,
             presence_s=config.server.presence_s,
-            cells=self.cells,
+            masked=self.cells or helped,
         )
         self._changes = -1
 
@@ -174,9 +190,19 @@ class Federation:
         Raises:
             Refusal: Also in a federation that masks updates: a plain one is not taken.
         """
-        if self.cells is not None:
+        if self.charter.masked is not None:
             raise Refusal(ProblemType.BAD_REQUEST, "this federation takes masked updates only")
         return self.uploads.begin(identity, signed)
+
+    def begin_helped_upload(self, identity: bytes, upload: HelperUpload) -> UploadStatus:
+        """Announce an upload under a helper's mask; see `Uploads.begin_helped`.
+
+        Raises:
+            Refusal: Also in a federation without a helper (`not-found`).
+        """
+        if not isinstance(self.charter.manifest.masking, HelperMasking):
+            raise Refusal(ProblemType.NOT_FOUND, "this federation has no helper")
+        return self.uploads.begin_helped(identity, upload)
 
     def masked(self) -> Cells:
         """The cells of a federation that masks.
@@ -185,7 +211,7 @@ class Federation:
             Refusal: It does not (`not-found`).
         """
         if self.cells is None:
-            raise Refusal(ProblemType.NOT_FOUND, "this federation does not mask updates")
+            raise Refusal(ProblemType.NOT_FOUND, "this federation forms no masked cells")
         return self.cells
 
     def ready(self, identity: bytes, signed: Signed[Ready]) -> None:

@@ -14,6 +14,7 @@ from aggregator_server.blobs import Blobs, open_blobs
 from aggregator_server.charter import Charter, make_charter
 from aggregator_server.config import ServerConfig
 from aggregator_server.errors import ConfigError
+from aggregator_server.helper.client import check_helper_url
 from aggregator_server.keys import Keys, create_keys
 from aggregator_server.masking.vectors import SUMS
 from aggregator_server.releases import (
@@ -34,7 +35,7 @@ from protocol.base_description import BaseDescription
 from protocol.clock import Clock
 from protocol.errors import ProtocolError
 from protocol.limits import MAX_JSON_BYTES
-from protocol.manifest import CellMasking, FederationManifest
+from protocol.manifest import FederationManifest, HelperMasking
 from protocol.signing import Signed, sign, verify
 from protocol.wire import explain, parse
 from quant.adapter import adapter_shapes, initial_adapter, sent_layout
@@ -202,8 +203,9 @@ def check_recipe(config: ServerConfig, base: BaseDescription) -> None:
         ManifestError: A target module is not in the base.
     """
     layout = sent_layout(adapter_shapes(base, config.lora), config.lora.sent)
-    if isinstance(config.masking, CellMasking):
-        agreed_layout(layout, config.masking)
+    agreed_layout(layout, config.masking)
+    if isinstance(config.masking, HelperMasking):
+        check_helper_url(config.server.helper_url)
     rounds = config.rounds
     selected, most = most_selected(rounds), most_cells()
     if selected > most:

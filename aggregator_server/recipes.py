@@ -16,11 +16,13 @@ from aggregator_server.config import (
 )
 from aggregator_server.errors import ConfigError
 from protocol.base_description import BaseDescription
+from protocol.helped import HelperDescription
 from protocol.limits import MIN_CELL
 from protocol.manifest import (
     AggregationBlock,
     CellMasking,
     Factor,
+    HelperMasking,
     LoraBlock,
     NoMasking,
     RoundsBlock,
@@ -47,6 +49,8 @@ class Masking(StrEnum):
     AUTO = "auto"
     """Where enough agents are expected for one cell."""
     CELLS = "cells"
+    HELPER = "helper"
+    """A second operator, whose `helper.json` is given."""
     OFF = "off"
 
 
@@ -66,6 +70,8 @@ class RecipeOptions:
     sent: tuple[Factor, ...] | None = None
     """None: both factors in the open, B alone under masks."""
     masking: Masking = Masking.AUTO
+    helper: HelperDescription | None = None
+    helper_url: str = ""
     cell_target: int | None = None
     word_bits: Literal[16, 32] = 16
     ready_delay_s: float = 10.0
@@ -99,7 +105,7 @@ def make_config(options: RecipeOptions, base: BaseDescription) -> ServerConfig:
     """
     rules = options
     fewest = rules.cohort_target if rules.min_cohort is None else rules.min_cohort
-    masked = rules.masking is Masking.CELLS or (
+    masked = rules.masking in {Masking.CELLS, Masking.HELPER} or (
         rules.masking is Masking.AUTO and min(fewest, rules.cohort_target) >= MIN_CELL
     )
     epochs = rules.local_epochs
@@ -141,6 +147,7 @@ def make_config(options: RecipeOptions, base: BaseDescription) -> ServerConfig:
                 enrolment=Enrolment.OPEN if rules.open_enrolment else Enrolment.INVITE,
                 database_url=SecretStr(rules.database_url),
                 blobs_url=SecretStr(rules.blobs_url),
+                helper_url=rules.helper_url,
             ),
         )
     except ValidationError as error:
@@ -160,7 +167,9 @@ def _min_cohort(options: RecipeOptions, *, masked: bool) -> int:
     return MIN_CELL if masked else min(2, options.cohort_target)
 
 
-def _masking(options: RecipeOptions, base: BaseDescription, lora: LoraBlock) -> CellMasking:
+def _masking(
+    options: RecipeOptions, base: BaseDescription, lora: LoraBlock
+) -> CellMasking | HelperMasking:
     """Masks whose range holds what Adam can change in a round.
 
     Adam moves a value by about its learning rate in a step, so the steps of a round times the peak
@@ -172,10 +181,25 @@ def _masking(options: RecipeOptions, base: BaseDescription, lora: LoraBlock) -> 
     max_change = options.learning_rate * steps
     layout = sent_layout(adapter_shapes(base, lora), lora.sent)
     target = options.cell_target or min(_CELL_TARGET, max(MIN_CELL, options.cohort_target))
+    clip_norm = 0.5 * max_change * math.sqrt(layout.n_values)
+    if options.masking is Masking.HELPER:
+        if options.helper is None:
+            msg = "helper masks need the helper's description; give --helper helper.json"
+            raise ConfigError(msg)
+        return HelperMasking(
+            word_bits=options.word_bits,
+            max_change=max_change,
+            clip_norm=clip_norm,
+            cell_target=target,
+            max_cell=2 * target - 1,
+            ready_delay_s=options.ready_delay_s,
+            helper=options.helper.helper,
+            helper_key=options.helper.helper_key,
+        )
     return CellMasking(
         word_bits=options.word_bits,
         max_change=max_change,
-        clip_norm=0.5 * max_change * math.sqrt(layout.n_values),
+        clip_norm=clip_norm,
         cell_target=target,
         max_cell=2 * target - 1,
         ready_delay_s=options.ready_delay_s,

@@ -22,6 +22,7 @@ from aggregator_server.closing import Ending, decide
 from aggregator_server.errors import (
     BlobError,
     BlobMissingError,
+    HelperError,
     NoSpaceError,
     ServerError,
     StaleWriteError,
@@ -29,7 +30,8 @@ from aggregator_server.errors import (
 )
 from aggregator_server.masking.cells import Cells
 from aggregator_server.masking.gathering import FIRST_WAVE, Waves
-from aggregator_server.masking.vectors import load_sum
+from aggregator_server.masking.helped import HelpedRounds
+from aggregator_server.masking.vectors import load_sum, sweep_sums
 from aggregator_server.releases import Releases, RoundResult, cell_refs, with_vector
 from aggregator_server.selection import cohort_size, draw
 from aggregator_server.store.rounds import TERMINAL
@@ -40,7 +42,14 @@ from privacy.updates import CellSum
 from protocol.clock import Clock
 from protocol.errors import ProtocolError
 from protocol.limits import MAX_TEXT_CHARS
-from protocol.manifest import AggregationReport, FilterReport, RoundManifest, Verdict
+from protocol.manifest import (
+    AggregationReport,
+    CellMasking,
+    FilterReport,
+    HelperMasking,
+    RoundManifest,
+    Verdict,
+)
 from protocol.phases import ROUND_TRANSITIONS, RoundEvent, RoundPhase, advance
 from protocol.signing import Signed, sign
 from protocol.wire import parse
@@ -92,6 +101,7 @@ class Open:
         *,
         presence_s: float,
         waves: Waves | None,
+        helped: bool,
     ) -> None:
         """Use the rules of the charter."""
         self._store = store
@@ -99,6 +109,7 @@ class Open:
         self._clock = clock
         self._presence_s = presence_s
         self._waves = waves
+        self._helped = helped
 
     def work(self, row: RoundRow) -> Found | None:
         """Replace those who withdrew; close at the target, or by the deadline's rules.
@@ -135,7 +146,34 @@ class Open:
         if self._waves is not None:
             self._waves.form(manifest, waiting, wave=FIRST_WAVE)
             return Found(event=RoundEvent.WAVE_GATHERS, journalled=True)
-        return Found(event=RoundEvent.CELLS_ENDED, n_accepted=n_accepted)
+        event = RoundEvent.WAVE_GATHERS if self._helped else RoundEvent.CELLS_ENDED
+        return Found(event=event, n_accepted=n_accepted)
+
+
+class Helped:
+    """GATHERING under helper masks: the helper is asked until it answers, or time is up."""
+
+    name = RoundPhase.GATHERING
+
+    def __init__(self, helped: HelpedRounds, clock: Clock, *, wait_s: float) -> None:
+        """Wait for the helper so long after the round's cap."""
+        self._helped = helped
+        self._clock = clock
+        self._wait_s = wait_s
+
+    def work(self, row: RoundRow) -> Found | None:
+        """Take the masks off; None while the helper does not answer."""
+        signed = parse(Signed[RoundManifest], row.manifest)
+        try:
+            n_cells = self._helped.close(row, signed)
+        except HelperError as error:
+            if self._clock.now() < signed.body.cap_at + self._wait_s:
+                _log.warning("the round waits for the helper", round=row.number, error=str(error))
+                return None
+            return Found(event=RoundEvent.FAIL, failure=str(error))
+        if n_cells:
+            return Found(event=RoundEvent.CELLS_ENDED)
+        return Found(event=RoundEvent.FAIL, failure="no cell of the round gave a sum")
 
 
 class Gathering:
@@ -253,9 +291,9 @@ class Rounds:
         releases: Releases,
         clock: Clock,
         presence_s: float,
-        cells: Cells | None = None,
+        masked: Cells | HelpedRounds | None = None,
     ) -> None:
-        """Build the phases; with `cells`, those of the masked mode."""
+        """Build the phases; with `masked`, those of its trust model."""
         self._store = store
         self._blobs = blobs
         self._charter = charter
@@ -264,20 +302,31 @@ class Rounds:
         self._clock = clock
         self._presence_s = presence_s
         self._lock = threading.Lock()
-        self._cells = cells
+        masking = charter.manifest.masking
         waves = None
-        if cells is not None and charter.masked is not None:
+        gathering: tuple[Phase, ...] = ()
+        if isinstance(masked, Cells) and isinstance(masking, CellMasking):
             waves = Waves(
                 store=store,
                 charter=charter,
-                terms=charter.masked,
-                cells=cells,
+                masking=masking,
+                cells=masked,
                 clock=clock,
                 presence_s=presence_s,
             )
+            gathering = (Gathering(store, waves),)
+        elif isinstance(masked, HelpedRounds) and isinstance(masking, HelperMasking):
+            gathering = (Helped(masked, clock, wait_s=masking.helper_wait_s),)
         phases: tuple[Phase, ...] = (
-            Open(store, charter, clock, presence_s=presence_s, waves=waves),
-            *(() if waves is None else (Gathering(store, waves),)),
+            Open(
+                store,
+                charter,
+                clock,
+                presence_s=presence_s,
+                waves=waves,
+                helped=isinstance(masked, HelpedRounds),
+            ),
+            *gathering,
             Unmasked(store),
             Filtered(),
             Gated(store, blobs, uploads, releases, charter),
@@ -296,8 +345,7 @@ class Rounds:
                 while self._step():
                     moved = True
                 self._uploads.sweep()
-                if self._cells is not None:
-                    self._cells.sweep()
+                sweep_sums(self._store, self._blobs)
             except _TRANSIENT as error:
                 _log.warning("the round waits", error=str(error))
         return moved

@@ -8,6 +8,7 @@ from typing import Final
 from pydantic import BaseModel, SecretStr
 
 from aggregator_server.config import ServerConfig, without_password
+from protocol.wire import b64u_encode
 
 _HEADER: Final = """\
 # The settings of this federation. Edit the recipe until the first agent enrols; from then on it
@@ -50,7 +51,8 @@ _EXPLAINED: Final[Mapping[str, Mapping[str, str]]] = {
         "max_weight": "No agent weighs more than this many records.",
     },
     "masking": {
-        "mode": '"cells": the server sees sums only (secure aggregation); "off": single updates.',
+        "mode": '"cells": the server sees sums only (secure aggregation); "helper": the same by a '
+        'second operator; "off": single updates.',
         "word_bits": "Bits of a masked value on the wire, 16 or 32.",
         "max_change": "Largest change of one value in a round; larger ones are cut to it.",
         "clip_norm": "Largest L2 norm of an update; a longer one is shortened to it.",
@@ -60,6 +62,9 @@ _EXPLAINED: Final[Mapping[str, Mapping[str, str]]] = {
         "colluders": "Members that may collude with the server; never below the protocol's rule.",
         "stage_s": "Seconds that a cell waits for members that do not answer.",
         "ready_delay_s": "Agents wait up to this at random before READY, to hide training time.",
+        "helper": "The helper's identity, from its helper.json.",
+        "helper_key": "The key that agents seal their masks' seeds to, from the same.",
+        "helper_wait_s": "Seconds after a round's cap that the helper is waited for.",
     },
     "rounds": {
         "n_rounds": "The federation is finished after this many successful rounds.",
@@ -85,6 +90,7 @@ _EXPLAINED: Final[Mapping[str, Mapping[str, str]]] = {
         "in the environment: SHEEPFOLD_SERVER_DATABASE_URL is the whole URL.",
         "blobs_url": 'Empty: a folder here. Or any fsspec URL of its own, as "s3://bucket/name".',
         "retention": '"delete" single updates once they are in a release, or "keep" them.',
+        "helper_url": 'Where the helper of masking.mode = "helper" answers; https://…',
         "unmask_processes": "Processes that share the unmasking of large adapters.",
         "min_free_bytes": "Below this much free disk space, uploads are refused.",
         "presence_s": "An agent counts as present for this long after it was last seen (seconds).",
@@ -127,6 +133,8 @@ def _toml(value: object) -> str:
         return _toml(without_password(value.get_secret_value()))
     if isinstance(value, Enum):
         return _toml(value.value)
+    if isinstance(value, bytes):
+        return _toml(b64u_encode(value))
     if isinstance(value, tuple):
         return "[" + ", ".join(_toml(item) for item in value) + "]"
     if isinstance(value, str):

@@ -15,7 +15,13 @@ import structlog
 from aggregator_server.blobs import Blobs
 from aggregator_server.charter import Charter
 from aggregator_server.config import Retention
-from aggregator_server.errors import AggregationError, BlobError, BlobMissingError, Refusal
+from aggregator_server.errors import (
+    AggregationError,
+    BlobError,
+    BlobMissingError,
+    Refusal,
+    refuse_first,
+)
 from aggregator_server.masking.vectors import StoredPart
 from aggregator_server.membership import require_author, require_federation
 from aggregator_server.store.rows import (
@@ -31,7 +37,8 @@ from aggregator_server.store.uploads import refuse_ended
 from privacy.updates import CellSum, Float32Array, PlainUpdate
 from protocol.clock import Clock
 from protocol.errors import SignatureError
-from protocol.manifest import RoundManifest, Weighting
+from protocol.helped import HelperUpload
+from protocol.manifest import RoundManifest
 from protocol.masked import MaskedHeader
 from protocol.messages import BodyHead, UploadHeader, UploadState, UploadStatus
 from protocol.phases import CELL_TRANSITIONS, CellEvent, CellPhase, advance
@@ -151,6 +158,70 @@ class Uploads:
         )
         return self._status(upload)
 
+    def begin_helped(self, identity: bytes, upload: HelperUpload) -> UploadStatus:
+        """Announce an upload under a helper's mask.
+
+        Args:
+            identity: Who makes the request.
+            upload: The signed header with the sealed seed.
+
+        Returns:
+            Where it stands; the stored answer when the same one came before.
+
+        Raises:
+            Refusal: It is not this agent's, contradicts the round's manifest, or the round does
+                not take it.
+            NoSpaceError: The body would not fit.
+        """
+        header = upload.header.body
+        require_author(identity, header.agent)
+        registrar = self._charter.manifest.registrar
+        try:
+            verify(upload.header, "helper-upload", key=identity)
+            verify(header.credential, "credential", key=registrar)
+        except SignatureError as error:
+            raise Refusal(ProblemType.BAD_SIGNATURE, str(error)) from error
+        require_federation(self._charter, header.federation)
+        row = self._store.rounds.get(header.round)
+        if row is None:
+            raise Refusal(ProblemType.NOT_FOUND, f"there is no round {header.round}")
+        credential = header.credential.body
+        refuse_first(
+            ProblemType.BAD_MESSAGE,
+            {
+                "round_digest is not that of the round's manifest": (
+                    header.round_digest != row.digest
+                ),
+                "the credential is another agent's or federation's": (
+                    (credential.agent, credential.federation) != (identity, header.federation)
+                ),
+                "the credential has expired": credential.expires_at < self._clock.now(),
+                "the sealed seed is not the one that was signed": (
+                    sha256(upload.sealed) != header.sealed_sha256
+                ),
+                f"body_n_bytes is {header.body_n_bytes}, not {self._charter.update_n_bytes}": (
+                    header.body_n_bytes != self._charter.update_n_bytes
+                ),
+            },
+        )
+        if self._store.uploads.find(header.round, identity, header.attempt) is None:
+            self._blobs.require_space(header.body_n_bytes)
+        begun = self._store.uploads.begin(
+            NewUpload(
+                round=header.round,
+                agent=identity,
+                attempt=header.attempt,
+                header=upload.canonical(),
+                digest=sha256(upload.canonical()),
+                weight=0,
+                n_bytes=header.body_n_bytes,
+                started_at=self._clock.now(),
+            )
+        )
+        if header.attempt > 1:
+            self.sweep()  # an earlier attempt may have ended here
+        return self._status(begun)
+
     def status(self, identity: bytes, round_number: int, attempt: int) -> UploadStatus:
         """Where an upload stands.
 
@@ -228,7 +299,7 @@ class Uploads:
                     f"{len(missing)} parts are missing, the first is {missing[0]}",
                 )
             self._verify_body(upload)
-            cell = None if upload.transcript is not None else _cell_of_one(upload)
+            cell = None if upload.weight == 0 else _cell_of_one(upload)
             try:
                 accepted = self._store.uploads.accept(upload.id, cell, now=self._clock.now())
             except Refusal:
@@ -284,8 +355,7 @@ class Uploads:
 
     def _check_header(self, header: UploadHeader, row: RoundRow) -> None:
         manifest = parse(Signed[RoundManifest], row.manifest).body
-        rule = self._charter.manifest.aggregation
-        max_weight = 1 if rule.weighting is Weighting.UNIFORM else rule.max_weight
+        max_weight = self._charter.manifest.max_weight
         problems = {
             "round_digest is not that of the round's manifest": header.round_digest != row.digest,
             "layout is not the federation's": header.layout != self._charter.manifest.layout,
@@ -295,9 +365,7 @@ class Uploads:
                 header.body_n_bytes != manifest.update_n_bytes
             ),
         }
-        for problem, holds in problems.items():
-            if holds:
-                raise Refusal(ProblemType.BAD_REQUEST, problem)
+        refuse_first(ProblemType.BAD_REQUEST, problems)
 
     def _find(self, identity: bytes, round_number: int, attempt: int) -> UploadRow:
         upload = self._store.uploads.find(round_number, identity, attempt)
@@ -326,7 +394,7 @@ class Uploads:
         digest = new_sha256()
         n_bytes = 0
         finite = True
-        masked = upload.transcript is not None  # its words say nothing, so there is nothing to see
+        masked = upload.weight == 0  # its words say nothing, so there is nothing to see
         # A value that is finite, but not once it is weighted, would spoil the whole round.
         # The small margin is for the rounding of the product.
         largest = np.float32(_MAX_FLOAT32 / max(1, upload.weight) * (1 - 1e-6))
@@ -372,6 +440,8 @@ def stored_parts(store: Store, upload: UploadRow) -> tuple[StoredPart, ...]:
 def _header(upload: UploadRow) -> BodyHead:
     if upload.transcript is not None:
         return parse(Signed[MaskedHeader], upload.header).body
+    if upload.weight == 0:
+        return parse(HelperUpload, upload.header).header.body
     return parse(Signed[UploadHeader], upload.header).body
 
 

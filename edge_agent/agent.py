@@ -9,6 +9,7 @@ import hashlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -28,6 +29,7 @@ from edge_agent.errors import (
     TrustError,
 )
 from edge_agent.following import ReleaseFollower
+from edge_agent.helped import HelpedRounds
 from edge_agent.journal import Part
 from edge_agent.masked import MaskedRounds
 from edge_agent.member import Member
@@ -40,11 +42,13 @@ from privacy.fixed_point import EncodingPlan
 from privacy.updates import PlainUpdate
 from protocol.clock import Clock
 from protocol.limits import LONG_POLL_S, PART_BYTES
-from protocol.manifest import CellMasking, RoundManifest, Weighting
+from protocol.manifest import CellMasking, HelperMasking, RoundManifest, Weighting
 from protocol.messages import (
+    BodyHead,
     TrainTask,
     UploadHeader,
     UploadState,
+    UploadStatus,
     WaitReason,
     WaitTask,
     Withdrawal,
@@ -135,19 +139,23 @@ class Agent:
         self._chosen: Chosen | None = None
         self._update_n_bytes = self._layout.n_bytes
         self._masked: MaskedRounds | None = None
+        self._helped: HelpedRounds | None = None
         masking = self._manifest.masking
-        if isinstance(masking, CellMasking):
+        if isinstance(masking, CellMasking | HelperMasking):
             plan = EncodingPlan.of(self._layout, masking, max_weight=self._manifest.max_weight)
             self._update_n_bytes = plan.n_bytes
-            self._masked = MaskedRounds(
-                member=member,
-                masking=masking,
-                plan=plan,
-                transport=transport,
-                clock=clock,
-                say=self._say,
-                wait=self._wait,
-            )
+            if isinstance(masking, HelperMasking):
+                self._helped = HelpedRounds(member=member, masking=masking, plan=plan, clock=clock)
+            else:
+                self._masked = MaskedRounds(
+                    member=member,
+                    masking=masking,
+                    plan=plan,
+                    transport=transport,
+                    clock=clock,
+                    say=self._say,
+                    wait=self._wait,
+                )
 
     def run(self, *, until_finished: bool = False) -> None:
         """Take part until the owner stops it.
@@ -290,12 +298,17 @@ class Agent:
             ),
         )
         result = trainer.run(start, self._layout, weight=self._weight(n_examples))
-        if self._masked is None:
-            part = self._keep(part, result.update)
-        else:
-            part = self._masked.keep(part, result.update)
+        part = self._keeper()(part, result.update)
         self._home.training_state.unlink(missing_ok=True)
+        if self._helped is not None:
+            self._wait(self._helped.delay_s())
         self._send(part)
+
+    def _keeper(self) -> Callable[[Part, PlainUpdate], Part]:
+        """What keeps a finished update, by the federation's trust model."""
+        if self._masked is not None:
+            return self._masked.keep
+        return self._keep if self._helped is None else self._helped.keep
 
     def _keep(self, part: Part, update: PlainUpdate) -> Part:
         body = vector_to_bytes(update.vector)
@@ -310,7 +323,7 @@ class Agent:
             body_sha256=sha256(body),
             body_n_bytes=len(body),
         )
-        _keep_update(self._body_path(part), body)
+        _keep_update(self._home.plain_update(part.round, part.attempt), body)
         signed = sign(self._signer, "upload", header).signed
         return self._journal.move_part(
             part, AgentEvent.TRAINING_DONE, now=self._clock.now(), header=signed
@@ -365,9 +378,6 @@ class Agent:
         else:
             self._masked.turn(part)
 
-    def _body_path(self, part: Part) -> Path:
-        return self._home.plain_update(part.round, part.attempt)
-
     def _discard_files(self) -> None:
         # All of them: one is left over when a kill came between acceptance and this.
         for path in self._home.update_files():
@@ -375,13 +385,10 @@ class Agent:
         self._home.training_state.unlink(missing_ok=True)
 
     def _upload(self, part: Part) -> None:
-        if part.header is None:  # cannot be: a part is TRAINED only together with its header
-            msg = f"round {part.round} has no signed header"
-            raise JournalError(msg)
-        header = part.header.body
-        self._say("uploading", f"round {part.round}: {header.body_n_bytes} bytes")
+        begin, upload, path = self._announced(part)
+        self._say("uploading", f"round {part.round}: {upload.head.body_n_bytes} bytes")
         for _ in range(_MAX_UPLOAD_TRIES):
-            if self._upload_once(part, part.header):
+            if self._upload_once(begin, upload, path):
                 self._journal.move_part(
                     part, AgentEvent.UPLOAD_ACCEPTED, now=self._clock.now(), note="accepted"
                 )
@@ -390,23 +397,37 @@ class Agent:
                 return
         self._abandon_open_part(f"the server did not take it in {_MAX_UPLOAD_TRIES} tries")
 
-    def _upload_once(self, part: Part, signed: Signed[UploadHeader]) -> bool:
-        header = signed.body
-        status = self._transport.begin_upload(signed)
+    def _announced(self, part: Part) -> tuple[Callable[[], UploadStatus], Upload, Path]:
+        """How a part's upload is announced, what it is, and where its bytes lie."""
+        number, attempt = part.round, part.attempt
+        if part.helped is not None:
+            head: BodyHead = part.helped.header.body
+            upload = Upload(round=number, attempt=attempt, head=head, what="masked update")
+            path = self._home.masked_update(number, attempt)
+            return partial(self._transport.begin_helped_upload, part.helped), upload, path
+        if part.header is None:  # cannot be: a part is TRAINED only together with its header
+            msg = f"round {number} has no signed header"
+            raise JournalError(msg)
+        upload = Upload(round=number, attempt=attempt, head=part.header.body)
+        path = self._home.plain_update(number, attempt)
+        return partial(self._transport.begin_upload, part.header), upload, path
+
+    def _upload_once(self, begin: Callable[[], UploadStatus], upload: Upload, path: Path) -> bool:
+        status = begin()
         if status.state is UploadState.ACCEPTED:
             return True
-        if any(index >= header.n_parts for index in status.missing):
-            msg = f"the server asks for part {max(status.missing)} of {header.n_parts} of an upload"
+        if any(index >= upload.head.n_parts for index in status.missing):
+            last = max(status.missing)
+            msg = f"the server asks for part {last} of {upload.head.n_parts} of an upload"
             raise TrustError(msg)
-        upload = Upload(round=header.round, attempt=header.attempt, head=header)
         try:
-            with self._body_path(part).open("rb") as file:
+            with path.open("rb") as file:
                 for index in status.missing:
                     file.seek(index * PART_BYTES)
                     self._transport.put_part(upload, index, file.read(PART_BYTES))
             status = self._transport.complete(upload)
         except OSError as error:
-            msg = f"the finished update of round {part.round} cannot be read: {error}"
+            msg = f"the finished update of round {upload.round} cannot be read: {error}"
             raise JournalError(msg) from error
         except RefusedError as error:
             mendable = {ProblemType.INCOMPLETE, ProblemType.DIGEST_MISMATCH}

@@ -6,7 +6,7 @@ from typing import Final
 from urllib.parse import urlsplit
 
 from edge_agent.explaining import explain
-from protocol.manifest import CellMasking, FederationManifest, Weighting
+from protocol.manifest import FederationManifest, HelperMasking, SumMasking, Weighting
 from protocol.signing import format_fingerprint
 from quant.tiny import EMBEDDED_NAME
 
@@ -45,9 +45,9 @@ def disclose(
         round_n_bytes: Size of the factors that travel, as a release holds them.
         data_from_hub: Whether the owner's records are a data set of the hub.
     """
-    masked = isinstance(manifest.masking, CellMasking)
+    masked = isinstance(manifest.masking, SumMasking)
     factors = " and ".join(manifest.lora.sent)
-    if isinstance(manifest.masking, CellMasking):  # words of 16 or 32 bits for float32
+    if isinstance(manifest.masking, SumMasking):  # words of 16 or 32 bits for float32
         round_n_bytes = round_n_bytes * manifest.masking.word_bits // 32
     size = f"{round_n_bytes / _MB:.2f} MB"
     leaves = [
@@ -60,7 +60,9 @@ def disclose(
         "Your agent's public key and signatures.",
         "When your agent polls, trains and uploads, and your network address.",
     ]
-    if masked:
+    if isinstance(manifest.masking, HelperMasking):
+        leaves.append("The seed of your update's mask, sealed to the helper alone.")
+    elif masked:
         leaves.append(
             "Messages that set the masks up and, once enough members agree, take them off the sum: "
             "fresh public keys, sealed shares, confirmations."

@@ -7,7 +7,8 @@ not"). `join` shows the short form, `sheepfold-agent explain` all of it.
 from dataclasses import dataclass
 
 from privacy.secagg import cells
-from protocol.manifest import CellMasking, FederationManifest, Weighting
+from protocol.manifest import CellMasking, FederationManifest, HelperMasking, Weighting
+from protocol.signing import format_fingerprint
 
 _EVERY_MODE = (
     "Privacy over many rounds: what sums or releases of several rounds tell together.",
@@ -44,6 +45,8 @@ def explain(manifest: FederationManifest) -> Explanation:
     """
     if isinstance(manifest.masking, CellMasking):
         return _of_cells(manifest, manifest.masking)
+    if isinstance(manifest.masking, HelperMasking):
+        return _of_helper(manifest, manifest.masking)
     return _of_open_mode(manifest)
 
 
@@ -123,6 +126,53 @@ def _of_cells(manifest: FederationManifest, masking: CellMasking) -> Explanation
         ),
         learns=tuple(learns),
         does_not_learn=tuple(does_not),
+        not_claimed=tuple(not_claimed),
+    )
+
+
+def _of_helper(manifest: FederationManifest, masking: HelperMasking) -> Explanation:
+    helper = format_fingerprint(masking.helper)
+    not_claimed = [
+        (
+            "Anything, if the two operators collude: then they can read your update. You trust "
+            "that the helper is somebody else."
+        ),
+        _no_dp(),
+        "Privacy of the sums themselves: secure aggregation is not differential privacy.",
+        (
+            "Protection from a server that invents members: with enough of its own in your cell it "
+            "could subtract them from the sum."
+        ),
+        "That other members send honest numbers: one of them can spoil its cell.",
+        *_EVERY_MODE,
+    ]
+    if manifest.registrar_held_by_server:
+        not_claimed.insert(
+            1,
+            "Protection from a server that lies about who is a member: it decides that itself.",
+        )
+    return Explanation(
+        trust_model=(
+            "Helper masks: your update is hidden as long as the server and its helper (fingerprint "
+            f"{helper}) do not collude; the server sees one sum for each cell of "
+            f"{masking.min_cell} to {masking.max_cell} agents."
+        ),
+        learns=(
+            (
+                "The server: one sum of the updates of each cell, the number of agents in it, the "
+                "sum of their weights, how many cut their update, and who takes part, when. A sum "
+                "still tells something of what is in it."
+            ),
+            (
+                "The helper: who takes part in a round, and the seed of your mask. It never sees "
+                "your update, masked or not."
+            ),
+        ),
+        does_not_learn=(
+            "Either of them alone: your update by itself.",
+            "How many examples you have: the weight travels masked.",
+            "Your losses, records, prompts and file names.",
+        ),
         not_claimed=tuple(not_claimed),
     )
 

@@ -15,6 +15,7 @@ from typing import Any, Final
 
 from edge_agent.errors import JournalError
 from privacy.secagg.agent import AttemptState
+from protocol.helped import HelperUpload
 from protocol.manifest import FederationManifest, Release, RoundManifest
 from protocol.messages import Credential, UploadHeader
 from protocol.phases import (
@@ -28,7 +29,7 @@ from protocol.signing import Signed
 from protocol.wire import parse
 
 SCHEMA_VERSION: Final = 2
-_ENDS: Final = frozenset({AgentPhase.ABANDONED, AgentPhase.REVEALED})
+_ENDS: Final = frozenset({AgentPhase.ABANDONED, AgentPhase.UPLOADED, AgentPhase.REVEALED})
 _AFTER_UPLOAD: Final = frozenset({AgentPhase.UPLOADED, AgentPhase.CONFIRMED})
 _SCHEMA: Final = """
 CREATE TABLE membership (
@@ -51,6 +52,7 @@ CREATE TABLE parts (
     manifest BLOB NOT NULL,
     header BLOB,
     words_sha256 BLOB,
+    helped BLOB,
     started_at REAL NOT NULL,
     ended_at REAL,
     note TEXT NOT NULL DEFAULT '',
@@ -104,6 +106,8 @@ class Part:
     header: Signed[UploadHeader] | None
     words_sha256: bytes | None
     """Of the encoded update that every masked attempt of this part sends."""
+    helped: HelperUpload | None
+    """The head of an update under a helper's mask."""
     started_at: float
     ended_at: float | None
     note: str
@@ -111,7 +115,7 @@ class Part:
     @property
     def trained(self) -> bool:
         """Whether its training gave an update."""
-        return self.header is not None or self.words_sha256 is not None
+        return not (self.header is None and self.words_sha256 is None and self.helped is None)
 
     @property
     def ended(self) -> bool:
@@ -316,11 +320,12 @@ class Journal:
         now: float,
         header: Signed[UploadHeader] | None = None,
         words_sha256: bytes | None = None,
+        helped: HelperUpload | None = None,
         note: str = "",
     ) -> Part:
         """Move a part to its next phase.
 
-        `ABANDONED` and `REVEALED` end it, and `UPLOADED` too in the open mode.
+        `ABANDONED`, `UPLOADED` and `REVEALED` end it.
 
         Args:
             part: Which one; its phase is the journal's, though `part` may be older.
@@ -328,6 +333,7 @@ class Journal:
             now: Seconds since the Unix epoch.
             header: Kept with the part, if given.
             words_sha256: Kept with the part, if given.
+            helped: Kept with the part, if given.
             note: For the owner.
 
         Raises:
@@ -340,15 +346,17 @@ class Journal:
                 msg = f"round {part.round}, attempt {part.attempt} is not in the journal"
                 raise JournalError(msg)
             phase = advance(AGENT_TRANSITIONS, found.phase, event)
-            ended = phase in _ENDS or (phase is AgentPhase.UPLOADED and found.words_sha256 is None)
+            ended = phase in _ENDS  # in a cell, UPLOADED comes with `save_attempt`, and is no end
             self._db.execute(
                 "UPDATE parts SET phase = ?, header = coalesce(?, header), "
-                "words_sha256 = coalesce(?, words_sha256), ended_at = ?, note = ? "
+                "words_sha256 = coalesce(?, words_sha256), helped = coalesce(?, helped), "
+                "ended_at = ?, note = ? "
                 "WHERE round = ? AND attempt = ?",
                 (
                     phase,
                     None if header is None else header.canonical(),
                     words_sha256,
+                    None if helped is None else helped.canonical(),
                     now if ended else None,
                     note,
                     part.round,
@@ -521,6 +529,7 @@ def _part(row: sqlite3.Row) -> Part:
         manifest=parse(Signed[RoundManifest], row["manifest"]),
         header=None if header is None else parse(Signed[UploadHeader], header),
         words_sha256=row["words_sha256"],
+        helped=None if row["helped"] is None else parse(HelperUpload, row["helped"]),
         started_at=row["started_at"],
         ended_at=row["ended_at"],
         note=row["note"],

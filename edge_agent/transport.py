@@ -23,6 +23,7 @@ from edge_agent.errors import RefusedError, TransportError, UnreachableError
 from protocol import limits
 from protocol.clock import Clock
 from protocol.errors import ProtocolError
+from protocol.helped import HelperUpload
 from protocol.manifest import BlobRef, FederationManifest
 from protocol.masked import (
     CellNews,
@@ -309,6 +310,11 @@ class Transport:
         """Announce a masked upload; the answer names the parts that are missing."""
         path = self._cell_path(header.body.transcript, "uploads")
         return self._post("masked-upload-header", path, header, UploadStatus, round_number)
+
+    def begin_helped_upload(self, upload: HelperUpload) -> UploadStatus:
+        """Announce an upload under a helper's mask; the answer names the parts that are missing."""
+        number = upload.header.body.round
+        return self._post("masked-upload-header", "/helped", upload, UploadStatus, number)
 
     def confirm(self, confirm: Confirm, *, round_number: int) -> Acknowledged:
         """Confirm who survived."""

@@ -24,7 +24,7 @@ from privacy.noise import SecureStream
 from privacy.updates import Float32Array
 from protocol.layout import VectorLayout
 from protocol.limits import MAX_UPDATE_BYTES
-from protocol.manifest import CellMasking, MaskingBlock
+from protocol.manifest import MaskingBlock, SumMasking
 
 N_CHECK_WORDS: Final = 16
 N_TAIL_WORDS: Final = 3
@@ -58,7 +58,7 @@ def agreed_layout(layout: VectorLayout, masking: MaskingBlock) -> VectorLayout:
     Raises:
         EncodingPlanError: A sum could wrap.
     """
-    if not isinstance(masking, CellMasking):
+    if not isinstance(masking, SumMasking):
         return layout
     amplitude = amplitude_of(word_bits=masking.word_bits, max_members=masking.max_cell)
     step = masking.max_change / amplitude
@@ -110,7 +110,7 @@ class EncodingPlan:
             raise EncodingPlanError(msg)
 
     @classmethod
-    def of(cls, layout: VectorLayout, masking: CellMasking, *, max_weight: int) -> "EncodingPlan":
+    def of(cls, layout: VectorLayout, masking: SumMasking, *, max_weight: int) -> "EncodingPlan":
         """The plan of a manifest.
 
         Args:

@@ -13,6 +13,9 @@ GIB: Final = 1024 * MIB
 MAX_JSON_BYTES: Final = 1 * MIB
 """Largest JSON body of a request or a reply (a manifest of 1,000 tensors has about 200 kB)."""
 
+MAX_HELPER_REQUEST_BYTES: Final = 64 * MIB
+"""Largest request to a helper: some 20,000 agents, each with a header and a sealed seed."""
+
 PART_BYTES: Final = 4 * MIB
 """Size of each numbered part of an upload; only the last one may be shorter."""
 

@@ -14,7 +14,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from protocol import limits
-from protocol.wire import Bytes16, Digest, Identity, WireModel, domain_hash
+from protocol.wire import Bytes16, Bytes1216, Digest, Identity, WireModel, domain_hash
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Count = Annotated[int, Field(ge=0, le=limits.MAX_COUNT)]
@@ -142,33 +142,29 @@ class NoMasking(WireModel):
     mode: Literal["off"] = "off"
 
 
-class CellMasking(WireModel):
-    """Secure aggregation in cells: the server learns one sum for each cell.
+class SumMasking(WireModel):
+    """What both trust models share: the server learns one sum for each cell.
 
-    `n` ready agents are cut into max(1, ⌊n / `cell_target`⌋) cells (PROTOCOL, "Cells"), of at least
-    `min_cell` and at most `max_cell` members. `colluders` may raise what a cell tolerates above
-    the rule, never lower it.
+    `n` agents are cut into max(1, ⌊n / `cell_target`⌋) cells (PROTOCOL, "Cells"), of at least
+    `min_cell` and at most `max_cell` members.
 
     `max_change` is the largest change of one value that an update can carry, `clip_norm` its
     largest L2 norm (C of PROTOCOL, "Encoding"); both in the units of the adapter's values.
     """
 
     version: Literal[1] = 1
-    mode: Literal["cells"] = "cells"
     word_bits: Literal[16, 32] = 16
     max_change: PositiveFloat
     clip_norm: PositiveFloat
     cell_target: Annotated[int, Field(ge=limits.MIN_CELL, le=limits.MAX_CELL)] = 10
     min_cell: Annotated[int, Field(ge=limits.MIN_CELL, le=limits.MAX_CELL)] = limits.MIN_CELL
     max_cell: Annotated[int, Field(ge=limits.MIN_CELL, le=limits.MAX_CELL)] = 19
-    colluders: Annotated[int, Field(ge=1, le=limits.MAX_CELL)] | None = None
-    stage_s: Annotated[float, Field(ge=1.0, le=24 * 3600.0)] = 90.0
-    """Longest wait of a cell for messages without progress; an upload that moves may go on."""
     ready_delay_s: Annotated[float, Field(ge=0.0, le=3600.0)] = 10.0
-    """READY is sent after a random delay of up to this, as its timing hints at training time."""
+    """A finished update is announced after a random delay of up to this, as its timing hints at
+    training time."""
 
     @model_validator(mode="after")
-    def _check(self) -> Self:
+    def _check_cells(self) -> Self:
         if self.min_cell > self.cell_target:
             msg = f"min_cell {self.min_cell} is above cell_target {self.cell_target}"
             raise ValueError(msg)
@@ -182,7 +178,33 @@ class CellMasking(WireModel):
         return self
 
 
-MaskingBlock = Annotated[NoMasking | CellMasking, Field(discriminator="mode")]
+class CellMasking(SumMasking):
+    """Secure aggregation in cells: the members' own masks cancel in the sum.
+
+    `colluders` may raise what a cell tolerates above the rule, never lower it.
+    """
+
+    mode: Literal["cells"] = "cells"
+    colluders: Annotated[int, Field(ge=1, le=limits.MAX_CELL)] | None = None
+    stage_s: Annotated[float, Field(ge=1.0, le=24 * 3600.0)] = 90.0
+    """Longest wait of a cell for messages without progress; an upload that moves may go on."""
+
+
+class HelperMasking(SumMasking):
+    """Helper masks: a second operator, who does not collude with the first, knows the masks.
+
+    `helper` signs, and `helper_key` is the key that agents seal their masks' seeds to: the raw
+    public keys of ML-KEM-768 and X25519, one after the other.
+    """
+
+    mode: Literal["helper"] = "helper"
+    helper: Identity
+    helper_key: Bytes1216
+    helper_wait_s: Annotated[float, Field(ge=1.0, le=7 * 24 * 3600.0)] = 3600.0
+    """How long after the round's cap the server waits for the helper's answer."""
+
+
+MaskingBlock = Annotated[NoMasking | CellMasking | HelperMasking, Field(discriminator="mode")]
 """Whether the server sees single updates, and what it sees instead."""
 
 
@@ -280,11 +302,11 @@ class FederationManifest(WireModel):
         if self.registrar == self.server and not self.registrar_held_by_server:
             msg = "registrar is the server's own key, yet registrar_held_by_server is false"
             raise ValueError(msg)
-        if isinstance(self.masking, CellMasking):
+        if isinstance(self.masking, SumMasking):
             self._check_masking(self.masking)
         return self
 
-    def _check_masking(self, masking: CellMasking) -> None:
+    def _check_masking(self, masking: SumMasking) -> None:
         if self.rounds.min_cohort < masking.min_cell:
             msg = (
                 f"rounds.min_cohort {self.rounds.min_cohort} is below masking.min_cell "

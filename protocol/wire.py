@@ -116,6 +116,12 @@ Bytes64 = Annotated[bytes, _binary(64), _as_b64u]
 Bytes33 = Annotated[bytes, _binary(33), _as_b64u]
 """33 bytes; 44 characters of base64url in JSON: a Shamir share modulo 2^256 + 297."""
 
+Bytes1168 = Annotated[bytes, _binary(1168), _as_b64u]
+"""1168 bytes in JSON: a seed sealed with HPKE, ML-KEM-768 + X25519 and AES-256-GCM."""
+
+Bytes1216 = Annotated[bytes, _binary(1216), _as_b64u]
+"""1216 bytes in JSON: a public key of ML-KEM-768, then one of X25519."""
+
 Bytes82 = Annotated[bytes, _binary(82), _as_b64u]
 """82 bytes; 110 characters of base64url in JSON: two sealed shares with their tag."""
 
@@ -150,20 +156,21 @@ class WireModel(BaseModel):
         return canonical_json(self.as_json())
 
 
-def parse(model: type[ModelT], data: bytes | str) -> ModelT:
+def parse(model: type[ModelT], data: bytes | str, *, max_bytes: int = MAX_JSON_BYTES) -> ModelT:
     """Read a message from JSON bytes.
 
     Args:
         model: The message's type.
-        data: At most `limits.MAX_JSON_BYTES` of JSON.
+        data: At most `max_bytes` of JSON.
+        max_bytes: The limit.
 
     Raises:
         EncodingError: Too long.
         ManifestError: Not JSON, or a field that is missing, unknown or out of range; the error
             names the first such field, its value and what is accepted.
     """
-    if len(data) > MAX_JSON_BYTES:
-        msg = f"a JSON body of {len(data)} bytes; the limit is {MAX_JSON_BYTES}"
+    if len(data) > max_bytes:
+        msg = f"a JSON body of {len(data)} bytes; the limit is {max_bytes}"
         raise EncodingError(msg)
     try:
         return model.model_validate_json(data)

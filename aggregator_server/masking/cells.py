@@ -4,7 +4,7 @@ All state is in the store; what is kept in memory is only read from it. Every st
 and ends in its successor or in FAILED, with a signed reason for the members (PROTOCOL, "States").
 """
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from typing import Final
 
 import structlog
@@ -12,9 +12,9 @@ import structlog
 from aggregator_server.blobs import Blobs
 from aggregator_server.charter import Charter, MaskedTerms
 from aggregator_server.closing import moves
-from aggregator_server.errors import Refusal
+from aggregator_server.errors import Refusal, refuse_first
 from aggregator_server.masking.books import Books
-from aggregator_server.masking.vectors import PartReader, put_sum, sum_key
+from aggregator_server.masking.vectors import PartReader, put_sum
 from aggregator_server.membership import require_author
 from aggregator_server.store.cells import OVER, identities_of
 from aggregator_server.store.rows import (
@@ -33,6 +33,7 @@ from privacy.secagg.derive import survivors_hash
 from privacy.secagg.server import CellServer, Recovery, UnrecoverableError
 from protocol.clock import Clock
 from protocol.errors import SignatureError
+from protocol.manifest import CellMasking
 from protocol.masked import (
     BundleNews,
     CellNews,
@@ -80,6 +81,7 @@ class Cells:
         blobs: Where vectors and sums are.
         charter: A masked federation's.
         terms: How it masks.
+        masking: The manifest's block.
         clock: For deadlines.
         unmasker: Removes the masks.
     """
@@ -91,6 +93,7 @@ class Cells:
         blobs: Blobs,
         charter: Charter,
         terms: MaskedTerms,
+        masking: CellMasking,
         clock: Clock,
         unmasker: Unmasker,
     ) -> None:
@@ -98,7 +101,7 @@ class Cells:
         self._store = store
         self._blobs = blobs
         self._charter = charter
-        self._masking = terms.masking
+        self._masking = masking
         self._plan = terms.plan
         self._clock = clock
         self._unmasker = unmasker
@@ -135,7 +138,7 @@ class Cells:
             "sealing_key and masking_key must differ": body.sealing_key == body.masking_key,
             "a key is of low order or not canonical": not keys_are_sound(body),
         }
-        _refuse_first(faults)
+        refuse_first(ProblemType.BAD_MESSAGE, faults)
         self._store.cells.add_ready(
             ReadyRow(
                 round=body.round,
@@ -471,16 +474,6 @@ class Cells:
         _log.warning("cell failed", round=row.round, cell=row.number, reason=reason.value)
         return True
 
-    def sweep(self) -> None:
-        """Delete the sums of rounds that are over.
-
-        Raises:
-            BlobError: One cannot be deleted; calling again goes on.
-        """
-        for transcript in self._store.cells.deletable_sums():
-            self._blobs.delete(sum_key(transcript))
-            self._store.cells.sum_deleted(transcript)
-
 
 def _bundle_news(row: MaskedCellRow, book: CellServer, identity: bytes) -> News:
     bundle = book.bundle_for(identity)
@@ -501,9 +494,3 @@ def _checked(check: Callable[[], None]) -> None:
         check()
     except MaskedMessageError as error:
         raise Refusal(ProblemType.BAD_MESSAGE, str(error)) from error
-
-
-def _refuse_first(faults: Mapping[str, bool]) -> None:
-    for fault, found in faults.items():
-        if found:
-            raise Refusal(ProblemType.BAD_MESSAGE, fault)

@@ -76,7 +76,6 @@ def form_cells(
                 shared=None,
                 survivors=None,
                 failed=None,
-                has_sum=False,
                 retried=False,
             )
         )

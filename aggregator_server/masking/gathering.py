@@ -5,7 +5,7 @@ from typing import Final
 
 import structlog
 
-from aggregator_server.charter import Charter, MaskedTerms
+from aggregator_server.charter import Charter
 from aggregator_server.errors import StaleWriteError
 from aggregator_server.masking.cells import Cells
 from aggregator_server.masking.formation import form_cells
@@ -13,7 +13,7 @@ from aggregator_server.store.cells import OVER
 from aggregator_server.store.rows import MaskedCellRow, ReadyRow, RoundRow
 from aggregator_server.store.store import Store
 from protocol.clock import Clock
-from protocol.manifest import RoundManifest
+from protocol.manifest import CellMasking, RoundManifest
 from protocol.masked import Failed
 from protocol.phases import CellPhase
 from protocol.signing import Signed
@@ -33,7 +33,7 @@ class Waves:
     Args:
         store: Where READY messages and cells are.
         charter: The federation's.
-        terms: How it masks.
+        masking: The manifest's block.
         cells: At work.
         clock: Time.
         presence_s: For how long an agent that was seen counts as present.
@@ -44,7 +44,7 @@ class Waves:
         *,
         store: Store,
         charter: Charter,
-        terms: MaskedTerms,
+        masking: CellMasking,
         cells: Cells,
         clock: Clock,
         presence_s: float,
@@ -52,7 +52,7 @@ class Waves:
         """Keep nothing in memory."""
         self._store = store
         self._charter = charter
-        self._masking = terms.masking
+        self._masking = masking
         self._cells = cells
         self._clock = clock
         self._presence_s = presence_s

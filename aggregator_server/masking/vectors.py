@@ -8,6 +8,7 @@ import numpy as np
 
 from aggregator_server.blobs import Blobs
 from aggregator_server.errors import AggregationError
+from aggregator_server.store.store import Store
 from privacy.fixed_point import EncodingPlan, decode
 from privacy.masking import Words
 from privacy.updates import CellSum
@@ -70,6 +71,17 @@ def put_sum(blobs: Blobs, transcript: bytes, payload: Words) -> bytes:
     data = payload.tobytes()
     blobs.put(sum_key(transcript), data)
     return sha256(data)
+
+
+def sweep_sums(store: Store, blobs: Blobs) -> None:
+    """Delete the sums of rounds that are over.
+
+    Raises:
+        BlobError: One cannot be deleted; calling again goes on.
+    """
+    for transcript in store.cells.deletable_sums():
+        blobs.delete(sum_key(transcript))
+        store.cells.sum_deleted(transcript)
 
 
 def load_sum(blobs: Blobs, transcript: bytes, digest: bytes, plan: EncodingPlan) -> CellSum:

@@ -27,6 +27,7 @@ from aggregator_server.store.schema import (
     agents,
     cell_members,
     cell_messages,
+    cells,
     masked_cells,
     readies,
     rounds,
@@ -421,26 +422,41 @@ class CellStore:
         with self._database.writing() as connection:
             _require_cell_phase(connection, row.transcript, CellPhase.REVEALING)
             add_cell(connection, row)
-            values = {"phase": CellPhase.UNMASKED.value, "has_sum": True}
-            _update(connection, row.transcript, values)
+            _update(connection, row.transcript, {"phase": CellPhase.UNMASKED.value})
             counters.add(connection, Counter.CHANGES)
+
+    def add_sums(self, round_number: int, rows: Sequence[CellRow]) -> None:
+        """Journal the sums of a round under helper masks, all of them or none; again changes none.
+
+        Raises:
+            StaleWriteError: The round has moved on.
+        """
+        with self._database.writing() as connection:
+            require_phase(connection, round_number, RoundPhase.GATHERING)
+            known = select(cells.c.transcript).where(cells.c.round == round_number)
+            there = {bytes(found) for found in connection.execute(known).scalars()}
+            for row in rows:
+                if row.transcript not in there:
+                    add_cell(connection, row)
 
     def deletable_sums(self) -> tuple[bytes, ...]:
         """The cells whose sum nobody needs any more: their round is over."""
         over = exists().where(
             and_(
-                rounds.c.number == masked_cells.c.round,
+                rounds.c.number == cells.c.round,
                 rounds.c.phase.in_([RoundPhase.PUBLISHED.value, RoundPhase.FAILED.value]),
             )
         )
-        query = select(masked_cells.c.transcript).where(masked_cells.c.has_sum.is_(True), over)
+        query = select(cells.c.transcript).where(cells.c.has_sum.is_(True), over)
         with self._database.reading() as connection:
             return tuple(bytes(value) for value in connection.execute(query).scalars())
 
     def sum_deleted(self, transcript: bytes) -> None:
         """Journal that the bytes of a sum are gone."""
         with self._database.writing() as connection:
-            _update(connection, transcript, {"has_sum": False})
+            connection.execute(
+                update(cells).where(cells.c.transcript == transcript).values(has_sum=False)
+            )
 
 
 def require_gathering(connection: Connection, round_number: int, agent: bytes) -> None:

@@ -161,6 +161,7 @@ class CellRow:
     n_members: int
     weight_sum: int
     sum_sha256: bytes | None = None
+    """Of a masked cell's sum."""
 
 
 class MessageKind(StrEnum):
@@ -213,8 +214,6 @@ class MaskedCellRow:
     """U3 as a JSON array of identities, once uploads are over."""
     failed: bytes | None
     """Canonical JSON of its `Signed[Failed]`."""
-    has_sum: bool
-    """Whether the bytes of its sum are kept."""
     retried: bool
     """Whether a later wave took up its members, or gave up on them."""
 

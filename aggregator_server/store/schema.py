@@ -135,6 +135,7 @@ cells = Table(
     Column("members", Text, nullable=False),
     Column("upload", Integer, ForeignKey("uploads.id"), unique=True),
     Column("sum_sha256", LargeBinary(32)),
+    Column("has_sum", Boolean, nullable=False),
     Column("n_members", Integer, nullable=False),
     Column("weight_sum", BigInteger, nullable=False),
 )
@@ -171,7 +172,6 @@ masked_cells = Table(
     Column("shared", Text),
     Column("survivors", Text),
     Column("failed", LargeBinary),
-    Column("has_sum", Boolean, nullable=False),
     Column("retried", Boolean, nullable=False),
 )
 

@@ -161,7 +161,7 @@ class UploadStore:
             if row.phase is UploadPhase.ACCEPTED:
                 return row
             require_receiving(connection, row)
-            if cell is not None:
+            if row.transcript is None:
                 require_place(connection, row.round, row.agent)
             connection.execute(
                 update(uploads)
@@ -203,6 +203,17 @@ class UploadStore:
         )
         with self._database.reading() as connection:
             return tuple(_cell(row._mapping) for row in connection.execute(query))
+
+    def accepted(self, round_number: int) -> tuple[UploadRow, ...]:
+        """The accepted uploads of a round, by ascending identity."""
+        query = (
+            select(uploads)
+            .where(uploads.c.round == round_number, uploads.c.phase == UploadPhase.ACCEPTED.value)
+            .order_by(uploads.c.agent)
+        )
+        with self._database.reading() as connection:
+            rows = [upload_of(row._mapping) for row in connection.execute(query)]
+        return tuple(sorted(rows, key=lambda row: row.agent))
 
     def get(self, upload: int) -> UploadRow:
         """An upload by its number."""
@@ -324,7 +335,11 @@ def require_uploading(connection: Connection, transcript: bytes) -> None:
 
 def add_cell(connection: Connection, cell: CellRow) -> None:
     """Journal a cell whose sum is known, inside the caller's transaction."""
-    values = {**dataclasses.asdict(cell), "phase": cell.phase.value}
+    values = {
+        **dataclasses.asdict(cell),
+        "phase": cell.phase.value,
+        "has_sum": cell.sum_sha256 is not None,
+    }
     connection.execute(insert(cells).values(**values))
 
 
@@ -449,4 +464,5 @@ def upload_of(values: object) -> UploadRow:
 
 def _cell(values: object) -> CellRow:
     row = dict(values)  # type: ignore[call-overload]  # a row mapping
+    del row["has_sum"]  # of the bytes, not of the cell
     return CellRow(**{**row, "phase": CellPhase(row["phase"])})

@@ -20,6 +20,7 @@ from aggregator_server.web.admission import (
 )
 from aggregator_server.web.edge import ProblemRoute, in_thread, parse_body, reply
 from aggregator_server.web.openapi import body_of, reply_of
+from protocol.helped import HelperUpload
 from protocol.limits import LONG_POLL_S
 from protocol.masked import (
     CellNews,
@@ -84,6 +85,16 @@ def _add_forming(router: APIRouter) -> None:
 
 
 def _add_messages(router: APIRouter) -> None:
+    @router.post("/helped", responses=reply_of(UploadStatus), openapi_extra=body_of(HelperUpload))
+    async def begin_helped(request: Request, service: Here) -> Response:
+        """Announce an upload under a helper's mask; its parts go where plain ones go; signed."""
+        identity, body = await admit(service, request, limit=MAX_MESSAGE_BYTES)
+
+        def call() -> UploadStatus:
+            return service.begin_helped_upload(identity, parse_body(HelperUpload, body))
+
+        return await in_thread(call, threads_of(request).uploads)
+
     @router.post(
         "/cells/{transcript}/shares",
         responses=reply_of(Acknowledged),

@@ -12,6 +12,7 @@ from types import FrameType
 from typing import Final
 
 import uvicorn
+from fastapi import FastAPI
 
 from aggregator_server.addresses import base_url, is_loopback
 from aggregator_server.app import create_app
@@ -89,7 +90,7 @@ def _refuse_plain_http(host: str) -> None:
 
 
 def run(federation: Federation, *, on_ready: Callable[[Listening], None]) -> None:
-    """Serve until SIGINT or SIGTERM.
+    """Serve a federation until SIGINT or SIGTERM.
 
     Args:
         federation: Open; the caller closes it.
@@ -99,11 +100,43 @@ def run(federation: Federation, *, on_ready: Callable[[Listening], None]) -> Non
         ConfigError: Plain http where others could read it, TLS files that cannot be used, or an
             address that cannot be listened on.
     """
-    settings = federation.config.server
+    charter = federation.charter
+
+    def tell(url: str) -> None:
+        fingerprint = format_fingerprint(charter.keys.server.identity).replace(" ", "-")
+        on_ready(Listening(url=url, federation=charter.path_id, fingerprint=fingerprint))
+
+    run_app(
+        create_app(federation),
+        federation.config.server,
+        on_ready=tell,
+        on_stop=federation.stop_waiting,
+    )
+
+
+def run_app(
+    app: FastAPI,
+    settings: ServerSection,
+    *,
+    on_ready: Callable[[str], None],
+    on_stop: Callable[[], None] = lambda: None,
+) -> None:
+    """Serve an application until SIGINT or SIGTERM.
+
+    Args:
+        app: What to serve.
+        settings: Host, port and TLS.
+        on_ready: Told the address once connections are accepted.
+        on_stop: Called when the process is asked to stop.
+
+    Raises:
+        ConfigError: Plain http where others could read it, TLS files that cannot be used, or an
+            address that cannot be listened on.
+    """
     check_address(settings)
     _allow_many_connections()
     config = uvicorn.Config(
-        create_app(federation),
+        app,
         host=settings.host,
         port=settings.port,
         ssl_certfile=settings.tls_cert or None,
@@ -119,7 +152,7 @@ def run(federation: Federation, *, on_ready: Callable[[Listening], None]) -> Non
         h11_max_incomplete_event_size=_MAX_HEAD_BYTES,
     )
     with _listen(settings.host, settings.port) as listening:
-        _Server(config, federation, on_ready).run([listening])
+        _Server(config, settings, on_ready=on_ready, on_stop=on_stop).run([listening])
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -144,29 +177,27 @@ class _Server(uvicorn.Server):
     """Tells when it is ready, and answers long polls at once when it stops."""
 
     def __init__(
-        self, config: uvicorn.Config, federation: Federation, on_ready: Callable[[Listening], None]
+        self,
+        config: uvicorn.Config,
+        settings: ServerSection,
+        *,
+        on_ready: Callable[[str], None],
+        on_stop: Callable[[], None],
     ) -> None:
         super().__init__(config)
-        self._federation = federation
+        self._settings = settings
         self._on_ready = on_ready
+        self._on_stop = on_stop
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         if self.started:
-            self._on_ready(self._listening())
+            port = self.servers[0].sockets[0].getsockname()[1]
+            self._on_ready(base_url(self._settings, port))
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002 - theirs
         # Not the library's own handler: it would raise the signal again once all is shut down,
         # and a server that was asked to stop has done what it should.
-        self._federation.stop_waiting()
+        self._on_stop()
         self.force_exit = self.should_exit and sig == signal.SIGINT
         self.should_exit = True
-
-    def _listening(self) -> Listening:
-        port = self.servers[0].sockets[0].getsockname()[1]
-        charter = self._federation.charter
-        return Listening(
-            url=base_url(self._federation.config.server, port),
-            federation=charter.path_id,
-            fingerprint=format_fingerprint(charter.keys.server.identity).replace(" ", "-"),
-        )

@@ -177,8 +177,16 @@ def self_mask_seed(self_seed: bytes, bundle: bytes, agent: bytes) -> bytes:
     return _hkdf(self_seed, salt=bundle, info=b"self" + agent)
 
 
+def helper_mask_seed(seed: bytes, round_digest: bytes, agent: bytes) -> bytes:
+    """The seed of a helper mask, from the seed that is sealed to the helper."""
+    return _hkdf(seed, salt=round_digest, info=b"helper" + agent)
+
+
 def check_words(bundle: bytes, *, word_bits: Literal[16, 32]) -> Words:
-    """The check words [16] that each member adds: HKDF(T2, "check")."""
+    """The check words [16] that each member adds: HKDF(T2, "check").
+
+    Under a helper's masks the round's manifest digest stands in for T2.
+    """
     dtype = word_dtype(word_bits)
     raw = _hkdf(bundle, salt=b"", info=b"check", n_bytes=N_CHECK_WORDS * dtype.itemsize)
     words: Words = np.frombuffer(raw, dtype)

@@ -35,6 +35,25 @@ def test_it_goes_on_where_it_stopped(cuts: list[int]) -> None:
     assert b"".join(stream.take_bytes(n_bytes) for n_bytes in cuts) == blocks(4)
 
 
+@pytest.mark.parametrize("cuts", [[16], [1] * 16, [3, 12, 1], [8, 0, 8], [5, 11]])
+def test_numbers_are_filled_in_as_they_are_given(cuts: list[int]) -> None:
+    # In runs that grow and shrink, since what a stream writes into is kept.
+    stream, found = SecureStream(KEY), np.full(16, np.nan)
+    start = 0
+    for n_values in cuts:
+        stream.fill_uniform(found[start : start + n_values])
+        start += n_values
+    assert np.array_equal(found, SecureStream(KEY).uniform(16))
+
+
+def test_numbers_that_were_given_do_not_change() -> None:
+    stream = SecureStream(KEY)
+    first = stream.uniform(16)
+    before = first.copy()
+    stream.uniform(16)
+    assert np.array_equal(first, before)
+
+
 def test_another_key_gives_other_numbers() -> None:
     other = SecureStream(bytes(31) + b"\1").take_bytes(64)
     assert other == blocks(4, bytes(31) + b"\1")

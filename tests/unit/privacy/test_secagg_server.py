@@ -693,15 +693,40 @@ def test_more_reveals_may_still_help_where_shares_are_wrong(make_cell: Any) -> N
     assert cell.server.recover() is not None
 
 
-def test_liars_who_spoil_a_cell_are_named_and_not_the_one_who_dropped_out(make_cell: Any) -> None:
-    # Five members, t = 4; the fifth drops out, as anybody may. One liar leaves three good shares.
-    # PROTOCOL: a revealed share that does not match its digest names its responder.
+@pytest.mark.parametrize("share", [bytes(33), MISSING_SHARE], ids=["wrong", "missing"])
+def test_a_liar_who_spoils_a_cell_cannot_blame_who_dropped_out(
+    share: bytes, make_cell: Any
+) -> None:
+    # Five members, t = 4, c = 1; the fifth drops out, as anybody may. One liar leaves three shares.
+    # PROTOCOL: a revealed share that does not match its digest names its responder. That one is
+    # missing is the word of a single member, which no dealer can disprove.
     cell = make_cell(5).up_to("confirm", gone=[4])
-    lie(cell, 0, 4)
+    lie(cell, 0, 4, share=share)
     cell.reveal([1, 2, 3])
     with pytest.raises(UnrecoverableError) as caught:
         cell.server.recover()
-    assert caught.value.blamed == (cell.ids[0],)
+    assert cell.ids[4] not in caught.value.blamed
+    if share != MISSING_SHARE:
+        assert caught.value.blamed == (cell.ids[0],)
+
+
+def test_coefficients_are_computed_once_for_each_set_of_responders(
+    make_cell: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Two mask keys and a self seed are rebuilt from the shares of the same seven members.
+    made = []
+
+    class CountingRebuilder(Rebuilder):
+        def __init__(self, places: Any) -> None:
+            made.append(tuple(places))
+            super().__init__(places)
+
+    monkeypatch.setattr(server_module, "Rebuilder", CountingRebuilder)
+    cell = make_cell(10)
+    cell.share()
+    play_on(cell, gone=[8, 9], silent=[7])
+    assert np.array_equal(cell.unmasked(), cell.plain_sum(range(8)))
+    assert made == [(1, 2, 3, 4, 5, 6, 7)]
 
 
 # Wrong shares, by who deals them
