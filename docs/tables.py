@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Final, TypeVar
 
 from protocol import limits
+from protocol.checks import Check
 from protocol.phases import AGENT_TRANSITIONS, CELL_TRANSITIONS, ROUND_TRANSITIONS
 from protocol.problems import ProblemType
 
@@ -35,6 +36,10 @@ _LIMITS: Final[Mapping[str, str]] = {
     "MAX_ROUNDS": "rounds of a federation",
     "MAX_COHORT": "agents of a cohort",
     "MAX_WEIGHT": "FedAvg weight that a manifest may allow",
+    "MIN_CELL": "members of a masked cell, at least",
+    "MAX_CELL": "members of a masked cell, at most",
+    "MAX_READY_ATTEMPTS": "READY messages of an agent in a round",
+    "MAX_HELPER_REQUEST_BYTES": "bytes of a request to a helper",
     "MAX_RELEASES_PER_REPLY": "releases in one reply",
     "LONG_POLL_S": "seconds that the server holds a poll",
     "SIGNATURE_WINDOW_S": "seconds that a transport signature may be old",
@@ -65,6 +70,7 @@ def tables() -> dict[str, str]:
         "round-phases": _transitions(ROUND_TRANSITIONS),
         "cell-phases": _transitions(CELL_TRANSITIONS),
         "agent-phases": _transitions(AGENT_TRANSITIONS),
+        "checks": _checks(),
         "problems": _problems(),
         "limits": _limits(),
     }
@@ -81,6 +87,11 @@ def _problems() -> str:
         for problem in ProblemType
     ]
     return _markdown(("type", "status", "advice", "in words"), rows)
+
+
+def _checks() -> str:
+    rows = [(str(check.number), *_code(check), check.sentence) for check in Check]
+    return _markdown(("check", "code", "what the owner is told"), rows)
 
 
 def _limits() -> str:

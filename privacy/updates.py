@@ -1,13 +1,12 @@
-"""What code may see of an update: three types that do not mix.
+"""What code may see of an update: two types that do not mix.
 
-An agent makes a `PlainUpdate`. In the masked mode it leaves the machine only as a `MaskedUpdate`,
-of which nothing can be learnt by itself. Aggregation and filters take `CellSum`s only: code that
-would look into masked updates one by one does not type-check. In the open mode an update is a
-cell of one (`CellSum.of_plain`), so both modes share all code from there on.
+An agent makes a `PlainUpdate`. Under masks it leaves the machine as words of which nothing can be
+learnt by themselves, and the server adds them up unread. Aggregation and filters take `CellSum`s
+only, so there is nothing in which code could look at masked updates one by one. In the open mode
+an update is a cell of one (`CellSum.of_plain`), so all modes share the code from there on.
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,14 +21,6 @@ class PlainUpdate:
     vector: Float32Array
     weight: int
     """FedAvg weight, at least 1."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class MaskedUpdate:
-    """Words of Z_2^k that look random without the other members': `words` [n_words]."""
-
-    words: NDArray[np.uint16] | NDArray[np.uint32]
-    word_bits: Literal[16, 32]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -427,7 +427,12 @@ class Cells:
             )
         )
         self._books.forget(row.transcript)
-        _log.info("cell unmasked", round=row.round, n_members=len(entries))
+        _log.info(
+            "cell unmasked",
+            round=row.round,
+            n_members=len(entries),
+            n_clipped=int(payload[-1]),
+        )
         return True
 
     def _move(

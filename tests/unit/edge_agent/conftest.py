@@ -141,6 +141,7 @@ class ScriptedServer:
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
+            disable_nagle_algorithm = True  # head and body are two writes
 
             def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - its name
                 pass
@@ -288,7 +289,7 @@ class FakeCell:
     def ready_of(self, index: int, **changes: Any) -> Signed[Ready]:
         """The READY of another member with other fields, signed by it again."""
         agent = self.everyone[index]
-        body = agent.state.ready.body.model_copy(update=changes)
+        body = Ready(**{**dict(agent.state.ready.body), **changes})
         return sign(agent._signer, "ready", body).signed
 
     def with_ready(self, index: int, **changes: Any) -> list[Signed[Ready]]:
@@ -319,15 +320,16 @@ class FakeCell:
         number = next(i for i, names in enumerate(drawn) if self.me in names)
         members = tuple(ready for ready in wave if ready.body.agent in drawn[number])
         c = cells.colluders(max(2, len(members)), wanted=self.host.masking.colluders)
-        body = Roster(
+        values = {
             **common,
-            list_digest=ready_list.digest(),
-            cell=number,
-            formed_at=int(START),
-            members=members,
-            threshold=cells.threshold(len(members), c),
-            colluders=c,
-        ).model_copy(update=roster or {})
+            "list_digest": ready_list.digest(),
+            "cell": number,
+            "formed_at": int(START),
+            "members": members,
+            "threshold": cells.threshold(len(members), c),
+            "colluders": c,
+        }
+        body = Roster(**{**values, **(roster or {})})
         key = self.host.key
         return (
             sign(list_key or key, "ready-list", ready_list).signed,
