@@ -14,10 +14,11 @@ from typing import Any, BinaryIO, Final, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from aggregator_server.unmask import SLICE_BYTES, Unmasker
+from aggregator_server.unmask import Unmasker
 from privacy.errors import MaskedMessageError
-from privacy.fixed_point import EncodingPlan, agreed_layout, encode, split_sum, with_checks
-from privacy.masking import MaskAdder, Words
+from privacy.fixed_point import EncodingPlan, agreed_layout, encode, split_sum
+from privacy.masked_vector import masked_runs
+from privacy.masking import Words
 from privacy.noise import SecureStream
 from privacy.secagg import cells
 from privacy.secagg.agent import MaskPlan, SecAggAgent
@@ -159,13 +160,8 @@ class Cell:
 
     def mask_into(self, file: BinaryIO, payload: Words, plan: MaskPlan) -> bytes:
         """Write an encoded update under its masks, in parts as the agent does; its SHA-256."""
-        adder = MaskAdder(plan.masks, word_bits=self.plan.word_bits)
         digest = hashlib.sha256()
-        step = SLICE_BYTES // self.plan.dtype.itemsize
-        for start in range(0, self.plan.n_words, step):
-            stop = min(start + step, self.plan.n_words)
-            run = with_checks(payload, plan.checks, self.plan, start, stop)
-            adder.add(run)
+        for run in masked_runs(payload, plan.masks, plan.checks, self.plan):
             digest.update(run.data)
             file.write(run.data)
         return digest.digest()

@@ -1,7 +1,8 @@
 """Files that are there whole or not at all, whatever happens while they are written."""
 
+import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -20,24 +21,34 @@ def write_durably(path: Path, *pieces: bytes | memoryview) -> None:
     Raises:
         OSError: It cannot be written, for instance because the disk is full.
     """
-    with written_durably(path) as file:
+    with _written_durably(path) as file:
         for piece in pieces:
             file.write(piece)
 
 
-@contextmanager
-def written_durably(path: Path) -> Iterator[BinaryIO]:
-    """A file to write to, which takes its name when the context ends without an error.
-
-    Guarantees:
-        1. After a failure or a kill, the file is what it was before, or the new one.
+def write_hashed(path: Path, pieces: Iterable[memoryview]) -> bytes:
+    """Write a file durably, a piece at a time.
 
     Args:
-        path: The file; its folder must exist. An existing file is replaced.
+        path: The file; its folder must exist.
+        pieces: Its content, one after the other.
+
+    Returns:
+        Its SHA-256.
 
     Raises:
         OSError: It cannot be written.
     """
+    digest = hashlib.sha256()
+    with _written_durably(path) as file:
+        for piece in pieces:
+            digest.update(piece)
+            file.write(piece)
+    return digest.digest()
+
+
+@contextmanager
+def _written_durably(path: Path) -> Iterator[BinaryIO]:
     partial = path.with_name(path.name + ".partial")
     try:
         with partial.open("wb") as file:

@@ -4,25 +4,24 @@ The masked update and its signed head are made once and kept before a byte leave
 consumed by its upload. Nothing is asked of the agent afterwards.
 """
 
-import hashlib
 import os
 import secrets
 
-from edge_agent.durable import written_durably
+from edge_agent.durable import write_hashed
 from edge_agent.errors import JournalError, TrainingError, TrustError
 from edge_agent.journal import Part
 from edge_agent.member import Member
 from privacy.errors import UpdateRangeError
-from privacy.fixed_point import EncodingPlan, encode, with_checks
+from privacy.fixed_point import EncodingPlan, encode
 from privacy.helper import SEED_BYTES, mask_seed, seal_context, seal_seed
-from privacy.masking import Mask, MaskAdder
+from privacy.masked_vector import masked_runs
+from privacy.masking import Mask
 from privacy.noise import SecureStream
 from privacy.secagg.derive import check_words
 from privacy.updates import PlainUpdate
 from protocol.checks import Check
 from protocol.clock import Clock
 from protocol.helped import HelperHeader, HelperUpload
-from protocol.limits import PART_BYTES
 from protocol.manifest import HelperMasking
 from protocol.phases import AgentEvent
 from protocol.signing import sign
@@ -88,19 +87,11 @@ class HelpedRounds:
             raise TrainingError(msg) from error
         seed = os.urandom(SEED_BYTES)
         mask = Mask(seed=mask_seed(seed, manifest, signer.identity), sign=1)
-        adder = MaskAdder([mask], word_bits=self._plan.word_bits)
         checks = check_words(manifest.digest(), word_bits=self._plan.word_bits)
-        digest = hashlib.sha256()
-        step = PART_BYTES // self._plan.dtype.itemsize
         path = self._member.home.masked_update(part.round, part.attempt)
         try:
-            with written_durably(path) as file:
-                for start in range(0, self._plan.n_words, step):
-                    stop = min(start + step, self._plan.n_words)
-                    run = with_checks(words, checks, self._plan, start, stop)
-                    adder.add(run)
-                    digest.update(run.data)
-                    file.write(run.data)
+            runs = masked_runs(words, [mask], checks, self._plan)
+            digest = write_hashed(path, (run.data for run in runs))
         except OSError as error:
             msg = f"cannot keep the finished update at {path}: {error}; free some space"
             raise JournalError(msg) from error
@@ -114,7 +105,7 @@ class HelpedRounds:
             round_digest=manifest.digest(),
             credential=self._credential,
             sealed_sha256=sha256(sealed),
-            body_sha256=digest.digest(),
+            body_sha256=digest,
             body_n_bytes=self._plan.n_bytes,
         )
         upload = HelperUpload(header=sign(signer, "helper-upload", header).signed, sealed=sealed)

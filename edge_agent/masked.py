@@ -14,16 +14,16 @@ from typing import Final
 
 import numpy as np
 
-from edge_agent.durable import write_durably, written_durably
+from edge_agent.durable import write_durably, write_hashed
 from edge_agent.errors import JournalError, RefusedError, TrainingError, TrustError
 from edge_agent.journal import Part
 from edge_agent.member import Member
 from edge_agent.transport import Transport, Upload
 from privacy.errors import UpdateRangeError
-from privacy.fixed_point import EncodingPlan, encode, with_checks
-from privacy.masking import MaskAdder, Words
+from privacy.fixed_point import EncodingPlan, encode
+from privacy.masked_vector import masked_runs
 from privacy.noise import SecureStream
-from privacy.secagg.agent import MaskPlan, SecAggAgent
+from privacy.secagg.agent import SecAggAgent
 from privacy.secagg.checks import CellPolicy
 from privacy.updates import PlainUpdate
 from protocol.checks import Check, CheckError
@@ -53,7 +53,6 @@ MASKED_PHASES: Final = frozenset(
     }
 )
 """Where a part stands while a cell works on it."""
-_CHUNK_BYTES: Final = PART_BYTES
 _GONE_ON: Final = frozenset({ProblemType.STAGE_CLOSED, ProblemType.ROUND_CLOSED})
 _MENDABLE: Final = frozenset({ProblemType.INCOMPLETE, ProblemType.DIGEST_MISMATCH})
 _MAX_UPLOAD_TRIES: Final = 5
@@ -364,23 +363,11 @@ class MaskedRounds:
             if hashlib.sha256(words.data).digest() != part.words_sha256:
                 msg = f"the finished update of round {part.round} has changed on disk"
                 raise JournalError(msg)
-            return self._write_masked(self._masked_path(part, agent), words, plan)
+            runs = masked_runs(words, plan.masks, plan.checks, self._plan)
+            return write_hashed(self._masked_path(part, agent), (run.data for run in runs))
         except (OSError, ValueError) as error:
             msg = f"the finished update of round {part.round} cannot be masked: {error}"
             raise JournalError(msg) from error
-
-    def _write_masked(self, path: Path, words: Words, plan: MaskPlan) -> bytes:
-        adder = MaskAdder(plan.masks, word_bits=self._plan.word_bits)
-        digest = hashlib.sha256()
-        step = _CHUNK_BYTES // self._plan.dtype.itemsize
-        with written_durably(path) as file:
-            for start in range(0, self._plan.n_words, step):
-                stop = min(start + step, self._plan.n_words)
-                run = with_checks(words, plan.checks, self._plan, start, stop)
-                adder.add(run)
-                digest.update(run.data)
-                file.write(run.data)
-        return digest.digest()
 
     def _upload(self, part: Part, agent: SecAggAgent) -> bool:
         """Send the masked update; False when the cell no longer takes it."""

@@ -730,30 +730,38 @@ class MaskedHost:
         found = re.fullmatch(r"/v1/federations/[^/]+/(.+)", path)
         assert found is not None, path
         options = dict(pair.split("=") for pair in query.split("&") if pair)
-        match method, found[1].split("/"):
-            case "GET", ["task"]:
+        names = found[1].split("/")
+        if method == "GET":
+            return self._get(names, options)
+        match method, names:
+            case "PUT", ["uploads", _, attempt, "parts", part]:
+                reply: WireModel = self.put_part(int(attempt), int(part), body)
+            case "POST", ["uploads", _, attempt, "complete"]:
+                reply = self.complete(int(attempt))
+            case "POST", ["readies"]:
+                reply = self.take_ready(parse(Signed[Ready], body))
+            case "POST", ["withdrawals"]:
+                self.withdrawn.append(parse(Signed[Withdrawal], body).body)
+                reply = Acknowledged()
+            case _:
+                _, transcript, kind = names
+                reply = self._post(transcript, kind, body)
+        return reply.canonical()
+
+    def _get(self, names: list[str], options: dict[str, str]) -> bytes:
+        match names:
+            case ["task"]:
                 return self.task(int(options["after"])).canonical()
-            case "GET", ["releases"]:
+            case ["releases"]:
                 after = int(options["after"])
                 newest = self.releases[-1].body.number
                 page = ReleasePage(releases=tuple(self.releases[after + 1 :]), newest=newest)
                 return page.canonical()
-            case "GET", ["blobs", name]:
+            case ["blobs", name]:
                 return self.blobs[bytes.fromhex(name)]
-            case "GET", ["cells", _, attempt]:
+            case _:
+                _, _, attempt = names
                 return self.news(int(attempt), AgentPhase(options["phase"])).canonical()
-            case "PUT", ["uploads", _, attempt, "parts", part]:
-                return self.put_part(int(attempt), int(part), body).canonical()
-            case "POST", ["uploads", _, attempt, "complete"]:
-                return self.complete(int(attempt)).canonical()
-            case "POST", ["readies"]:
-                return self.take_ready(parse(Signed[Ready], body)).canonical()
-            case "POST", ["withdrawals"]:
-                self.withdrawn.append(parse(Signed[Withdrawal], body).body)
-                return Acknowledged().canonical()
-            case "POST", ["cells", transcript, kind]:
-                return self._post(transcript, kind, body).canonical()
-        raise AssertionError((method, path))
 
     def _post(self, transcript: str, kind: str, body: bytes) -> WireModel:
         taken: dict[str, tuple[Any, Callable[[Any], WireModel], Callable[[Any], bytes]]] = {
