@@ -50,6 +50,7 @@ def start_helper(folder: Path, log: Path, *, port: int = 0) -> tuple[Process, st
     raise AssertionError(process.tail())
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_a_federation_with_a_helper_survives_that_the_helper_is_away(
     tmp_path: Path, processes: list[Process]
