@@ -34,8 +34,8 @@ from privacy.fixed_point import agreed_layout
 from protocol.base_description import BaseDescription
 from protocol.clock import Clock
 from protocol.errors import ProtocolError
-from protocol.limits import MAX_JSON_BYTES
-from protocol.manifest import FederationManifest, HelperMasking
+from protocol.limits import MAX_JSON_BYTES, MAX_WAVE
+from protocol.manifest import FederationManifest, HelperMasking, SumMasking
 from protocol.signing import Signed, sign, verify
 from protocol.wire import explain, parse
 from quant.adapter import adapter_shapes, initial_adapter, sent_layout
@@ -208,6 +208,13 @@ def check_recipe(config: ServerConfig, base: BaseDescription) -> None:
         check_helper_url(config.server.helper_url)
     rounds = config.rounds
     selected, most = most_selected(rounds), most_cells()
+    if isinstance(config.masking, SumMasking) and selected > MAX_WAVE:
+        msg = (
+            f"rounds.cohort_target = {rounds.cohort_target} with over_selection = "
+            f"{rounds.over_selection:g} selects {selected} agents; a masked round has at most "
+            f"{MAX_WAVE}, as each is sent the list of all"
+        )
+        raise ConfigError(msg)
     if selected > most:
         msg = (
             f"rounds.cohort_target = {rounds.cohort_target} with over_selection = "

@@ -38,6 +38,7 @@ _LIMITS: Final[Mapping[str, str]] = {
     "MAX_WEIGHT": "FedAvg weight that a manifest may allow",
     "MIN_CELL": "members of a masked cell, at least",
     "MAX_CELL": "members of a masked cell, at most",
+    "MAX_WAVE": "agents of a READY LIST",
     "MAX_READY_ATTEMPTS": "READY messages of an agent in a round",
     "MAX_HELPER_REQUEST_BYTES": "bytes of a request to a helper",
     "MAX_RELEASES_PER_REPLY": "releases in one reply",

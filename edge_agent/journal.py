@@ -15,6 +15,7 @@ from typing import Any, Final
 
 from edge_agent.errors import JournalError
 from privacy.secagg.agent import AttemptState
+from protocol.errors import ProtocolError
 from protocol.helped import HelperUpload
 from protocol.manifest import FederationManifest, Release, RoundManifest
 from protocol.messages import Credential, UploadHeader
@@ -406,7 +407,13 @@ class Journal:
             "SELECT state FROM attempts WHERE round = ? ORDER BY attempt DESC LIMIT 1",
             round_number,
         )
-        return None if row is None or row["state"] is None else parse(AttemptState, row["state"])
+        if row is None or row["state"] is None:
+            return None
+        try:
+            return parse(AttemptState, row["state"])
+        except ProtocolError:  # its text would quote a secret
+            msg = f"the attempt at round {round_number} in the journal is damaged"
+            raise JournalError(msg) from None
 
     def n_attempts(self, round_number: int) -> int:
         """How many attempts a masked round has seen."""

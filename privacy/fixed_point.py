@@ -286,9 +286,12 @@ def split_sum(words: Words, checks: Words, plan: EncodingPlan, *, n_members: int
         [n_payload] words.
 
     Raises:
-        SumError: The check words, the count, the weight or the flags are not those of `n_members`
+        SumError: Another length, or the check words, the count, the weight or the flags are not those of `n_members`
             members: a mask is missing or wrong, or a member lies about its count.
     """
+    if words.shape != (plan.n_words,):
+        msg = f"a sum of {words.shape} words, {plan.n_words} are expected"
+        raise SumError(msg)
     positions = np.array(plan.check_positions())
     expected: Words = (checks.astype(np.uint64) * np.uint64(n_members)).astype(plan.dtype)
     if not np.array_equal(words[positions], expected):

@@ -29,11 +29,17 @@ class SecureStream:
 
     Args:
         key: 32 bytes; None draws them from the operating system.
+
+    Raises:
+        ValueError: A key of another length.
     """
 
     def __init__(self, key: bytes | None = None) -> None:
         """Begin at the stream's start."""
         secret = os.urandom(KEY_BYTES) if key is None else key
+        if len(secret) != KEY_BYTES:
+            msg = f"a stream's key has {KEY_BYTES} bytes, not {len(secret)}"
+            raise ValueError(msg)
         self._cipher = Cipher(AES(secret), CTR(_ZERO_COUNTER)).encryptor()
         self._zeros, self._buffer = b"", bytearray()
 

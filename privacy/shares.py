@@ -40,7 +40,8 @@ def split(secret: bytes, *, n_shares: int, threshold: int, entropy: Entropy) -> 
         `n_shares` shares of 33 bytes.
 
     Raises:
-        ShareError: A secret of another length, or a threshold outside its range.
+        ShareError: A secret of another length, a threshold outside its range, or a generator that
+            gives too little.
     """
     if len(secret) != SECRET_BYTES:
         msg = f"a secret has {SECRET_BYTES} bytes, not {len(secret)}"
@@ -48,7 +49,11 @@ def split(secret: bytes, *, n_shares: int, threshold: int, entropy: Entropy) -> 
     if not 1 <= threshold <= n_shares:
         msg = f"threshold {threshold} of {n_shares} shares"
         raise ShareError(msg)
-    raw = entropy(_COEFFICIENT_BYTES * (threshold - 1))
+    n_bytes = _COEFFICIENT_BYTES * (threshold - 1)
+    raw = entropy(n_bytes)
+    if len(raw) != n_bytes:
+        msg = f"the generator gave {len(raw)} bytes of {n_bytes}"
+        raise ShareError(msg)
     polynomial = [int.from_bytes(secret, "big")]
     polynomial += [
         int.from_bytes(raw[start : start + _COEFFICIENT_BYTES], "big") % PRIME
@@ -119,7 +124,7 @@ def correct(shares: Mapping[int, bytes], *, threshold: int) -> tuple[bytes, froz
         The secret, and the places of the wrong shares.
 
     Raises:
-        ShareError: Too few shares, or more are wrong than can be told apart.
+        ShareError: Too few shares, one that is none, or more are wrong than can be told apart.
     """
     if len(shares) < threshold:
         msg = f"{len(shares)} shares; the threshold is {threshold}"
@@ -134,6 +139,11 @@ def correct(shares: Mapping[int, bytes], *, threshold: int) -> tuple[bytes, froz
         msg = f"more than {(len(places) - threshold) // 2} of {len(places)} shares are wrong"
         raise ShareError(msg)
     return _secret_bytes(polynomial[0] if polynomial else 0), wrong
+
+
+def is_share(share: bytes) -> bool:
+    """Whether bytes are an element: 33 of them, below p."""
+    return len(share) == SHARE_BYTES and int.from_bytes(share, "big") < PRIME
 
 
 def parse_share(share: bytes) -> int:

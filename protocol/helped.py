@@ -63,7 +63,7 @@ class HelperRequest(WireModel):
     round: Signed[RoundManifest]
     uploads_list: ReadyList
     """Sorted [identity, header digest]; the cells follow from it as from a READY LIST."""
-    uploads: Annotated[tuple[HelperUpload, ...], Field(max_length=limits.MAX_COHORT)]
+    uploads: Annotated[tuple[HelperUpload, ...], Field(max_length=limits.MAX_WAVE)]
 
     def digest(self) -> bytes:
         """The hash that the answer names."""

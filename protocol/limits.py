@@ -45,6 +45,9 @@ MIN_CELL: Final = 5
 MAX_CELL: Final = 32
 """Most members of a masked cell: what each is sent grows with the square of their number."""
 
+MAX_WAVE: Final = 10_000
+"""Agents of a READY LIST: every one of them is sent the whole of it."""
+
 MAX_READY_ATTEMPTS: Final = 9
 """READY messages of an agent in a round: one digit, so that all have one size."""
 

@@ -90,7 +90,7 @@ class ReadyList(WireModel):
     round_digest: Digest
     wave: PositiveInt
     """1 for the round's first list; a failed cell that tries again has a list of its own."""
-    entries: Annotated[Entries, Field(min_length=1, max_length=limits.MAX_COHORT)]
+    entries: Annotated[Entries, Field(min_length=1, max_length=limits.MAX_WAVE)]
     beacon: Digest | None = None
 
     def digest(self) -> bytes:

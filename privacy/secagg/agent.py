@@ -27,7 +27,7 @@ from privacy.secagg.checks import (
     confirmers,
 )
 from privacy.secagg.derive import ShareKind
-from privacy.shares import Entropy, split
+from privacy.shares import Entropy, is_share, split
 from protocol.checks import Check, CheckError
 from protocol.masked import (
     MISSING_SHARE,
@@ -296,7 +296,8 @@ class SecAggAgent:
             (ShareKind.SELF, self_share, header.self_shares[place]),
             (ShareKind.MASK, mask_share, header.mask_shares[place]),
         ):
-            if derive.share_digest(transcript, header.agent, own, kind, share) != digest:
+            signed = derive.share_digest(transcript, header.agent, own, kind, share) == digest
+            if not signed or not is_share(share):
                 return missing
         return ReceivedShares(dealer=header.agent, self_share=self_share, mask_share=mask_share)
 
@@ -353,7 +354,7 @@ class SecAggAgent:
 
     def uploaded(self) -> None:
         """Note that the server has the whole of the masked update."""
-        if self.state.phase is AgentPhase.SHARED:
+        if self.state.phase is AgentPhase.SHARED and self.state.upload is not None:
             self._move(AgentEvent.UPLOAD_ACCEPTED)
 
     # SURVIVORS in, CONFIRM out
@@ -369,8 +370,8 @@ class SecAggAgent:
             if state.survivors.entries() != survivors.entries():
                 raise CheckError(Check.TWO_SURVIVORS, "You have confirmed another one.")
             return state.confirm
-        if state.upload is None:
-            raise CheckError(Check.BAD_SURVIVORS, "You have uploaded nothing yet.")
+        if state.upload is None or state.phase is not AgentPhase.UPLOADED:
+            raise CheckError(Check.BAD_SURVIVORS, "Your upload was not accepted yet.")
         check_survivors(
             survivors,
             cell,

@@ -20,7 +20,7 @@ from protocol.masked import (
     SharesHeader,
     Survivors,
 )
-from protocol.signing import Signed, verify, verify_bytes
+from protocol.signing import BodyT, Signed, verify, verify_bytes
 from protocol.wire import b64u_encode, sha256
 
 ServerT = TypeVar("ServerT", ReadyList, Roster, Failed)
@@ -73,7 +73,7 @@ def check_roster(
     listed, roster = ready_list.body, signed.body
     list_digest, cell = listed.digest(), CellView(roster)
     for document, message in ((ready_list, list_digest), (signed, cell.transcript)):
-        _check_signed(policy.server, document.signature, message, Check.FOREIGN_SIGNATURE)
+        _check_signed(document, policy.server, message, Check.FOREIGN_SIGNATURE)
     expected = (policy.federation, policy.round, policy.round_digest)
     for body in (listed, roster):
         if (body.federation, body.round, body.round_digest) != expected:
@@ -136,7 +136,7 @@ def _check_member(signed: Signed[Ready], policy: CellPolicy, *, formed_at: int) 
     body = signed.body
     name = b64u_encode(body.agent)[:12]
     digest = body.digest()
-    _check_signed(body.agent, signed.signature, digest, Check.FOREIGN_ENTRY)
+    _check_signed(signed, body.agent, digest, Check.FOREIGN_ENTRY)
     if (body.federation, body.round) != (policy.federation, policy.round):
         found = f"Member {name} speaks of another round."
         raise CheckError(Check.FOREIGN_ENTRY, found)
@@ -151,11 +151,14 @@ def _check_member(signed: Signed[Ready], policy: CellPolicy, *, formed_at: int) 
     return digest
 
 
-def _check_signed(key: bytes, signature: bytes, message: bytes, check: Check) -> None:
+def _check_signed(signed: Signed[BodyT], key: bytes, message: bytes, check: Check) -> None:
+    """As `signing.verify`, for a document whose hash is at hand."""
     try:
-        verify_bytes(key, signature, message)
+        verify_bytes(key, signed.signature, message)
     except SignatureError as error:
         raise CheckError(check, f"{error}.") from error
+    if signed.key != key:
+        raise CheckError(check, "A document names another key than the one that signed it.")
 
 
 def keys_are_sound(ready: Ready) -> bool:

@@ -19,7 +19,7 @@ from privacy.masking import Mask, Words
 from privacy.secagg import derive
 from privacy.secagg.cells import CellView
 from privacy.secagg.derive import ShareKind
-from privacy.shares import Rebuilder, correct
+from privacy.shares import Rebuilder, correct, is_share
 from protocol.errors import SignatureError
 from protocol.masked import (
     MISSING_SHARE,
@@ -86,7 +86,8 @@ class CellServer:
     """The messages of one cell.
 
     Guarantees:
-        1. A message is accepted from a member, once, for this transcript, when its signature holds.
+        1. `check_*` accepts a message of a member, for this transcript, whose signature holds; that
+           a second one is refused is the journal's part.
         2. `recover` gives the masks of the survivors' sum only, and only from secrets that match
            their commitments and public keys.
         3. A survivor's mask key is never rebuilt, nor the self seed of one who did not survive.
@@ -178,7 +179,10 @@ class CellServer:
         body, dealer = signed.body, signed.body.dealer.body.agent
         self._check_author(body.agent, body.transcript)
         _check_signature(signed, "complaint")
-        known = self.shares.get(dealer)
+        shared, known = self._shared(), self.shares.get(dealer)
+        if body.agent not in shared or dealer not in shared:
+            msg = "a complaint is between members who have shared in time"
+            raise MaskedMessageError(msg)
         if known is None or known.header != body.dealer or dealer == body.agent:
             msg = "the complaint shows a header that its dealer did not send"
             raise MaskedMessageError(msg)
@@ -191,9 +195,12 @@ class CellServer:
         """Dealers of U2 of whom fewer than t members hold shares, as far as complaints go."""
         shared = self._shared()
         n_holders = {dealer: len(shared) - 1 for dealer in shared}
-        for _, accused in self.complaints:
-            n_holders[accused] -= 1
-        suspects = {dealer for _, dealer in self.complaints}
+        suspects = {
+            dealer for accuser, dealer in self.complaints if {accuser, dealer} <= set(shared)
+        }
+        for accuser, accused in self.complaints:
+            if accuser in shared and accused in suspects:
+                n_holders[accused] -= 1
         return tuple(d for d in shared if d in suspects and n_holders[d] < self.cell.threshold)
 
     def guilty_dealers(self) -> tuple[bytes, ...]:
@@ -358,7 +365,7 @@ class CellServer:
         threshold = self.cell.threshold
         shares = self._revealed(dealer, kind, known, limit=threshold)
         if len(shares) < threshold:
-            self._give_up_when_all_revealed(f"{len(shares)} shares are left", (dealer,))
+            self._give_up_when_all_revealed(dealer, f"{len(shares)} shares are left", known)
             return None
         secret = known.secret(shares)
         if secret is not None and holds(secret):
@@ -369,34 +376,47 @@ class CellServer:
             secret, _ = correct(self._revealed(dealer, kind, known), threshold=threshold)
             if holds(secret):
                 return secret
-        self._give_up_when_all_revealed("its shares are not of one secret", (dealer,))
+        self._give_up_when_all_revealed(dealer, "its shares are not of one secret", known)
         return None
 
-    def _give_up_when_all_revealed(self, reason: str, blamed: tuple[bytes, ...]) -> None:
+    def _give_up_when_all_revealed(self, dealer: bytes, reason: str, known: "_Rebuilding") -> None:
         if len(self.reveals) == len(self._alive()):
-            msg = f"a secret of {b64u_encode(blamed[0])[:12]} cannot be rebuilt: {reason}"
-            raise UnrecoverableError(msg, blamed)
+            msg = f"a secret of {b64u_encode(dealer)[:12]} cannot be rebuilt: {reason}"
+            raise UnrecoverableError(msg, tuple(sorted(known.blamed)))
 
     def _revealed(
         self, dealer: bytes, kind: ShareKind, known: "_Rebuilding", *, limit: int | None = None
     ) -> dict[int, bytes]:
-        """The shares of a dealer that match its digests, by x; at most `limit`."""
+        """The shares of a dealer that are what it signed, by x; at most `limit`.
+
+        Who reveals another share than the dealer signed is blamed; so is a dealer that signed what
+        is no share. That one is missing is the word of a single member, which nobody can disprove:
+        the dealer is blamed when more say so than could all be lying.
+        """
         header = self.shares[dealer].header.body
         digests = header.self_shares if kind is ShareKind.SELF else header.mask_shares
         found: dict[int, bytes] = {}
+        n_missing = 0
         for agent in sorted(self.reveals):
             if len(found) == limit:
                 break
             body = self.reveals[agent].body
             given = dict(body.self_shares if kind is ShareKind.SELF else body.mask_shares)
-            share = given.get(dealer, MISSING_SHARE)
+            share = given.get(dealer)
+            if share is None:  # its own
+                continue
             if share == MISSING_SHARE:
+                n_missing += 1
                 continue
             digest = derive.share_digest(self.cell.transcript, dealer, agent, kind, share)
             if digest != digests[self.cell.place(dealer, agent)]:
                 known.blamed.add(agent)
-                continue
-            found[self.cell.places[agent] + 1] = share
+            elif not is_share(share):
+                known.blamed.add(dealer)
+            else:
+                found[self.cell.places[agent] + 1] = share
+        if n_missing > self.cell.colluders:
+            known.blamed.add(dealer)
         return found
 
     # What holds for all

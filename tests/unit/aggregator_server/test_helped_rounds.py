@@ -63,9 +63,11 @@ class Helper:
 @pytest.fixture
 def helper(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Helper]:
     made = Helper(tmp_path / "helper")
-    monkeypatch.setattr(
-        HelperClient, "_call", made.call
-    )
+
+    def call(client: HelperClient, *args: Any, **named: Any) -> bytes:
+        return made.call(client, *args, **named)
+
+    monkeypatch.setattr(HelperClient, "_call", call)
     yield made
     made.service.close()
 

@@ -276,7 +276,7 @@ def test_a_cell_without_the_agent(make_cell: Any, refused: Any) -> None:
     refused(cell.agents[0], Check.EDITED_ENTRY, join(cell.agents[0], offer))
 
 
-@pytest.mark.parametrize("digest", [None, bytes(32)])
+@pytest.mark.parametrize("digest", [None, bytes(32)], ids=["absent", "other"])
 def test_a_list_without_the_agent(digest: bytes | None, make_cell: Any, refused: Any) -> None:
     cell = make_cell(5)
     first, *rest = cell.listed.body.entries
@@ -640,15 +640,25 @@ def test_a_bundle_of_another_cell(shared: Any, refused: Any) -> None:
 def test_a_dealers_shares_of_another_cell(shared: Any, refused: Any) -> None:
     # Replayed from a failed attempt, for instance: the dealer's signature holds.
     agent, bundle = shared.agents[0], shared.bundle(0)
-    replayed = shared.deal(3, transcript=bytes(32)).header
+    body = bundle.headers[3].body.model_copy(update={"transcript": bytes(32)})
+    replayed = sign(shared.agents[3]._signer, "shares", body).signed
     refused(agent, Check.BAD_BUNDLE, give(agent, replaced(bundle, 3, replayed)))
 
 
-def test_a_dealer_twice(shared: Any, refused: Any) -> None:
+@pytest.mark.parametrize(
+    "dealers", [(0, 1, 2, 2), (0, 1, 2, 4, 4, 5), (0, 1, 2, 4, 3, 5), (5, 4, 3, 2, 1, 0)], ids=str
+)
+def test_a_dealer_twice_or_out_of_order(
+    dealers: tuple[int, ...], shared: Any, refused: Any
+) -> None:
+    # Padding: three dealers pass for four. Each ciphertext is the one of its header.
     agent, bundle = shared.agents[0], shared.bundle(0)
-    refused(agent, Check.BAD_BUNDLE, give(agent, replaced(bundle, 3, bundle.headers[4])))
-    swapped = replaced(replaced(bundle, 3, bundle.headers[4]), 4, bundle.headers[3])
-    refused(agent, Check.BAD_BUNDLE, give(agent, swapped))
+    changed = Bundle(
+        transcript=bundle.transcript,
+        headers=tuple(bundle.headers[i] for i in dealers),
+        ciphertexts=tuple(bundle.ciphertexts[i - 1] for i in dealers if i != 0),
+    )
+    refused(agent, Check.BAD_BUNDLE, give(agent, changed))
 
 
 def test_a_dealer_from_outside_the_cell(shared: Any, make_key: Any, refused: Any) -> None:
@@ -667,9 +677,11 @@ def test_a_header_for_more_or_fewer_members(
     more: int, field: str, shared: Any, refused: Any
 ) -> None:
     agent, bundle = shared.agents[0], shared.bundle(0)
-    digests = getattr(bundle.headers[3].body, field)
+    body = bundle.headers[3].body
+    digests = getattr(body, field)
     changed = digests[:-1] if more < 0 else (*digests, bytes(32))
-    header = shared.deal(3, **{field: changed}).header
+    edited = body.model_copy(update={field: changed})
+    header = sign(shared.agents[3]._signer, "shares", edited).signed
     refused(agent, Check.BAD_BUNDLE, give(agent, replaced(bundle, 3, header)))
 
 
@@ -1056,17 +1068,21 @@ def test_forged_confirmations(confirming: Any, make_key: Any, refused: Any) -> N
     )
 
 
+@pytest.mark.parametrize("outer", [False, True])
 @pytest.mark.parametrize("inner", [False, True])
-def test_confirmations_of_another_cell(inner: bool, confirming: Any, refused: Any) -> None:
+def test_confirmations_of_another_cell(
+    inner: bool, outer: bool, confirming: Any, refused: Any
+) -> None:
     agent, confirmed = confirming.agents[0], confirming.confirmed()
+    other = {"transcript": bytes(32)}
     confirms = tuple(
-        confirm.model_copy(update={"transcript": bytes(32)} if inner else {})
-        for confirm in confirmed.confirmations
+        confirm.model_copy(update=other if inner else {}) for confirm in confirmed.confirmations
     )
-    other = Confirmed(
-        transcript=confirmed.transcript if inner else bytes(32), confirmations=confirms
-    )
-    refused(agent, Check.UNCONFIRMED, reveal(agent, other))
+    changed = confirmed.model_copy(update={"confirmations": confirms, **(other if outer else {})})
+    if inner or outer:
+        refused(agent, Check.UNCONFIRMED, reveal(agent, changed))
+    else:
+        agent.receive_confirmed(changed)
 
 
 def test_a_reveal_without_a_confirm(uploaded: Any, refused: Any) -> None:

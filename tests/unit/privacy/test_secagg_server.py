@@ -245,7 +245,7 @@ def test_a_survivor_is_hidden_by_each_other_survivor(make_cell: Any) -> None:
         ({"ciphertexts": (bytes(32),) * 4}, "5 members"),
         ({"ciphertexts": (bytes(32),) * 5}, "digests"),
     ],
-    ids=str,
+    ids=["cell", "fewer", "more", "none", "fewer ciphertexts", "other ciphertexts"],
 )
 def test_shares_that_contradict_the_cell_are_refused(
     change: dict[str, Any], says: str, make_cell: Any
