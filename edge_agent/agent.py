@@ -40,6 +40,7 @@ from edge_agent.training.trainer import LocalTrainer, RoundRecipe, TrainerOption
 from edge_agent.transport import Transport, Upload
 from privacy.fixed_point import EncodingPlan
 from privacy.updates import PlainUpdate
+from protocol.checks import Check
 from protocol.clock import Clock
 from protocol.limits import LONG_POLL_S, PART_BYTES
 from protocol.manifest import CellMasking, HelperMasking, RoundManifest, Weighting
@@ -155,7 +156,11 @@ class Agent:
                     clock=clock,
                     say=self._say,
                     wait=self._wait,
+                    stopping=wishes.stopping,
                 )
+        elif member.owners_cell.min_cell or member.owners_cell.min_friends:
+            msg = "this federation masks nothing, and you ask for masked cells (min_cell, min_friends)"
+            raise TrustError(msg, Check.SMALL_CELL)
 
     def run(self, *, until_finished: bool = False) -> None:
         """Take part until the owner stops it.

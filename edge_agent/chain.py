@@ -5,7 +5,7 @@ shown to the owner, and ends the matter: nothing secret is sent.
 """
 
 from collections.abc import Iterable
-from typing import TypeVar
+from typing import Final, TypeVar
 
 import numpy as np
 
@@ -17,6 +17,9 @@ from protocol.messages import Credential, Discovery
 from protocol.signing import Invite, Signed, fingerprint, format_fingerprint, verify
 from quant.adapter import AdapterArrays
 
+_EARLIEST_S: Final = 10**9
+_LATEST_S: Final = 10**10
+"""Seconds since the Unix epoch of ten digits, as a READY's expiry has: 2001 to 2286."""
 BodyT = TypeVar("BodyT", FederationManifest, Credential, Release, RoundManifest)
 
 
@@ -135,6 +138,10 @@ def check_round(
         "it belongs to another federation": (
             Check.STALE_MANIFEST,
             body.federation != manifest.federation or body.federation_digest != manifest.digest(),
+        ),
+        "its times are none that a clock shows": (
+            Check.STALE_MANIFEST,
+            not _EARLIEST_S <= body.cap_at < _LATEST_S,
         ),
         f"its number does not rise above {last_round}": (
             Check.STALE_MANIFEST,

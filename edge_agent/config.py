@@ -9,10 +9,10 @@ import json
 import re
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, Self
 
 import platformdirs
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -88,6 +88,13 @@ class AgentSettings(BaseSettings):
             msg = f"hours must look like 22-07 (from 22:00 until 07:00), not {value!r}"
             raise ValueError(msg)
         return value
+
+    @model_validator(mode="after")
+    def _friends(self) -> Self:
+        if self.min_friends > len(set(self.friends)):
+            msg = f"min_friends is {self.min_friends}, and friends names {len(set(self.friends))}"
+            raise ValueError(msg)
+        return self
 
     @property
     def allowed_hours(self) -> Hours | None:

@@ -15,6 +15,7 @@ AgentError
 ├── JournalError               a home or journal that cannot be used
 ├── TransportError             the server cannot be reached, or does not speak this protocol
 │   ├── UnreachableError       no whole answer; the same body may be sent again
+│   ├── OtherBytesError        a download is not what its digest promises
 │   └── RefusedError           a problem document
 └── TrustError                 signatures, chain or manifest contradict what the server sent
 ```
@@ -96,6 +97,10 @@ class UnreachableError(TransportError):
     """No answer, or none that is whole; the same body may be sent again."""
 
 
+class OtherBytesError(TransportError):
+    """A download is not what its digest promises; nothing of it is used."""
+
+
 class RefusedError(TransportError):
     """The server refused; `document` says why and what to do next."""
 
@@ -114,6 +119,5 @@ class TrustError(AgentError):
 
     def __init__(self, message: str, check: Check | None = None) -> None:
         """Name what was found, and the check."""
-        suffix = "" if check is None else f" [check {check.number}, {check.value}]"
-        super().__init__(message + suffix)
+        super().__init__(message if check is None else f"{message} {check.code}")
         self.check = check

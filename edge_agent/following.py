@@ -1,7 +1,7 @@
 """Follows the chain of releases and holds the global adapter that training starts from."""
 
 from edge_agent.chain import check_change, check_releases
-from edge_agent.errors import JournalError, TrustError
+from edge_agent.errors import JournalError, OtherBytesError, TrustError
 from edge_agent.home import AgentHome
 from edge_agent.journal import Journal
 from edge_agent.transport import Transport
@@ -17,6 +17,7 @@ from quant.adapter import (
     sent_layout,
     to_safetensors,
 )
+from quant.errors import AdapterError
 
 
 class ReleaseFollower:
@@ -126,6 +127,15 @@ class ReleaseFollower:
                 path.unlink()
 
     def _arrays_of(self, release: Release) -> AdapterArrays:
+        try:
+            return self._checked_arrays_of(release)
+        except OtherBytesError as error:
+            raise TrustError(str(error), Check.OTHER_ADAPTER) from error
+        except AdapterError as error:
+            msg = f"release {release.number} cannot be used: {error}"
+            raise TrustError(msg, Check.BROKEN_ADAPTER) from error
+
+    def _checked_arrays_of(self, release: Release) -> AdapterArrays:
         path = self._transport.fetch(release.sent, self._home.cache)
         sent_shapes = {slot.name: slot.shape for slot in self.layout.slots}
         arrays = from_safetensors(path.read_bytes(), sent_shapes)

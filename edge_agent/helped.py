@@ -8,15 +8,14 @@ import os
 import secrets
 
 from edge_agent.durable import write_hashed
-from edge_agent.errors import JournalError, TrainingError, TrustError
+from edge_agent.errors import JournalError, TrustError
 from edge_agent.journal import Part
+from edge_agent.masked import encoded
 from edge_agent.member import Member
-from privacy.errors import UpdateRangeError
-from privacy.fixed_point import EncodingPlan, encode
+from privacy.fixed_point import EncodingPlan
 from privacy.helper import SEED_BYTES, mask_seed, seal_context, seal_seed
 from privacy.masked_vector import masked_runs
 from privacy.masking import Mask
-from privacy.noise import SecureStream
 from privacy.secagg.derive import check_words
 from privacy.updates import PlainUpdate
 from protocol.checks import Check
@@ -60,6 +59,9 @@ class HelpedRounds:
                 f"{member.owners_cell.min_cell} at least"
             )
             raise TrustError(msg, Check.SMALL_CELL)
+        if member.owners_cell.min_friends:
+            msg = "under helper masks nobody can promise who is in your cell; set min_friends = 0"
+            raise TrustError(msg, Check.TOO_FEW_FRIENDS)
         self._member = member
         self._credential = credential
         self._masking = masking
@@ -74,17 +76,11 @@ class HelpedRounds:
         """Encode, mask and seal a finished update, once, and keep it.
 
         Raises:
-            TrainingError: It does not fit the agreed range, or is not finite (check 15).
+            TrainingError: It is zero, not finite, or does not fit the agreed range (checks 15, 18).
             JournalError: It cannot be written.
         """
         manifest, signer = part.manifest.body, self._member.signer
-        try:
-            words = encode(
-                update.vector, weight=update.weight, plan=self._plan, stream=SecureStream()
-            )
-        except UpdateRangeError as error:
-            msg = f"{Check.OUT_OF_RANGE.sentence} {error}"
-            raise TrainingError(msg) from error
+        words = encoded(update, self._plan)
         seed = os.urandom(SEED_BYTES)
         mask = Mask(seed=mask_seed(seed, manifest, signer.identity), sign=1)
         checks = check_words(manifest.digest(), word_bits=self._plan.word_bits)

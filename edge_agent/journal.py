@@ -219,9 +219,10 @@ class Journal:
             self._db.execute("UPDATE membership SET data = ?", (data,))
 
     def leave(self, now: float) -> None:
-        """Note that the membership was revoked."""
+        """Note that the membership was revoked, and erase the secrets of masked attempts."""
         with self._transaction():
             self._db.execute("UPDATE membership SET left_at = ?", (now,))
+            self._db.execute("UPDATE attempts SET state = NULL")
 
     def has_left(self) -> bool:
         """Whether the membership was revoked; quick, for the working process to ask often."""
@@ -369,7 +370,7 @@ class Journal:
         return self.part(part.round, part.attempt) or part
 
     def abandon_part(self, part: Part, *, now: float, note: str) -> Part:
-        """Give a part up, wherever it stands.
+        """Give a part up, wherever it stands; one whose shares are revealed only ends.
 
         Args:
             part: Which one; its phase is the journal's.
@@ -380,6 +381,9 @@ class Journal:
             TransitionError: Its update was accepted in the open mode, or all of it is done.
         """
         found = self.part(part.round, part.attempt) or part
+        if found.phase is AgentPhase.REVEALED and not found.ended:
+            self.end_part(found, now=now, note=note)
+            return self.part(part.round, part.attempt) or found
         in_cell = found.words_sha256 is not None and found.phase in _AFTER_UPLOAD
         event = AgentEvent.CELL_LOST if in_cell else AgentEvent.ABANDON
         return self.move_part(part, event, now=now, note=note)

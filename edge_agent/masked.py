@@ -22,6 +22,7 @@ from edge_agent.transport import Transport, Upload
 from privacy.errors import UpdateRangeError
 from privacy.fixed_point import EncodingPlan, encode
 from privacy.masked_vector import masked_runs
+from privacy.masking import Words
 from privacy.noise import SecureStream
 from privacy.secagg.agent import SecAggAgent
 from privacy.secagg.checks import CellPolicy
@@ -34,6 +35,7 @@ from protocol.masked import (
     BundleNews,
     ConfirmedNews,
     EndedNews,
+    Failed,
     FailedNews,
     NoNews,
     RosterNews,
@@ -42,6 +44,7 @@ from protocol.masked import (
 from protocol.messages import UploadState
 from protocol.phases import AgentEvent, AgentPhase
 from protocol.problems import ProblemType
+from protocol.signing import Signed
 
 MASKED_PHASES: Final = frozenset(
     {
@@ -56,6 +59,22 @@ MASKED_PHASES: Final = frozenset(
 _GONE_ON: Final = frozenset({ProblemType.STAGE_CLOSED, ProblemType.ROUND_CLOSED})
 _MENDABLE: Final = frozenset({ProblemType.INCOMPLETE, ProblemType.DIGEST_MISMATCH})
 _MAX_UPLOAD_TRIES: Final = 5
+
+
+def encoded(update: PlainUpdate, plan: EncodingPlan) -> Words:
+    """A finished update as words, its checks done.
+
+    Raises:
+        TrainingError: It is zero, not finite, or does not fit the agreed range (checks 15, 18).
+    """
+    if not update.vector.any():
+        raise TrainingError(str(CheckError(Check.UNMOVED, "The update is zero.")))
+    try:
+        return encode(update.vector, weight=update.weight, plan=plan, stream=SecureStream())
+    except UpdateRangeError as error:
+        finite = bool(np.isfinite(update.vector).all())
+        check = Check.OUT_OF_RANGE if finite else Check.NOT_FINITE
+        raise TrainingError(str(CheckError(check, f"{error}."))) from error
 
 
 class MaskedRounds:
@@ -76,6 +95,7 @@ class MaskedRounds:
         clock: Time.
         say: Tells the owner what happens.
         wait: Waits, unless the owner stops the agent.
+        stopping: Whether the owner has.
 
     Raises:
         JournalError: The membership has no credential.
@@ -92,6 +112,7 @@ class MaskedRounds:
         clock: Clock,
         say: Callable[[str, str], None],
         wait: Callable[[float], None],
+        stopping: Callable[[], bool] = lambda: False,
     ) -> None:
         """Check the manifest against the owner's wishes; nothing is sent."""
         owner, credential = member.owners_cell, member.membership.credential
@@ -116,6 +137,7 @@ class MaskedRounds:
         self._clock = clock
         self._say = say
         self._wait = wait
+        self._stopping = stopping
         self._heard: set[tuple[bytes, AgentPhase]] = set()
         """What the server has acknowledged in this process; more is only repeated."""
         self._ready_until: dict[bytes, float] = {}
@@ -126,16 +148,10 @@ class MaskedRounds:
         """Encode a finished update, once, and keep it.
 
         Raises:
-            TrainingError: It does not fit the agreed range, or is not finite (check 15).
+            TrainingError: It is zero, not finite, or does not fit the agreed range (checks 15, 18).
             JournalError: It cannot be written.
         """
-        try:
-            words = encode(
-                update.vector, weight=update.weight, plan=self._plan, stream=SecureStream()
-            )
-        except UpdateRangeError as error:
-            msg = f"{Check.OUT_OF_RANGE.sentence} {error}"
-            raise TrainingError(msg) from error
+        words = encoded(update, self._plan)
         path = self._home.encoded_update(part.round, part.attempt)
         try:
             write_durably(path, words.data)
@@ -159,6 +175,8 @@ class MaskedRounds:
             JournalError: The finished update cannot be read.
         """
         if part.phase is AgentPhase.TRAINED:
+            if not self._delayed(part):
+                return
             part = self._get_ready(part)
         state = self._journal.attempt(part.round)
         if state is None:
@@ -185,12 +203,19 @@ class MaskedRounds:
             min_friends=self._owner.min_friends,
         )
 
-    def _get_ready(self, part: Part) -> Part:
-        n_attempts = self._journal.n_attempts(part.round)
-        if n_attempts == 0 and self._masking.ready_delay_s > 0:
-            # When READY comes would tell how long training took.
+    def _delayed(self, part: Part) -> bool:
+        """Wait before the first READY, as its time would tell how long training took.
+
+        Returns:
+            Whether the wait is over, and was not cut short by a stop.
+        """
+        if self._journal.n_attempts(part.round) == 0 and self._masking.ready_delay_s > 0:
             longest_ms = int(self._masking.ready_delay_s * 1000)
             self._wait(secrets.randbelow(longest_ms + 1) / 1000)
+        return not self._stopping()
+
+    def _get_ready(self, part: Part) -> Part:
+        n_attempts = self._journal.n_attempts(part.round)
         agent = SecAggAgent.begin(
             self._signer,
             self._policy(part),
@@ -228,7 +253,12 @@ class MaskedRounds:
             send = partial(self._transport.complain, complaint, round_number=part.round)
             self._quietly(send)
         if agent.state.upload is None:
-            digest = self._mask(part, agent)
+            try:
+                digest = self._mask(part, agent)
+            except JournalError:
+                if self._is_over(part, agent):
+                    return
+                raise
             agent.sign_upload(digest)
             self._journal.save_attempt(part, agent.state)
         if self._upload(part, agent):
@@ -295,13 +325,29 @@ class MaskedRounds:
             case ConfirmedNews(confirmed=confirmed):
                 agent.receive_confirmed(confirmed)
             case FailedNews(failed=failed):
-                may_retry = agent.receive_failed(failed) and failed.body.may_retry
-                self._after_failure(part, agent, failed.body.reason.value, may_retry=may_retry)
+                self._after_failure(part, agent, failed)
                 return
             case EndedNews(counted=counted):
                 self._after_end(part, agent, counted=counted)
                 return
         self._journal.save_attempt(part, agent.state)
+
+    def _is_over(self, part: Part, agent: SecAggAgent) -> bool:
+        """Whether the cell is over for this agent; then the part has ended."""
+        answer = self._transport.cell_news(
+            round_number=part.round,
+            attempt=agent.state.ready.body.attempt,
+            phase=agent.state.phase,
+            wait_s=0.0,
+        )
+        match answer.news:
+            case FailedNews():
+                self._abandon(part, "its cell failed, and the finished update is lost")
+            case EndedNews(counted=counted):
+                self._after_end(part, agent, counted=counted)
+            case _:
+                return False
+        return True
 
     def _check_age(self, agent: SecAggAgent) -> None:
         # By the monotonic clock: the machine's own may be wrong, and the server's is its word.
@@ -309,10 +355,15 @@ class MaskedRounds:
         if until is not None and self._clock.monotonic() > until:
             raise CheckError(Check.EXPIRED_READY, "Yours is too old by your own clock.")
 
-    def _after_failure(
-        self, part: Part, agent: SecAggAgent, reason: str, *, may_retry: bool
-    ) -> None:
-        if not may_retry or agent.state.ready.body.attempt >= MAX_READY_ATTEMPTS:
+    def _after_failure(self, part: Part, agent: SecAggAgent, failed: Signed[Failed]) -> None:
+        phase, reason = agent.state.phase, failed.body.reason.value
+        may_retry = agent.receive_failed(failed)
+        if not may_retry:
+            consumed = phase is AgentPhase.CONFIRMED or phase is AgentPhase.REVEALED
+            check = Check.CONSUMED if consumed else Check.NO_RETRY
+            self._abandon(part, f"its cell failed: {reason}. {check.sentence} {check.code}")
+            return
+        if not failed.body.may_retry or agent.state.ready.body.attempt >= MAX_READY_ATTEMPTS:
             self._abandon(part, f"its cell failed: {reason}")
             return
         self._say("retrying", f"round {part.round}: its cell failed ({reason}); once more")
@@ -320,7 +371,7 @@ class MaskedRounds:
         self._get_ready(self._journal.fail_attempt(part))
 
     def _after_end(self, part: Part, agent: SecAggAgent, *, counted: bool) -> None:
-        if counted and agent.state.phase is AgentPhase.CONFIRMED:
+        if counted and agent.state.phase in {AgentPhase.UPLOADED, AgentPhase.CONFIRMED}:
             self._journal.move_part(
                 part, AgentEvent.SUM_KNOWN, now=self._clock.now(), note="in its cell's sum"
             )

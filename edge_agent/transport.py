@@ -19,7 +19,12 @@ import requests
 import tenacity
 from pydantic import BaseModel
 
-from edge_agent.errors import RefusedError, TransportError, UnreachableError
+from edge_agent.errors import (
+    OtherBytesError,
+    RefusedError,
+    TransportError,
+    UnreachableError,
+)
 from protocol import limits
 from protocol.clock import Clock
 from protocol.errors import ProtocolError
@@ -343,7 +348,7 @@ class Transport:
             The file, whose SHA-256 was checked.
 
         Raises:
-            TransportError: The server sends other bytes than promised.
+            OtherBytesError: The server sends other bytes than promised.
             RefusedError: It does not have the blob.
         """
         path = folder / ref.sha256.hex()
@@ -359,7 +364,7 @@ class Transport:
             if attempt == 0 and self._on_retry is not None:
                 self._on_retry("a download did not match its digest; once more", 0.0)
         msg = f"the server sends other bytes than {ref.sha256.hex()}; nothing of them is used"
-        raise TransportError(msg)
+        raise OtherBytesError(msg)
 
     # One try and many
 

@@ -10,13 +10,14 @@ from edge_agent.config import AgentSettings
 from edge_agent.data.reading import read_records
 from edge_agent.data.records import ReadReport
 from edge_agent.data.tokens import TokenizedData, tokenize
-from edge_agent.errors import JournalError
+from edge_agent.errors import JournalError, TrustError
 from edge_agent.home import AgentHome
 from edge_agent.journal import Journal, Membership
 from edge_agent.member import Member, OwnersCell
 from edge_agent.membership import record_outgoing
 from edge_agent.politeness import OwnersWishes
 from edge_agent.transport import Transport
+from protocol.checks import Check
 from protocol.clock import Clock
 from protocol.manifest import FederationManifest
 from protocol.wire import b64u_decode
@@ -27,6 +28,7 @@ from quant.base_model import (
     parse_device,
     set_threads,
 )
+from quant.errors import FingerprintError
 
 _GB: Final = 1_000_000_000
 
@@ -124,7 +126,8 @@ def prepare(
 
     Raises:
         JournalError: Never joined, left, expired, or another process works here.
-        QuantError: The base cannot be used, or is another one.
+        QuantError: The base cannot be used.
+        TrustError: It is another base than the federation's.
         DataError: The data cannot be used.
     """
     member = _active_membership(journal, clock.now())
@@ -149,7 +152,10 @@ def prepare(
         manifest = member.federation.body
         transport.use_federation(manifest)
         on_event(AgentEventReport(kind="loading", text=f"base model {manifest.base.model}"))
-        base = load_membership_base(member, settings)
+        try:
+            base = load_membership_base(member, settings)
+        except FingerprintError as error:
+            raise TrustError(str(error), Check.OTHER_BASE) from error
         data, report = load_data(member.data, manifest, base, settings)
         on_event(
             AgentEventReport(

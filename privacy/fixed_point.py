@@ -286,8 +286,9 @@ def split_sum(words: Words, checks: Words, plan: EncodingPlan, *, n_members: int
         [n_payload] words.
 
     Raises:
-        SumError: Another length, or the check words, the count, the weight or the flags are not those of `n_members`
-            members: a mask is missing or wrong, or a member lies about its count.
+        SumError: Another length, or the check words, the count, the weight or the flags are not
+            those of `n_members` members: a mask is missing or wrong, or a member lies about its
+            count.
     """
     if words.shape != (plan.n_words,):
         msg = f"a sum of {words.shape} words, {plan.n_words} are expected"

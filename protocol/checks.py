@@ -1,6 +1,9 @@
 """What an agent checks by itself (PROTOCOL): one code, number and plain sentence for each check.
 
 A check that fails ends the attempt: it is logged, shown to the owner, and nothing secret is sent.
+Checks 8, 13 and 16 have no code: they hold by construction. Keys are drawn anew for each attempt
+and erased at its end; what is revealed follows from two disjoint sets, once; and no message has a
+field for a figure of the data.
 """
 
 from enum import StrEnum
@@ -35,12 +38,11 @@ class Check(StrEnum):
     BAD_SURVIVORS = "bad-survivors"
     TWO_SURVIVORS = "two-survivors"
     UNCONFIRMED = "unconfirmed"
-    TWO_KINDS = "two-kinds"
-    SECOND_REVEAL = "second-reveal"
     CONSUMED = "consumed"
     NO_RETRY = "no-retry"
     OUT_OF_RANGE = "out-of-range"
     NOT_FINITE = "not-finite"
+    BROKEN_ADAPTER = "broken-adapter"
     MOVED_TOO_FAR = "moved-too-far"
     UNMOVED = "unmoved"
 
@@ -48,6 +50,11 @@ class Check(StrEnum):
     def number(self) -> int:
         """Its number in PROTOCOL's list, 1 to 18."""
         return _TABLE[self][0]
+
+    @property
+    def code(self) -> str:
+        """Number and code as the owner reads them: `[check 4, wrong-threshold]`."""
+        return f"[check {self.number}, {self.value}]"
 
     @property
     def sentence(self) -> str:
@@ -79,12 +86,11 @@ _TABLE: Final[dict[Check, tuple[int, str]]] = {
     Check.BAD_SURVIVORS: (11, "The list of survivors is not one that your cell can have."),
     Check.TWO_SURVIVORS: (11, "The server shows a second list of survivors."),
     Check.UNCONFIRMED: (12, "Too few members confirm the list of survivors that you confirmed."),
-    Check.TWO_KINDS: (13, "The server asks for both shares of one member."),
-    Check.SECOND_REVEAL: (13, "The server asks for shares a second time."),
     Check.CONSUMED: (14, "Your update already counts; it is in no second sum."),
     Check.NO_RETRY: (14, "Nothing allows your update to be tried again."),
     Check.OUT_OF_RANGE: (15, "Your update does not fit the agreed range."),
     Check.NOT_FINITE: (15, "Your update has values that are not finite."),
+    Check.BROKEN_ADAPTER: (17, "The received adapter is none, or has values that are not finite."),
     Check.MOVED_TOO_FAR: (17, "The received adapter moved further than you accepted."),
     Check.UNMOVED: (18, "Training changed nothing, which is a fault: nothing is sent."),
 }
@@ -95,6 +101,6 @@ class CheckError(ProtocolError):
 
     def __init__(self, check: Check, found: str) -> None:
         """Name the check and what was found."""
-        super().__init__(f"{check.sentence} {found} [check {check.number}, {check.value}]")
+        super().__init__(f"{check.sentence} {found} {check.code}")
         self.check = check
         self.found = found

@@ -129,6 +129,7 @@ AGENT_TRANSITIONS: Final[Mapping[tuple[AgentPhase, AgentEvent], AgentPhase]] = M
         (AgentPhase.SHARED, AgentEvent.UPLOAD_ACCEPTED): AgentPhase.UPLOADED,
         (AgentPhase.UPLOADED, AgentEvent.CONFIRM_SIGNED): AgentPhase.CONFIRMED,
         (AgentPhase.CONFIRMED, AgentEvent.REVEAL_SENT): AgentPhase.REVEALED,
+        (AgentPhase.UPLOADED, AgentEvent.SUM_KNOWN): AgentPhase.REVEALED,
         (AgentPhase.CONFIRMED, AgentEvent.SUM_KNOWN): AgentPhase.REVEALED,
         (AgentPhase.READY, AgentEvent.ATTEMPT_FAILED): AgentPhase.TRAINED,
         (AgentPhase.SHARED, AgentEvent.ATTEMPT_FAILED): AgentPhase.TRAINED,

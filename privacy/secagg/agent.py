@@ -454,6 +454,8 @@ class SecAggAgent:
         if self.transcript is not None and body.transcript != self.transcript:
             raise CheckError(Check.NO_RETRY, "The failure is of another cell.")
         phase = self.state.phase
+        if phase is AgentPhase.CONFIRMED or phase is AgentPhase.REVEALED:
+            return False
         if phase is AgentPhase.READY or phase is AgentPhase.SHARED:
             return self.state.upload is None or not self.state.tried_again
         return phase is AgentPhase.UPLOADED and not self.state.tried_again

@@ -72,8 +72,8 @@ def check_roster(
     """
     listed, roster = ready_list.body, signed.body
     list_digest, cell = listed.digest(), CellView(roster)
-    for document, message in ((ready_list, list_digest), (signed, cell.transcript)):
-        _check_signed(document, policy.server, message, Check.FOREIGN_SIGNATURE)
+    _check_signed(ready_list, policy.server, list_digest, Check.FOREIGN_SIGNATURE)
+    _check_signed(signed, policy.server, cell.transcript, Check.FOREIGN_SIGNATURE)
     expected = (policy.federation, policy.round, policy.round_digest)
     for body in (listed, roster):
         if (body.federation, body.round, body.round_digest) != expected:

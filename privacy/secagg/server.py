@@ -181,7 +181,7 @@ class CellServer:
         _check_signature(signed, "complaint")
         shared, known = self._shared(), self.shares.get(dealer)
         if body.agent not in shared or dealer not in shared:
-            msg = "a complaint is between members who have shared in time"
+            msg = "the complaint is of shares that its dealer did not send in time, or to another"
             raise MaskedMessageError(msg)
         if known is None or known.header != body.dealer or dealer == body.agent:
             msg = "the complaint shows a header that its dealer did not send"
@@ -399,7 +399,7 @@ class CellServer:
         n_missing = 0
         for agent in sorted(self.reveals):
             if len(found) == limit:
-                break
+                break  # shares are checked when they are needed
             body = self.reveals[agent].body
             given = dict(body.self_shares if kind is ShareKind.SELF else body.mask_shares)
             share = given.get(dealer)

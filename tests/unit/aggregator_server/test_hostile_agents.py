@@ -88,7 +88,7 @@ def shares_of(
 
     `of_self` and `of_mask` are its shares by place; `unopenable` members are given noise.
     """
-    news = attacker.told(RosterNews)
+    news = attacker.told(RosterNews, AgentPhase.READY)
     attacker.secagg.receive_roster(news.ready_list, news.roster)
     state, cell = attacker.secagg.state, CellView(news.roster.body)
     me, transcript = attacker.identity, cell.transcript
@@ -261,7 +261,6 @@ class TestShares:
         attacker = world.members[0]
         deal(attacker)
         first = attacker.secagg.state.shares
-        attacker.secagg.state = attacker.secagg.state.model_copy(update={"shares": first})
         again = shares_of(attacker, of_mask=noise_shares(6))
         assert problem_of(attacker.to_cell("shares", again)) is ProblemType.CONFLICT
         attacker.secagg.state = attacker.secagg.state.model_copy(update={"shares": first})
@@ -305,22 +304,29 @@ class TestShares:
     def test_a_complaint_about_a_dealer_who_came_too_late_does_not_fail_the_round(
         self, accused, monkeypatch
     ):
-        """Two colluders: one's SHARES arrive just as the stage ends, the other complains of it."""
+        """Two colluders: one's SHARES are journalled just as the stage ends, the other complains.
+
+        Its SHARES are checked, then the clockwork reads what has come, then they are journalled.
+        """
         world = accused(8)
         dealer, liar, *rest = world.members
-        shares = shares_of(dealer)
-        cells = world.store.cells
-        real = cells.move
-
-        def move(*args: Any, **options: Any) -> None:
-            monkeypatch.undo()
-            assert dealer.to_cell("shares", shares).status_code in {200, 409}
-            real(*args, **options)
-
         for member in [liar, *rest]:
             member.share()
-        monkeypatch.setattr(cells, "move", move)
-        world.case.advance(STAGE_S + 1)
+        shares = shares_of(dealer)
+        cells = world.store.cells
+        real_add, real_move = cells.add_message, cells.move
+
+        def add_message(*args: Any, **options: Any) -> None:
+            def move(*arguments: Any, **others: Any) -> None:
+                real_add(*args, **options)
+                real_move(*arguments, **others)
+
+            monkeypatch.setattr(cells, "move", move)
+            world.case.advance(STAGE_S + 1)
+
+        monkeypatch.setattr(cells, "add_message", add_message)
+        dealer.to_cell("shares", shares)
+        monkeypatch.undo()
         place = CellView(liar.secagg.state.roster.body).place(dealer.identity, liar.identity)
         body = Complaint(
             transcript=liar.secagg.transcript,
@@ -359,7 +365,7 @@ def complaint(liar: Any, victim: Any, **changes: Any) -> Signed[Complaint]:
 class TestReveal:
     def test_wrong_shares_of_one_who_vanished_are_found_and_the_sum_is_exact(self, accused):
         world = accused(6)
-        attacker, gone, *rest = world.members
+        attacker, _, *rest = world.members
         world.play("share")
         there = [attacker, *rest]
         world.play("upload", who=there, late=True)
@@ -381,7 +387,7 @@ class TestReveal:
     ):
         world = accused(12, cell_target=6)  # t = 4
         bad, fine = world.by_cell()
-        attacker, one, two, *rest = bad
+        attacker, _, _, *rest = bad
         world.play("share")
         world.play("upload", who=[attacker, *rest, *fine], late=True)
         world.play("confirm", who=[attacker, *rest, *fine])
@@ -647,7 +653,7 @@ class TestUpload:
         world.assert_published(world.members)
 
     def test_a_copied_body_is_no_second_vote_and_costs_the_cell(self, accused):
-        """Who reads another's bytes on the wire can send them as its own; the masks give it away."""
+        """Who reads another's bytes can send them as its own; the masks give it away."""
         world = accused(12, cell_target=6)
         bad, fine = world.by_cell()
         world.play("share")
@@ -731,7 +737,7 @@ def send_slowly(world: Any, attacker: Any, path: str, *, first: bytes) -> tuple[
 class TestReplay:
     def test_messages_of_an_earlier_cell_do_nothing_in_a_later_one(self, accused, problem_of):
         world = accused(7, up_to="upload")
-        attacker, *rest = world.members
+        attacker = world.members[0]
         there = world.members[:4]
         world.play("upload", who=there, late=True)
         old = attacker.secagg.state
@@ -832,19 +838,20 @@ class TestStrangers:
                 response = stranger.to_cell(what, message, member.secagg.transcript)
                 assert problem_of(response) in refused, what
 
+        others = first[1:]
         member.share()
         try_all("shares")
-        world.play("share", who=first)
+        world.play("share", who=others)
         member.mask()
         member.head()
         try_all("shares", "complaints", "uploads")
         world.play("upload", who=first)
         member.confirm()
         try_all("shares", "complaints", "uploads", "confirm")
-        world.play("confirm", who=first)
+        world.play("confirm", who=others)
         member.reveal()
         try_all("shares", "complaints", "uploads", "confirm", "reveal")
-        world.play("reveal", who=first)
+        world.play("reveal", who=others)
         world.play(*STAGES, who=second)
         world.assert_published(world.members, n_cells=2)
 
@@ -874,8 +881,10 @@ class TestStrangers:
         world.play(*STAGES[: STAGES.index(before)], who=first)
         for one in first:
             getattr(one, before)()
+        state = member.secagg.state
         self.look_ahead(member, what)
         message = forged(stranger, member, what)
+        member.secagg.state = state
         cells = world.store.cells
         real = cells.add_message
 
@@ -887,14 +896,14 @@ class TestStrangers:
         monkeypatch.setattr(cells, "add_message", add_message)
         response = stranger.to_cell(what, message, member.secagg.transcript)
         monkeypatch.undo()
+        assert response.status_code != 200, response.text
         journalled = {found.agent for found in cells.messages(member.secagg.transcript)}
+        assert stranger.identity not in journalled
         left = STAGES[STAGES.index(before) + 1 :]
         # One of the survivors does not reveal, so shares of its seed are needed.
         for stage in left:
             world.play(stage, who=[member, *rest][: -1 if stage == "reveal" else None])
         world.play(*STAGES, who=second)
-        assert response.status_code != 200, response.text
-        assert stranger.identity not in journalled
         world.assert_published(world.members, n_cells=2)
 
     @staticmethod

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from privacy.secagg.cells import CellView, assign, cell_sizes, colluders, draw_seed, threshold
-from protocol.limits import MAX_CELL, MAX_COHORT, MAX_JSON_BYTES, MIN_CELL
+from protocol.limits import MAX_CELL, MAX_JSON_BYTES, MAX_WAVE, MIN_CELL
 from protocol.manifest import CellMasking
 from protocol.masked import Bundle, ReadyList, SharesHeader
 from protocol.signing import Signed
@@ -190,8 +190,8 @@ def test_the_bundle_of_a_cell_that_a_manifest_allows_fits_into_a_reply(n_members
     assert len(canonical_json(bundle.as_json())) <= MAX_JSON_BYTES
 
 
-def test_the_list_of_the_largest_cohort_fits_into_a_reply() -> None:
+def test_the_list_of_the_largest_wave_fits_into_a_reply() -> None:
     # Each entry has one size, so a thousand of them tell of all.
     sizes = [len(canonical_json(listed(n_ready).as_json())) for n_ready in (1000, 2000)]
     n_bytes_each = (sizes[1] - sizes[0]) / 1000
-    assert sizes[0] + (MAX_COHORT - 1000) * n_bytes_each <= MAX_JSON_BYTES
+    assert sizes[0] + (MAX_WAVE - 1000) * n_bytes_each <= MAX_JSON_BYTES

@@ -843,7 +843,15 @@ def test_a_share_above_the_prime_is_one_wrong_share(make_cell: Any, make_entropy
     shares[3] = PRIME.to_bytes(33, "big")
     cell.share_badly(9, of_mask=shares)
     cell.share(range(9))
-    play_on(cell, gone=[9])
+    cell.server.close_sharing()
+    cell.mask()
+    cell.upload(range(9))
+    cell.server.close_uploading()
+    cell.confirm(range(9))
+    # An agent that complains says that it holds none; one that does not look passes it on.
+    assert cell.agents[3].state.complaints
+    lie(cell, 3, 9, share=shares[3])
+    cell.reveal(i for i in range(9) if i != 3)
     assert cell.server.recover().blamed == (cell.ids[9],)
     assert np.array_equal(cell.unmasked(), cell.plain_sum(range(9)))
 
