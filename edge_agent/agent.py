@@ -159,7 +159,7 @@ class Agent:
                     stopping=wishes.stopping,
                 )
         elif member.owners_cell.min_cell or member.owners_cell.min_friends:
-            msg = "this federation masks nothing, and you ask for masked cells (min_cell, min_friends)"
+            msg = "this federation masks nothing; min_cell and min_friends ask for masked cells"
             raise TrustError(msg, Check.SMALL_CELL)
 
     def run(self, *, until_finished: bool = False) -> None:
