@@ -225,14 +225,22 @@ class Federation:
         self.work.notify()
 
     def begin_masked_upload(self, identity: bytes, signed: Signed[MaskedHeader]) -> UploadStatus:
-        """Announce a masked upload; see `Cells.check_upload` and `Uploads.begin_masked`."""
-        row = self.masked().check_upload(identity, signed)
-        (attempt,) = (
-            member.attempt
-            for member in self._store.cells.members(row.transcript)
-            if member.agent == identity
+        """Announce a masked upload; see `Cells.check_upload` and `Uploads.begin_masked`.
+
+        One that was announced before gets its stored answer, also when its cell has gone on.
+        """
+        cells, header = self.masked(), signed.body
+        member = self._store.cells.member(header.transcript, identity)
+        if member is None:
+            cells.check_upload(identity, signed)  # says what is wrong, if there is such a cell
+            raise Refusal(ProblemType.NOT_FOUND, "there is no such cell of this agent's")
+        known = self._store.uploads.find(member.round, identity, member.attempt)
+        if known is not None and known.digest == header.digest():
+            return self.uploads.status(identity, member.round, member.attempt)
+        cells.check_upload(identity, signed)
+        return self.uploads.begin_masked(
+            identity, signed, round_number=member.round, attempt=member.attempt
         )
-        return self.uploads.begin_masked(identity, signed, round_number=row.round, attempt=attempt)
 
     def complete_upload(self, identity: bytes, round_number: int, attempt: int) -> UploadStatus:
         """Verify and accept an upload; see `Uploads.complete`."""

@@ -314,6 +314,27 @@ def split_sum(words: Words, checks: Words, plan: EncodingPlan, *, n_members: int
     return payload
 
 
+def checked_sum(words: Words, checks: Words, plan: EncodingPlan, *, n_members: int) -> Words:
+    """As `split_sum`, and the mean is no longer than an honest one can be.
+
+    Every honest update has a norm of at most C, so has their weighted mean, but for the rounding. A
+    weight that lies, or words that are no update, can make it as long as this and no longer.
+
+    Raises:
+        SumError: See `split_sum`; or the mean is longer than C allows (LEARNING, "Filtering").
+    """
+    payload = split_sum(words, checks, plan, n_members=n_members)
+    found = decode(payload, plan)
+    per_weight = plan.max_weight / found.weight_sum
+    slack = sum(slot.n_values * float(slot.step or 0.0) ** 2 for slot in plan.layout.slots)
+    longest = plan.clip_norm + n_members * per_weight * float(np.sqrt(slack))
+    norm = l2_norm(found.values) * per_weight
+    if not norm <= longest * (1.0 + 1e-6):
+        msg = f"the mean of the cell has norm {norm:.6g}; at most {longest:.6g} is agreed"
+        raise SumError(msg)
+    return payload
+
+
 def decode(payload: Words, plan: EncodingPlan) -> DecodedSum:
     """The numbers of a checked sum.
 

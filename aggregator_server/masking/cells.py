@@ -12,7 +12,12 @@ import structlog
 from aggregator_server.blobs import Blobs
 from aggregator_server.charter import Charter, MaskedTerms
 from aggregator_server.closing import moves
-from aggregator_server.errors import Refusal, refuse_first
+from aggregator_server.errors import (
+    AggregationError,
+    BlobMissingError,
+    Refusal,
+    refuse_first,
+)
 from aggregator_server.masking.books import Books
 from aggregator_server.masking.vectors import PartReader, put_sum
 from aggregator_server.membership import require_author
@@ -27,7 +32,7 @@ from aggregator_server.store.store import Store
 from aggregator_server.unmask import Unmasker
 from aggregator_server.uploads import stored_parts
 from privacy.errors import MaskedMessageError, SumError
-from privacy.fixed_point import N_TAIL_WORDS, split_sum
+from privacy.fixed_point import N_TAIL_WORDS, checked_sum
 from privacy.secagg.checks import keys_are_sound
 from privacy.secagg.derive import survivors_hash
 from privacy.secagg.server import CellServer, Recovery, UnrecoverableError
@@ -183,11 +188,8 @@ class Cells:
             about=signed.body.dealer.body.agent,
         )
 
-    def check_upload(self, identity: bytes, signed: Signed[MaskedHeader]) -> MaskedCellRow:
+    def check_upload(self, identity: bytes, signed: Signed[MaskedHeader]) -> None:
         """Check the head of a masked upload against its cell (message 6).
-
-        Returns:
-            The cell.
 
         Raises:
             Refusal: It contradicts the cell, or the cell takes no uploads.
@@ -198,7 +200,6 @@ class Cells:
             raise Refusal(ProblemType.STAGE_CLOSED, f"the cell is {row.phase.value}")
         with self._books.of(row) as book:
             _checked(lambda: book.check_upload(signed))
-        return row
 
     def confirm(self, identity: bytes, transcript: bytes, confirm: Confirm) -> None:
         """Take a survivor's word (message 8).
@@ -247,7 +248,10 @@ class Cells:
         if row.phase in phases:
             with self._books.of(row) as book:
                 _checked(lambda: check(book))
-        # Where the cell has gone on, the store still gives a repeated message its stored answer.
+        else:
+            # Nothing unchecked is journalled, also if the stage begins just now; but a repeated
+            # message gets its stored answer.
+            phases = ()
         self._store.cells.add_message(
             transcript,
             identity,
@@ -378,13 +382,13 @@ class Cells:
 
     def _close_revealing(self, row: MaskedCellRow, book: CellServer) -> bool:
         try:
-            recovery = book.recover()
+            recovery = book.recover(last_call=self._late(row, n_stages=_REVEAL_STAGES))
         except UnrecoverableError as error:
             _log.warning("a cell is lost", round=row.round, error=str(error))
-            return self._fail(row, FailureReason.BAD_SHARES, blamed=error.blamed)
+            reason = FailureReason.BAD_SHARES if error.blamed else FailureReason.TOO_FEW_REVEALED
+            return self._fail(row, reason, blamed=error.blamed)
         if recovery is None:
-            late = self._late(row, n_stages=_REVEAL_STAGES)
-            return late and self._fail(row, FailureReason.TOO_FEW_REVEALED)
+            return False
         if recovery.blamed:
             names = [member.hex()[:12] for member in recovery.blamed]
             _log.warning("members sent wrong shares", round=row.round, members=names)
@@ -395,20 +399,21 @@ class Cells:
         survivors = tuple(upload.agent for upload in uploads)
         if survivors != recovery.survivors:  # cannot be: U3 was journalled with these very uploads
             return self._fail(row, FailureReason.BAD_SUM)
-        words = self._unmasker.unmask(
-            PartReader(
-                blobs=self._blobs,
-                vectors=tuple(stored_parts(self._store, upload) for upload in uploads),
-            ),
-            recovery.masks,
-            n_words=self._plan.n_words,
-            word_bits=self._plan.word_bits,
+        reader = PartReader(
+            blobs=self._blobs,
+            vectors=tuple(stored_parts(self._store, upload) for upload in uploads),
         )
         try:
-            payload = split_sum(
+            words = self._unmasker.unmask(
+                reader,
+                recovery.masks,
+                n_words=self._plan.n_words,
+                word_bits=self._plan.word_bits,
+            )
+            payload = checked_sum(
                 words, recovery.checks, self._plan, n_members=len(recovery.survivors)
             )
-        except SumError as error:
+        except (SumError, AggregationError, BlobMissingError) as error:
             _log.warning("a cell is lost", round=row.round, error=str(error))
             return self._fail(row, FailureReason.BAD_SUM)
         entries = book.survivor_entries()

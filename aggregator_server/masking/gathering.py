@@ -1,12 +1,12 @@
 """Waves of cells: when ready agents are cut into cells, and when a failed cell tries again."""
 
+from collections import Counter
 from collections.abc import Collection
 from typing import Final
 
 import structlog
 
 from aggregator_server.charter import Charter
-from aggregator_server.errors import StaleWriteError
 from aggregator_server.masking.cells import Cells
 from aggregator_server.masking.formation import form_cells
 from aggregator_server.store.cells import OVER
@@ -14,7 +14,7 @@ from aggregator_server.store.rows import MaskedCellRow, ReadyRow, RoundRow
 from aggregator_server.store.store import Store
 from protocol.clock import Clock
 from protocol.manifest import CellMasking, RoundManifest
-from protocol.masked import Failed
+from protocol.masked import Failed, Ready
 from protocol.phases import CellPhase
 from protocol.signing import Signed
 from protocol.wire import parse
@@ -58,9 +58,25 @@ class Waves:
         self._presence_s = presence_s
 
     def waiting(self, row: RoundRow) -> tuple[ReadyRow, ...]:
-        """The READY messages of present agents that wait for a cell."""
-        seen_after = self._clock.now() - self._presence_s
-        return self._store.cells.waiting(row.number, seen_after=seen_after)
+        """The READY messages of present agents that wait for a cell, fit to be in one.
+
+        One that has expired, or shows a key that another one shows too, would make every other
+        member refuse its cell.
+        """
+        now = self._clock.now()
+        rows = self._store.cells.waiting(row.number, seen_after=now - self._presence_s)
+        readies = {found.agent: parse(Signed[Ready], found.message).body for found in rows}
+        n_shown = Counter(
+            key for ready in readies.values() for key in (ready.sealing_key, ready.masking_key)
+        )
+        return tuple(
+            found
+            for found in rows
+            if readies[found.agent].expires_at > now
+            and readies[found.agent].credential.body.expires_at > now
+            and n_shown[readies[found.agent].sealing_key] == 1
+            and n_shown[readies[found.agent].masking_key] == 1
+        )
 
     def form(
         self,
@@ -99,6 +115,9 @@ class Waves:
 
         Returns:
             Whether all of them are over for good.
+
+        Raises:
+            StaleWriteError: A message came meanwhile, or the round has ended; look again.
         """
         for cell in self._store.cells.of_round(row.number):
             self._advance_cell(cell)
@@ -113,12 +132,7 @@ class Waves:
         )
 
     def _advance_cell(self, cell: MaskedCellRow) -> None:
-        while cell.phase not in OVER:
-            try:
-                if not self._cells.advance(cell):
-                    return
-            except StaleWriteError as error:
-                _log.info("a message came meanwhile", error=str(error))
+        while cell.phase not in OVER and self._cells.advance(cell):
             found = self._store.cells.get(cell.transcript)
             if found is None:  # cannot be: cells are never deleted
                 return

@@ -15,7 +15,7 @@ from aggregator_server.store.store import Store
 from aggregator_server.unmask import Unmasker
 from aggregator_server.uploads import stored_parts
 from privacy.errors import SumError
-from privacy.fixed_point import N_TAIL_WORDS, split_sum
+from privacy.fixed_point import N_TAIL_WORDS, checked_sum
 from privacy.secagg import cells
 from privacy.secagg.derive import check_words, survivors_hash
 from protocol.errors import SignatureError
@@ -140,7 +140,7 @@ class HelpedRounds:
         words -= np.frombuffer(self._client.fetch(item.words), self._plan.dtype)
         checks = check_words(manifest.digest(), word_bits=self._plan.word_bits)
         try:
-            payload = split_sum(words, checks, self._plan, n_members=len(uploads))
+            payload = checked_sum(words, checks, self._plan, n_members=len(uploads))
         except SumError as error:
             _log.warning("a cell is lost", round=manifest.round, cell=item.cell, error=str(error))
             return None

@@ -228,6 +228,15 @@ class CellStore:
                 connection, round_number, agent
             )
 
+    def member(self, transcript: bytes, agent: bytes) -> CellMemberRow | None:
+        """A member of a cell, or None."""
+        query = select(cell_members).where(
+            cell_members.c.transcript == transcript, cell_members.c.agent == agent
+        )
+        with self._database.reading() as connection:
+            row = connection.execute(query).first()
+            return None if row is None else CellMemberRow(**row._mapping)
+
     def members(self, transcript: bytes) -> tuple[CellMemberRow, ...]:
         """The members of a cell."""
         query = select(cell_members).where(cell_members.c.transcript == transcript)

@@ -239,7 +239,8 @@ class UploadStore:
             masked_cells.c.transcript == uploads.c.transcript,
             masked_cells.c.phase.in_([CellPhase.UNMASKED.value, CellPhase.FAILED.value]),
         )
-        which = or_(dead, summed) if keep_accepted else or_(dead, summed, used)
+        served = and_(uploads.c.weight == 0, or_(summed, over))
+        which = or_(dead, served) if keep_accepted else or_(dead, served, used)
         query = select(uploads).where(uploads.c.has_bytes.is_(True), which).order_by(uploads.c.id)
         with self._database.reading() as connection:
             return tuple(upload_of(row._mapping) for row in connection.execute(query))

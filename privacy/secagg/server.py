@@ -68,7 +68,9 @@ class UnrecoverableError(MaskedMessageError):
 class _Rebuilding:
     """Lagrange coefficients by the places of the shares, and who was caught."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, final: bool) -> None:
+        self.final = final
+        """Whether nothing more will be revealed."""
         self._rebuilders: dict[tuple[int, ...], Rebuilder] = {}
         self.blamed: set[bytes] = set()
 
@@ -304,15 +306,18 @@ class CellServer:
             msg = "self_seed is not the one that was committed to"
             raise MaskedMessageError(msg)
 
-    def recover(self) -> Recovery | None:
+    def recover(self, *, last_call: bool = False) -> Recovery | None:
         """The masks of the survivors' sum, once enough was revealed; None before.
 
+        Args:
+            last_call: Nothing more will come.
+
         Raises:
-            UnrecoverableError: A dealer's shares match its digests and are still not of the secret
-                that it committed to.
+            UnrecoverableError: Nothing more will come, and a secret cannot be rebuilt: too little
+                was revealed, or a dealer's shares are not of the secret that it committed to.
         """
         alive, shared = self._alive(), self._shared()
-        known = _Rebuilding()
+        known = _Rebuilding(final=last_call or len(self.reveals) == len(alive))
         bundle = self.bundle_hash()
         masks: list[Mask] = []
         for member in alive:
@@ -365,7 +370,7 @@ class CellServer:
         threshold = self.cell.threshold
         shares = self._revealed(dealer, kind, known, limit=threshold)
         if len(shares) < threshold:
-            self._give_up_when_all_revealed(dealer, f"{len(shares)} shares are left", known)
+            self._give_up_at_the_end(dealer, f"{len(shares)} shares are left", known)
             return None
         secret = known.secret(shares)
         if secret is not None and holds(secret):
@@ -376,11 +381,11 @@ class CellServer:
             secret, _ = correct(self._revealed(dealer, kind, known), threshold=threshold)
             if holds(secret):
                 return secret
-        self._give_up_when_all_revealed(dealer, "its shares are not of one secret", known)
+        self._give_up_at_the_end(dealer, "its shares are not of one secret", known)
         return None
 
-    def _give_up_when_all_revealed(self, dealer: bytes, reason: str, known: "_Rebuilding") -> None:
-        if len(self.reveals) == len(self._alive()):
+    def _give_up_at_the_end(self, dealer: bytes, reason: str, known: "_Rebuilding") -> None:
+        if known.final:
             msg = f"a secret of {b64u_encode(dealer)[:12]} cannot be rebuilt: {reason}"
             raise UnrecoverableError(msg, tuple(sorted(known.blamed)))
 
