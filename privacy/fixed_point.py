@@ -206,8 +206,9 @@ def encode(vector: Float32Array, *, weight: int, plan: EncodingPlan, stream: Sec
             if value.max() > amplitude or value.min() < -amplitude:
                 clipped = True
                 np.clip(value, -amplitude, amplitude, out=value)
-            n_squares += float(np.einsum("i,i", value, value))
             signed[run] = value
+            np.multiply(value, value, out=value)
+            n_squares += float(value.sum())
         squares += n_squares * step * step
         slack += slot.n_values * step * step
     words[-N_TAIL_WORDS:] = (weight, 1, int(clipped))
@@ -225,7 +226,8 @@ def l2_norm(vector: Float32Array) -> float:
     for run in _runs(slice(0, len(vector))):
         part = buffer[: run.stop - run.start]
         np.copyto(part, vector[run])
-        total += float(np.einsum("i,i", part, part))  # not BLAS, whose threads wait for each other
+        np.multiply(part, part, out=part)  # not BLAS, whose threads wait for each other
+        total += float(part.sum())
     return float(np.sqrt(total)) if np.isfinite(total) else float("nan")
 
 
@@ -248,18 +250,34 @@ def with_checks(payload: Words, checks: Words, plan: EncodingPlan, start: int, s
         [stop − start] words, a copy.
     """
     run = np.empty(stop - start, plan.dtype)
-    at = start
+    fill_with_checks(run, payload, checks, plan, start)
+    return run
+
+
+def fill_with_checks(
+    run: Words, payload: Words, checks: Words, plan: EncodingPlan, start: int
+) -> None:
+    """As `with_checks`, into `run`, which says how many words are wanted.
+
+    Args:
+        run: Written to.
+        payload: [n_payload].
+        checks: [16].
+        plan: Of the federation.
+        start: First word.
+    """
+    at, stop = start, start + len(run)
+    n_before = 0
     for index, position in enumerate(plan.check_positions()):
         if position < at:
+            n_before = index + 1
             continue
         if position >= stop:
             break
         run[at - start : position - start] = payload[at - index : position - index]
         run[position - start] = checks[index]
-        at = position + 1
-    n_before = sum(position < at for position in plan.check_positions())
+        at, n_before = position + 1, index + 1
     run[at - start :] = payload[at - n_before : stop - n_before]
-    return run
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,11 +3,13 @@
 from collections.abc import Iterator, Sequence
 from typing import Final
 
-from privacy.fixed_point import EncodingPlan, with_checks
+import numpy as np
+
+from privacy.fixed_point import EncodingPlan, fill_with_checks
 from privacy.masking import Mask, MaskAdder, Words
 
-RUN_BYTES: Final = 4 * 1024 * 1024
-"""Of a run; a multiple of the cipher's block, so that any run of a vector can be made by itself."""
+RUN_BYTES: Final = 1024 * 1024
+"""Of a run: it stays in the cache while every mask is added and its digest is taken."""
 
 
 def masked_runs(
@@ -22,11 +24,13 @@ def masked_runs(
         plan: Of the federation.
 
     Yields:
-        Runs of at most 4 MiB; each is the caller's.
+        Runs of at most 1 MiB; each is good until the next one is asked for.
     """
     adder = MaskAdder(masks, word_bits=plan.word_bits)
     step = RUN_BYTES // plan.dtype.itemsize
+    buffer = np.empty(min(step, plan.n_words), plan.dtype)
     for start in range(0, plan.n_words, step):
-        run = with_checks(payload, checks, plan, start, min(start + step, plan.n_words))
+        run = buffer[: min(step, plan.n_words - start)]
+        fill_with_checks(run, payload, checks, plan, start)
         adder.add(run)
         yield run

@@ -59,4 +59,6 @@ class SecureStream:
         if len(self._buffer) < n_bytes:
             self._zeros, self._buffer = bytes(n_bytes), bytearray(n_bytes)
         self._cipher.update_into(memoryview(self._zeros)[:n_bytes], self._buffer)
-        np.multiply(np.frombuffer(self._buffer, "<u4", len(values)), _UINT32_SCALE, out=values)
+        # Two passes: converting and multiplying in one is three times slower in NumPy.
+        np.copyto(values, np.frombuffer(self._buffer, "<u4", len(values)))
+        values *= _UINT32_SCALE
