@@ -29,7 +29,7 @@ from protocol.manifest import MaskingBlock, SumMasking
 N_CHECK_WORDS: Final = 16
 N_TAIL_WORDS: Final = 3
 """The weight, the count and the clipped flag."""
-_CHUNK_VALUES: Final = 1 << 15
+_CHUNK_VALUES: Final = 1 << 16
 
 
 def amplitude_of(*, word_bits: Literal[16, 32], max_members: int) -> int:
@@ -203,12 +203,13 @@ def encode(vector: Float32Array, *, weight: int, plan: EncodingPlan, stream: Sec
             stream.fill_uniform(noise)
             np.add(value, noise, out=value)
             np.floor(value, out=value)
-            if value.max() > amplitude or value.min() < -amplitude:
+            square = np.multiply(value, value, out=noise)
+            if square.max() > amplitude**2:
                 clipped = True
                 np.clip(value, -amplitude, amplitude, out=value)
+                np.multiply(value, value, out=square)
+            n_squares += float(square.sum())
             signed[run] = value
-            np.multiply(value, value, out=value)
-            n_squares += float(value.sum())
         squares += n_squares * step * step
         slack += slot.n_values * step * step
     words[-N_TAIL_WORDS:] = (weight, 1, int(clipped))
