@@ -525,15 +525,12 @@ class TestVector:
     @pytest.mark.parametrize(
         ("tail", "lie"), [(-2, 0), (-2, 2), (-2, 65_535), (-3, 60_000), (-1, 60_000)]
     )
-    def test_a_count_a_weight_or_a_flag_beyond_its_range_costs_its_own_cell(
-        self, accused, tail, lie
-    ):
-        world = accused(12, cell_target=6)
-        bad, fine = world.by_cell()
-        bad[0].payload[tail] = lie
+    def test_a_count_a_weight_or_a_flag_beyond_its_range_gives_no_sum(self, accused, tail, lie):
+        world = accused(5)
+        world.members[0].payload[tail] = lie
         world.play(*STAGES)
-        assert failed_cell(world, bad[1]).reason is FailureReason.BAD_SUM
-        world.assert_published(fine)
+        assert failed_cell(world, world.members[1]).reason is FailureReason.BAD_SUM
+        assert world.failure == "no cell of the round gave a sum"
 
     def test_a_lying_weight_within_its_range_rescales_its_own_cell_alone(self, accused):
         """PROTOCOL, "What is claimed": masking costs robustness, and says which."""
@@ -561,17 +558,28 @@ class TestVector:
         world.play(*STAGES)
         assert_within_norm(world)
 
-    def test_a_vector_masked_for_others_costs_its_own_cell(self, accused):
-        world = accused(12, cell_target=6)
-        bad, fine = world.by_cell()
-        world.play("share")
-        bad[0].mask()
-        words = np.frombuffer(bad[0].body, bad[0].plan.dtype).copy()
+    def test_a_vector_under_other_masks_gives_no_sum(self, accused):
+        world = accused(5, up_to="upload")
+        attacker, other = world.members[:2]
+        attacker.mask()
+        words = np.frombuffer(attacker.body, attacker.plan.dtype).copy()
         words[::2] += 1  # a mask that is wrong in every other word
-        bad[0].body = words.tobytes()
+        attacker.body = words.tobytes()
         world.play("upload", "confirm", "reveal")
-        assert failed_cell(world, bad[1]).reason is FailureReason.BAD_SUM
-        world.assert_published(fine)
+        assert failed_cell(world, other).reason is FailureReason.BAD_SUM
+
+    def test_updates_at_the_norm_cap_are_summed_whatever_their_weights(self, accused):
+        """The honest are never taken for attackers: all alike, as long and as light as may be."""
+        for weight in (1, 256):
+            world = accused(5, ready=False, weights=[weight] * 5)
+            for member in world.members:
+                plan = member.plan
+                value = plan.clip_norm / np.sqrt(plan.layout.n_values)
+                vector = np.full(plan.layout.n_values, 2 * value, np.float32)
+                stream = SecureStream()
+                member.payload = encode(vector, weight=weight, plan=plan, stream=stream)
+            world.play("ready", *STAGES)
+            world.assert_published(world.members)
 
 
 def assert_within_norm(world: Any) -> None:
@@ -654,17 +662,14 @@ class TestUpload:
 
     def test_a_copied_body_is_no_second_vote_and_costs_the_cell(self, accused):
         """Who reads another's bytes can send them as its own; the masks give it away."""
-        world = accused(12, cell_target=6)
-        bad, fine = world.by_cell()
-        world.play("share")
-        thief, victim = bad[:2]
+        world = accused(6, up_to="upload")
+        thief, victim, *rest = world.members
         victim.upload()
         thief.mask()
         thief.body = victim.body
-        world.play("upload", who=[member for member in world.members if member is not victim])
+        world.play("upload", who=[thief, *rest])
         world.play("confirm", "reveal")
         assert failed_cell(world, victim).reason is FailureReason.BAD_SUM
-        world.assert_published(fine)
 
     def test_a_slow_loris_is_cut_off_and_the_cell_goes_on_without_it(
         self, accused, problem_of, monkeypatch
