@@ -8,6 +8,7 @@ interpreter's lock), and nothing ever holds more than one slice of one vector be
 import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import partial
 from typing import Final, Literal, TypeAlias
@@ -85,12 +86,16 @@ class Unmasker:
         work = partial(_sum_slice, read, tuple(masks), word_bits)
         total = np.empty(n_words, word_dtype(word_bits))
         worth_it = len(slices) > 1 and len(masks) * n_words * item > _ALONE_BYTES
-        if self._n_processes > 1 and worth_it:
-            done: Iterator[Words] = self._processes().map(work, slices)
-        else:
-            done = map(work, slices)
-        for part, words in zip(slices, done, strict=True):
-            total[part.start : part.stop] = words
+        try:
+            if self._n_processes > 1 and worth_it:
+                done: Iterator[Words] = self._processes().map(work, slices)
+            else:
+                done = map(work, slices)
+            for part, words in zip(slices, done, strict=True):
+                total[part.start : part.stop] = words
+        except BrokenProcessPool:
+            self.close()  # a process was killed: the next sum starts new ones
+            raise
         return total
 
     def _processes(self) -> Executor:

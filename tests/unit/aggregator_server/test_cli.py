@@ -294,7 +294,7 @@ def test_releases_are_listed_shown_rolled_back_and_exported(run, founded, tmp_pa
         (("serve", "DIR", "--port", "TAKEN"), "cannot listen on host 127.0.0.1, port"),
         (("init", "NEW", "--base", "BASE", "--database-url", "mysql://h/d"), "postgresql"),
         (("init", "NEW", "--base", "BASE", "--blobs-url", "nonsense://h"), "blobs_url"),
-        (("init", "NEW", "--base", "BASE", "--cohort", 9000), "lower one of the two"),
+        (("init", "NEW", "--base", "BASE", "--cohort", 9000), "a masked round has at most 10000"),
         (("agents", "revoke", "DIR", "xyz"), "no agent has an identity that begins with 'xyz'"),
         (("agents", "revoke", "DIR", "-x"), "no agent has an identity that begins with '-x'"),
     ],

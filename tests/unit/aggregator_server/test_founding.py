@@ -208,7 +208,7 @@ def test_another_kind_of_database_is_refused_without_its_password(make_case, url
 
 
 def test_a_round_of_more_updates_than_its_release_can_name_is_refused(base, clock, tmp_path):
-    config = make_config(RecipeOptions(name="Test", cohort_target=8000), base)
+    config = make_config(RecipeOptions(name="Test", cohort_target=8000, masking=Masking.OFF), base)
     with pytest.raises(ConfigError) as caught:
         found_federation(tmp_path / "new", config=config, base=base, clock=clock)
     message = str(caught.value)
