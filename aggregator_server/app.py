@@ -87,6 +87,7 @@ def create_app(federation: Federation) -> FastAPI:
         version=str(PROTOCOL_VERSION),
         lifespan=_clockwork,
         redoc_url=None,
+        redirect_slashes=False,  # a signature holds for one path
     )
     app.state.federation = federation
     app.state.metrics = Metrics()

@@ -6,10 +6,11 @@ import structlog
 from anyio import to_thread
 from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.responses import FileResponse
+from starlette.exceptions import HTTPException
 
 from aggregator_server.errors import Refusal
 from aggregator_server.helper.service import HelperService
-from aggregator_server.web.edge import read_body, reply
+from aggregator_server.web.edge import framework_refusal, read_body, reply
 from aggregator_server.web.openapi import body_of, install_openapi, reply_of
 from protocol.clock import Clock, SystemClock
 from protocol.errors import ProtocolError
@@ -31,18 +32,26 @@ def create_helper_app(service: HelperService, clock: Clock | None = None) -> Fas
         service: Open; closed by the caller.
         clock: Time for problem documents.
     """
-    app = FastAPI(title="Sheepfold helper", version=str(PROTOCOL_VERSION), redoc_url=None)
+    app = FastAPI(
+        title="Sheepfold helper",
+        version=str(PROTOCOL_VERSION),
+        redoc_url=None,
+        redirect_slashes=False,  # a signature holds for one path
+    )
     time = clock or SystemClock()
 
     async def refuse(request: Request, error: Exception) -> Response:
         del request
-        if not isinstance(error, Refusal):
+        if isinstance(error, HTTPException):
+            error = framework_refusal(error)
+        elif not isinstance(error, Refusal):
             _log.error("internal error", exc_info=error)
             error = Refusal(ProblemType.INTERNAL, "the helper failed", retry_after_s=_RETRY_S)
         document = problem_document(error.problem, detail=error.detail, server_time=time.now())
         return Response(document.canonical(), document.status, media_type=CONTENT_TYPE)
 
     app.add_exception_handler(Refusal, refuse)
+    app.add_exception_handler(HTTPException, refuse)
     app.add_exception_handler(Exception, refuse)
     app.include_router(_router(service))
     install_openapi(app)

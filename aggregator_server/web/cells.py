@@ -1,9 +1,8 @@
 """The routes of masked rounds; see `protocol.masked` for the table."""
 
-import re
 from collections.abc import Callable
 from functools import partial
-from typing import Annotated, Final
+from typing import Annotated
 
 from fastapi import APIRouter, Query, Request, Response
 
@@ -20,6 +19,7 @@ from aggregator_server.web.admission import (
 )
 from aggregator_server.web.edge import ProblemRoute, in_thread, parse_body, reply
 from aggregator_server.web.openapi import body_of, reply_of
+from protocol.errors import EncodingError
 from protocol.helped import HelperUpload
 from protocol.limits import LONG_POLL_S
 from protocol.masked import (
@@ -38,8 +38,6 @@ from protocol.phases import AgentPhase
 from protocol.problems import ProblemType
 from protocol.signing import Signed
 from protocol.wire import ModelT, b64u_decode
-
-_TRANSCRIPT: Final = re.compile(r"[A-Za-z0-9_-]{43}")
 
 
 def cell_router() -> APIRouter:
@@ -167,12 +165,11 @@ async def _take(
 
 
 def _transcript(text: str) -> bytes:
-    if not _TRANSCRIPT.fullmatch(text):
-        raise Refusal(ProblemType.NOT_FOUND, "a cell is named by 43 characters of base64url")
     try:
         return b64u_decode(text, n_bytes=32)
-    except ValueError as error:  # stray low bits
-        raise Refusal(ProblemType.NOT_FOUND, "there is no such cell") from error
+    except EncodingError as error:
+        message = "there is no such cell: one is named by 43 characters of base64url"
+        raise Refusal(ProblemType.NOT_FOUND, message) from error
 
 
 def _is_news(answer: CellNews) -> bool:

@@ -204,7 +204,7 @@ class ProblemRoute(APIRoute):
             try:
                 response = await handler(request)
             except (HTTPException, RequestValidationError) as error:
-                response = _problem(request, _framework_refusal(error))
+                response = _problem(request, framework_refusal(error))
             except ClientDisconnect:
                 response = _problem(
                     request, Refusal(ProblemType.BAD_REQUEST, "the connection ended early")
@@ -230,10 +230,42 @@ def install_problem_handlers(app: FastAPI) -> None:
     """Make problem documents of what the framework refuses before a route is reached."""
 
     async def refuse(request: Request, error: Exception) -> Response:
-        return _problem(request, _framework_refusal(error))
+        return _problem(request, framework_refusal(error))
 
     app.add_exception_handler(HTTPException, refuse)
     app.add_exception_handler(RequestValidationError, refuse)
+
+
+def framework_refusal(error: Exception) -> Refusal:
+    """What to say of an error of the web framework: no such path, or nothing that it can parse."""
+    if isinstance(error, RequestValidationError):
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        return Refusal(ProblemType.BAD_REQUEST, f"{where}: {first['msg']}")
+    if isinstance(error, HTTPException) and error.status_code == ProblemType.NOT_FOUND.status:
+        return Refusal(ProblemType.NOT_FOUND, "there is nothing at this path")
+    detail = str(error.detail) if isinstance(error, HTTPException) else "it cannot be understood"
+    return Refusal(ProblemType.BAD_REQUEST, detail)
+
+
+def _is_length(text: str) -> bool:
+    return text.isdecimal() and len(text) <= _MAX_LENGTH_DIGITS
+
+
+def _too_many(detail: str) -> Refusal:
+    return Refusal(ProblemType.BUSY, detail, retry_after_s=_BUSY_RETRY_S)
+
+
+def _too_large(limit: int) -> Refusal:
+    return Refusal(ProblemType.TOO_LARGE, f"the body may have at most {limit} bytes")
+
+
+def _url_as_received(request: Request) -> str:
+    # Built from the raw bytes: what was percent-encoded must stay so, or the signature breaks.
+    raw_path: bytes = request.scope.get("raw_path") or request.scope["path"].encode()
+    query: bytes = request.scope["query_string"]
+    suffix = b"?" + query if query else b""
+    return _AUTHORITY + (raw_path + suffix).decode("latin-1")
 
 
 async def in_thread(
@@ -285,34 +317,3 @@ def _as_refusal(error: Exception, route: str) -> Refusal:
         "the server failed; nothing was acknowledged",
         retry_after_s=_BUSY_RETRY_S,
     )
-
-
-def _framework_refusal(error: Exception) -> Refusal:
-    if isinstance(error, RequestValidationError):
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        return Refusal(ProblemType.BAD_REQUEST, f"{where}: {first['msg']}")
-    if isinstance(error, HTTPException) and error.status_code == ProblemType.NOT_FOUND.status:
-        return Refusal(ProblemType.NOT_FOUND, "there is nothing at this path")
-    detail = str(error.detail) if isinstance(error, HTTPException) else "it cannot be understood"
-    return Refusal(ProblemType.BAD_REQUEST, detail)
-
-
-def _is_length(text: str) -> bool:
-    return text.isdecimal() and len(text) <= _MAX_LENGTH_DIGITS
-
-
-def _too_many(detail: str) -> Refusal:
-    return Refusal(ProblemType.BUSY, detail, retry_after_s=_BUSY_RETRY_S)
-
-
-def _too_large(limit: int) -> Refusal:
-    return Refusal(ProblemType.TOO_LARGE, f"the body may have at most {limit} bytes")
-
-
-def _url_as_received(request: Request) -> str:
-    # Built from the raw bytes: what was percent-encoded must stay so, or the signature breaks.
-    raw_path: bytes = request.scope.get("raw_path") or request.scope["path"].encode()
-    query: bytes = request.scope["query_string"]
-    suffix = b"?" + query if query else b""
-    return _AUTHORITY + (raw_path + suffix).decode("latin-1")

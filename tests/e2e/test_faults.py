@@ -12,9 +12,11 @@ A failing sequence is replayed by its seed: `pytest tests/e2e/test_faults.py -k 
 
 import io
 import random
-from collections.abc import Callable, Iterator
+import secrets
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
 
@@ -23,15 +25,21 @@ import pytest
 import requests
 from fastapi.testclient import TestClient
 from requests.adapters import BaseAdapter
+from sqlalchemy import insert
 from urllib3 import HTTPResponse
 
+from aggregator_server import rounds as rounds_module
 from aggregator_server.app import create_app
 from aggregator_server.blobs import FolderBlobs
 from aggregator_server.config import ServerConfig
 from aggregator_server.federation import Federation, open_federation
 from aggregator_server.founding import found_federation
+from aggregator_server.masking.vectors import SUMS
 from aggregator_server.recipes import Masking, RecipeOptions, make_config
+from aggregator_server.store.cells import identities_of
 from aggregator_server.store.database import Database
+from aggregator_server.store.schema import cell_members, masked_cells
+from aggregator_server.uploads import UPLOADS
 from edge_agent import agent as agent_module
 from edge_agent import masked as masked_module
 from edge_agent.agent import Agent
@@ -49,7 +57,7 @@ from privacy.updates import PlainUpdate
 from protocol.base_description import BaseDescription, LinearModule
 from protocol.manifest import BaseBlock, CellMasking, Factor, FederationManifest, Weighting
 from protocol.messages import Enrolment
-from protocol.phases import AgentPhase, RoundPhase
+from protocol.phases import AgentPhase, CellPhase, RoundPhase
 from protocol.signing import sign
 from quant.adapter import flatten
 from quant.memory import StepSettings
@@ -61,10 +69,10 @@ N_OPERATIONS = 60
 DEADLINE_S = 3600.0
 FAST_SEEDS = range(20)
 SLOW_SEEDS = range(20, 220)
-N_MASKED_AGENTS = 6
-N_MASKED_OPERATIONS = 250  # a masked round takes six messages and as many questions of each agent
-FAST_MASKED_SEEDS = range(8)
-SLOW_MASKED_SEEDS = range(8, 68)
+N_MASKED_OPERATIONS = 120  # a masked round takes six messages and as many questions of each agent
+N_MANY_MASKED_OPERATIONS = 300
+FAST_MASKED_SEEDS = range(15)
+SLOW_MASKED_SEEDS = range(15, 115)
 
 
 class KilledError(BaseException):
@@ -118,7 +126,7 @@ def unit_of(manifest: FederationManifest) -> float:
 
 
 class Bomb:
-    """Kills the server at the n-th write from now, before or after it takes effect."""
+    """Kills a machine at the n-th write from now, before or after it takes effect."""
 
     def __init__(self) -> None:
         self.fuse: int | None = None
@@ -229,7 +237,10 @@ class Wire(BaseAdapter):
             raise requests.ConnectionError
         try:
             answer = self.world.server.client.request(method, url, content=body, headers=headers)
-        except KilledError:
+        except (KilledError, RuntimeError) as error:
+            # The client's loop may be gone with the server, before it could say why.
+            if isinstance(error, RuntimeError) and "portal" not in str(error):
+                raise
             self.world.server.kill()
             raise requests.ConnectionError from None
         self.world.server.advance()
@@ -334,6 +345,7 @@ class FaultyAgent:
         )
 
     def kill(self) -> None:
+        self.world.agents_bomb.disarm()
         self.journal.close()
         self.start()
 
@@ -368,10 +380,13 @@ class World:
     seed: int
     root: Path
     masked: bool = False
+    n_rounds: int = N_ROUNDS
     working: bool = False
     """Is an agent at a turn of its loop, where it may be killed?"""
     clock: FakeClock = field(default_factory=FakeClock)
     bomb: Bomb = field(default_factory=Bomb)
+    agents_bomb: Bomb = field(default_factory=Bomb)
+    """Kills the agent that works, amid what it writes down."""
     fault_chance: float = 0.25
     kill_chance: float = 0.1
     seen: list[tuple[str, str, dict[str, str], bytes]] = field(default_factory=list)
@@ -380,13 +395,16 @@ class World:
         self.rng = random.Random(self.seed)
         base = make_base()
         sent = (Factor.A, Factor.B) if self.seed % 2 and not self.masked else (Factor.B,)
+        # Cells of 5 to 7, which lose one or two, with words of both sizes.
+        n_agents = 6 + self.seed % 2 if self.masked else N_AGENTS
         options = RecipeOptions(
             name="Faults",
-            n_rounds=N_ROUNDS,
-            cohort_target=N_MASKED_AGENTS if self.masked else 3,
+            n_rounds=self.n_rounds,
+            cohort_target=5 + self.seed // 2 % 2 if self.masked else 3,
             min_cohort=5 if self.masked else 2,
             masking=Masking.CELLS if self.masked else Masking.OFF,
-            ready_delay_s=5.0,
+            word_bits=32 if self.seed // 4 % 2 else 16,
+            ready_delay_s=5.0 * (self.seed // 8 % 2),
             rank=2,
             target_modules=("q_proj",),
             sent=sent,
@@ -401,7 +419,7 @@ class World:
         self.signed_manifest = discovery.federation
         self.manifest = check_discovery(discovery, None)
         self.agents: list[FaultyAgent] = []
-        for index in range(N_MASKED_AGENTS if self.masked else N_AGENTS):
+        for index in range(n_agents):
             self.agents.append(FaultyAgent(self, index, self.root / f"agent-{index}"))
 
     def draw_fault(self) -> Fault | None:
@@ -418,24 +436,46 @@ class World:
             (1, self.advance_clock),
             (2, self.server.advance),
         ]
+        if self.masked:  # a cell takes many turns, and soon fails when time runs
+            operations += [(20, operations[0][1]), (3, self.arm_agents_bomb)]
         weights = [weight for weight, _ in operations]
         self.rng.choices([operation for _, operation in operations], weights)[0]()
 
+    def arm_agents_bomb(self) -> None:
+        self.agents_bomb.arm(self.rng.randint(1, 6), after=self.rng.random() < 0.5)
+
     def advance_clock(self) -> None:
-        self.clock.time += self.rng.choice([1.0, 30.0, 200.0, DEADLINE_S + 10, 3 * DEADLINE_S])
+        steps = [1.0, 30.0, 200.0, DEADLINE_S + 10, 3 * DEADLINE_S]
+        if self.masked:
+            steps = [*steps[:2] * 6, 95.0, *steps]
+        self.clock.time += self.rng.choice(steps)
+
+    def assemble(self) -> None:
+        """Without a fault up to the round's cells, so that what follows happens to them."""
+        chances = self.fault_chance, self.kill_chance
+        self.fault_chance = self.kill_chance = 0.0
+        while not self.server.federation._store.cells.of_round(1):
+            for agent in self.agents:
+                agent.work()
+            self.server.advance()
+        self.fault_chance, self.kill_chance = chances
 
     def settle(self) -> None:
         """The faults end; the federation must too."""
         self.fault_chance = self.kill_chance = 0.0
         self.bomb.disarm()
+        self.agents_bomb.disarm()
         if not self.server.alive:
             self.server.start()
         for _ in range(200):
+            before = self.server.federation._store.changes()
             if self.server.federation.status().finished:
                 break
             for agent in self.agents:
                 agent.work()
-            self.clock.time += 5
+            # Where all wait for a deadline, time passes more quickly; nobody counts as absent.
+            waits = self.masked and self.server.federation._store.changes() == before
+            self.clock.time += 60 if waits else 5
             self.server.advance()
         for agent in self.agents:
             agent.work()
@@ -446,8 +486,43 @@ def uniform(config: ServerConfig) -> ServerConfig:
     return config.model_copy(update={"aggregation": block})
 
 
+def agents_disk_fails(monkeypatch: pytest.MonkeyPatch, worlds: list[World]) -> None:
+    """An agent that works may die amid each transaction of its journal and each file it writes."""
+    real_transaction, real_hashed = Journal._transaction, masked_module.write_hashed
+    real_durably = masked_module.write_durably
+
+    @contextmanager
+    def on_agents_disk() -> Iterator[None]:
+        if worlds and worlds[-1].working:
+            with worlds[-1].agents_bomb.around():
+                yield
+        else:
+            yield
+
+    @contextmanager
+    def transaction(self: Journal) -> Iterator[None]:
+        with on_agents_disk(), real_transaction(self):
+            yield
+
+    def write_hashed(path: Path, pieces: Iterable[memoryview]) -> bytes:
+        with on_agents_disk():
+            return real_hashed(path, pieces)
+
+    def write_durably(path: Path, *pieces: bytes | memoryview) -> None:
+        with on_agents_disk():
+            real_durably(path, *pieces)
+
+    monkeypatch.setattr(Journal, "_transaction", transaction)
+    monkeypatch.setattr(masked_module, "write_hashed", write_hashed)
+    monkeypatch.setattr(masked_module, "write_durably", write_durably)
+
+
 @pytest.fixture
 def make_world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., World]]:
+    yield from making_worlds(tmp_path, monkeypatch)
+
+
+def making_worlds(root: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., World]]:
     monkeypatch.setattr(agent_module, "AdaptedModel", lambda base, lora: base)
     monkeypatch.setattr(agent_module, "LocalTrainer", FakeTrainer)
     chosen = Chosen(settings=StepSettings(), text="")
@@ -456,7 +531,13 @@ def make_world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Call
     monkeypatch.setattr(masked_module, "LONG_POLL_S", 0.0)
     worlds: list[World] = []
     bombs: list[Bomb] = []
+    # Pauses and delays follow from the seed too: what happens when depends on them.
+    randbelow = secrets.randbelow
+    monkeypatch.setattr(
+        secrets, "randbelow", lambda n: worlds[-1].rng.randrange(n) if worlds else randbelow(n)
+    )
     real_writing, real_put = Database.writing, FolderBlobs.put
+    agents_disk_fails(monkeypatch, worlds)
 
     @contextmanager
     def writing(self: Database) -> Iterator[object]:
@@ -482,8 +563,8 @@ def make_world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Call
     monkeypatch.setattr(Database, "writing", writing)
     monkeypatch.setattr(FolderBlobs, "put", put)
 
-    def make(seed: int, *, masked: bool = False) -> World:
-        world = World(seed, tmp_path, masked=masked)
+    def make(seed: int, *, masked: bool = False, n_rounds: int = N_ROUNDS) -> World:
+        world = World(seed, root, masked=masked, n_rounds=n_rounds)
         worlds.append(world)
         bombs.append(world.bomb)
         return world
@@ -507,7 +588,7 @@ def check(world: World) -> None:
             / unit_of(world.manifest)
         )
         assert near < 1.0, "two attempts of one agent could not be told apart"
-    releases = [federation.releases.get(number) for number in range(N_ROUNDS + 1)]
+    releases = [federation.releases.get(number) for number in range(world.n_rounds + 1)]
     layout = federation.charter.layout
     vectors = [flatten(federation.releases.arrays(release), layout) for release in releases]
     published: dict[int, np.ndarray] = {}
@@ -534,10 +615,81 @@ def check(world: World) -> None:
     last = federation._store.rounds.latest()
     assert last is not None
     assert last.phase in {RoundPhase.PUBLISHED, RoundPhase.FAILED}
+    if world.masked:
+        check_one_sum_for_each_update(world)
+        check_what_agents_sent(world, published)
+        check_nothing_is_left(world)
 
 
-def run_sequence(world: World) -> None:
-    for _ in range(N_MASKED_OPERATIONS if world.masked else N_OPERATIONS):
+def check_one_sum_for_each_update(world: World) -> None:
+    """By the server's journal: who confirmed in a cell is in no other one of the round."""
+    store = world.server.federation._store
+    last = store.rounds.latest()
+    assert last is not None
+    for number in range(1, last.number + 1):
+        attempts: dict[bytes, list[tuple[int, bool]]] = {}
+        n_sums: Counter[bytes] = Counter()
+        for cell in store.cells.of_round(number):
+            confirmers = store.cells.confirmers(cell.transcript)
+            for member in store.cells.members(cell.transcript):
+                consumed = member.agent in confirmers
+                attempts.setdefault(member.agent, []).append((member.attempt, consumed))
+            if cell.phase is CellPhase.UNMASKED:
+                n_sums.update(identities_of(cell.survivors or "[]"))
+        assert max(n_sums.values(), default=0) <= 1, "an update is in two sums"
+        for found in attempts.values():
+            # Only the last cell of an agent may have its word.
+            assert not any(consumed for _, consumed in sorted(found)[:-1])
+
+
+def check_what_agents_sent(world: World, published: dict[int, np.ndarray]) -> None:
+    """By the agents' journals: one word on one list of survivors, and nothing new after it."""
+    store = world.server.federation._store
+    for agent in world.agents:
+        by_round: dict[int, list[tuple[str, bytes]]] = {}
+        for item in agent.journal.sent():
+            if item.round is not None:
+                by_round.setdefault(item.round, []).append((item.what, item.sha256))
+        for sent in by_round.values():
+            for what in ("confirm", "reveal"):
+                assert len({digest for kind, digest in sent if kind == what}) <= 1
+            kinds = [kind for kind, _ in sent]
+            if "confirm" in kinds:
+                after = set(kinds[kinds.index("confirm") :])
+                assert after <= {"confirm", "reveal"}, after
+            heads = {digest for kind, digest in sent if kind == "masked-upload-header"}
+            assert len(heads) <= 2, "an update was masked for more than one second try"
+        identity = agent.home.load_or_create_signer().identity
+        for part in agent.journal.parts():
+            if part.phase is AgentPhase.REVEALED and part.round not in published:
+                # It revealed for a cell that was lost, or whose round was.
+                phases = {
+                    cell.phase
+                    for cell in store.cells.of_round(part.round)
+                    if store.cells.member(cell.transcript, identity) is not None
+                }
+                failed = store.rounds.get(part.round).phase is RoundPhase.FAILED
+                assert failed
+                assert phases
+
+
+def check_nothing_is_left(world: World) -> None:
+    """Rounds that are over leave no vector, no sum, and no secret of an attempt."""
+    federation = world.server.federation
+    for folder in (UPLOADS, SUMS):
+        assert federation._blobs.names(folder) == ()
+    for agent in world.agents:
+        for ended in agent.journal.parts():
+            if ended.ended:
+                assert agent.journal.attempt(ended.round) is None
+
+
+def run_sequence(world: World, n_operations: int = N_OPERATIONS) -> None:
+    if world.masked:
+        world.fault_chance, world.kill_chance = 0.1, 0.04
+        if world.seed % 4:
+            world.assemble()
+    for _ in range(n_operations):
         world.operate()
     world.settle()
     check(world)
@@ -562,7 +714,7 @@ def test_nothing_is_lost_or_counted_twice_in_many_more_sequences(
 def test_under_masks_an_update_is_in_one_sum_at_most(
     make_world: Callable[..., World], seed: int
 ) -> None:
-    run_sequence(make_world(seed, masked=True))
+    run_sequence(make_world(seed, masked=True, n_rounds=1), N_MASKED_OPERATIONS)
 
 
 @pytest.mark.slow
@@ -570,7 +722,7 @@ def test_under_masks_an_update_is_in_one_sum_at_most(
 def test_under_masks_an_update_is_in_one_sum_at_most_in_many_more_sequences(
     make_world: Callable[..., World], seed: int
 ) -> None:
-    run_sequence(make_world(seed, masked=True))
+    run_sequence(make_world(seed, masked=True), N_MANY_MASKED_OPERATIONS)
 
 
 def test_the_check_notices_a_double_count(
@@ -592,3 +744,41 @@ def test_the_check_notices_a_double_count(
     world.settle()
     with pytest.raises(AssertionError):
         check(world)
+
+
+def test_the_check_notices_a_double_count_under_masks(
+    make_world: Callable[..., World], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server that publishes a cell's sum twice is caught."""
+    real = rounds_module.load_sum
+
+    def twice(*args: object) -> object:
+        found = real(*args)
+        return replace(found, weighted_sum=found.weighted_sum * 2)
+
+    monkeypatch.setattr(rounds_module, "load_sum", twice)
+    world = make_world(1, masked=True, n_rounds=1)
+    world.fault_chance = world.kill_chance = 0.0
+    world.settle()
+    with pytest.raises(AssertionError):
+        check(world)
+
+
+def test_the_check_notices_an_update_that_was_given_a_second_cell(
+    make_world: Callable[..., World],
+) -> None:
+    """A server that lets in again who has confirmed is caught, before anything is published."""
+    world = make_world(2, masked=True, n_rounds=1)
+    world.fault_chance = world.kill_chance = 0.0
+    world.settle()
+    check(world)
+    store = world.server.federation._store
+    (cell,) = store.cells.of_round(1)
+    other = replace(cell, transcript=bytes(32), wave=2, phase=CellPhase.FAILED)
+    member = store.cells.members(cell.transcript)[0]
+    with store._database.writing() as connection:
+        connection.execute(insert(masked_cells).values(**{**asdict(other), "phase": "failed"}))
+        again = replace(member, transcript=bytes(32), attempt=member.attempt + 1)
+        connection.execute(insert(cell_members).values(**asdict(again)))
+    with pytest.raises(AssertionError):
+        check_one_sum_for_each_update(world)
