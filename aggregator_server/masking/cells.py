@@ -144,7 +144,7 @@ class Cells:
             "a key is of low order or not canonical": not keys_are_sound(body),
         }
         refuse_first(ProblemType.BAD_MESSAGE, faults)
-        self._store.cells.add_ready(
+        self._store.readies.add(
             ReadyRow(
                 round=body.round,
                 agent=identity,
@@ -276,7 +276,7 @@ class Cells:
         """What there is for an agent that stands at `phase` with its READY of `attempt`."""
         row = self._store.cells.of_attempt(round_number, identity, attempt)
         if row is None:
-            waits = self._store.cells.waits(round_number, identity, attempt)
+            waits = self._store.readies.waits(round_number, identity, attempt)
             return CellNews(news=_NOTHING if waits else _LEFT_OUT)
         if row.phase is CellPhase.FAILED and row.failed is not None:
             return CellNews(news=FailedNews(failed=parse(Signed[Failed], row.failed)))
@@ -305,7 +305,7 @@ class Cells:
         return _NOTHING if confirmed is None else ConfirmedNews(confirmed=confirmed)
 
     def _roster_news(self, row: MaskedCellRow) -> RosterNews:
-        wave = self._store.cells.wave(row.round, row.wave)
+        wave = self._store.readies.wave(row.round, row.wave)
         return RosterNews(
             ready_list=parse(Signed[ReadyList], wave.message),
             roster=parse(Signed[Roster], row.roster),

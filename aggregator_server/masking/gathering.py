@@ -64,7 +64,7 @@ class Waves:
         member refuse its cell.
         """
         now = self._clock.now()
-        rows = self._store.cells.waiting(row.number, seen_after=now - self._presence_s)
+        rows = self._store.readies.waiting(row.number, seen_after=now - self._presence_s)
         readies = {found.agent: parse(Signed[Ready], found.message).body for found in rows}
         n_shown = Counter(
             key for ready in readies.values() for key in (ready.sealing_key, ready.masking_key)
@@ -99,7 +99,7 @@ class Waves:
             signer=self._charter.keys.server,
             now=self._clock.now(),
         )
-        self._store.cells.form(
+        self._store.readies.form(
             formation.wave, formation.cells, formation.members, retry_of=retry_of
         )
         _log.info(
@@ -152,7 +152,7 @@ class Waves:
             if len(ready) < self._masking.min_cell:
                 self._give_up(cell, "too few members came back")
                 return
-            wave = self._store.cells.n_waves(row.number) + 1
+            wave = self._store.readies.n_waves(row.number) + 1
             self.form(manifest, ready, wave=wave, retry_of=cell.transcript)
 
     def _give_up(self, cell: MaskedCellRow, reason: str) -> None:

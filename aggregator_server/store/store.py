@@ -11,6 +11,7 @@ from aggregator_server.store.agents import AgentStore
 from aggregator_server.store.cells import CellStore
 from aggregator_server.store.counters import Counter
 from aggregator_server.store.database import Database
+from aggregator_server.store.readies import ReadyStore
 from aggregator_server.store.releases import (
     ReleaseStore,
     append,
@@ -46,6 +47,7 @@ class Store:
         self.rounds = RoundStore(database)
         self.uploads = UploadStore(database)
         self.cells = CellStore(database)
+        self.readies = ReadyStore(database)
         self.releases = ReleaseStore(database)
 
     def close(self) -> None:

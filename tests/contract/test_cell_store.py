@@ -1,4 +1,4 @@
-"""The contract of `CellStore` over every database, as `test_store` has it for the other tables."""
+"""The contract of `CellStore` and `ReadyStore` over every database, as `test_store` has others."""
 
 import importlib.util
 import threading
@@ -179,14 +179,14 @@ def gathering(store) -> Store:
         ranks=[suite.make_selection(1, agent) for agent in AGENTS],
     )
     for agent in AGENTS:
-        store.cells.add_ready(make_ready(agent))
+        store.readies.add(make_ready(agent))
     return store
 
 
 @pytest.fixture
 def formed(gathering) -> Store:
     """One cell of the first three members, in SHARING; the fourth was left over."""
-    gathering.cells.form(make_wave(), [make_cell()], make_members(*AGENTS[:3]), retry_of=None)
+    gathering.readies.form(make_wave(), [make_cell()], make_members(*AGENTS[:3]), retry_of=None)
     return gathering
 
 
@@ -215,82 +215,82 @@ def go(formed) -> Callable[[CellPhase], Store]:
 
 
 def waiting(where: Store, *, seen_after: float = NOW - 1) -> list[tuple[bytes, int]]:
-    rows = where.cells.waiting(1, seen_after=seen_after)
+    rows = where.readies.waiting(1, seen_after=seen_after)
     return [(row.agent, row.attempt) for row in rows]
 
 
 class TestReady:
     def test_it_waits_as_it_was_journalled_by_ascending_identity(self, gathering):
-        rows = gathering.cells.waiting(1, seen_after=NOW - 1)
+        rows = gathering.readies.waiting(1, seen_after=NOW - 1)
         assert list(rows) == [make_ready(agent) for agent in AGENTS]
 
     def test_sent_again_it_changes_nothing(self, gathering):
         before = gathering.changes()
-        gathering.cells.add_ready(make_ready(AGENTS[0]))
+        gathering.readies.add(make_ready(AGENTS[0]))
         assert gathering.changes() == before
         assert len(waiting(gathering)) == 4
 
     def test_guarantee_1_the_one_of_the_highest_attempt_counts(self, gathering):
-        gathering.cells.add_ready(make_ready(AGENTS[0], attempt=3))
+        gathering.readies.add(make_ready(AGENTS[0], attempt=3))
         assert (AGENTS[0], 3) in waiting(gathering)
         assert len(waiting(gathering)) == 4
-        assert gathering.cells.waits(1, AGENTS[0], 3)
-        assert not gathering.cells.waits(1, AGENTS[0], 1)
+        assert gathering.readies.waits(1, AGENTS[0], 3)
+        assert not gathering.readies.waits(1, AGENTS[0], 1)
 
     def test_guarantee_1_an_older_one_is_not_back_once_the_newer_is_in_a_list(self, gathering):
-        gathering.cells.add_ready(make_ready(AGENTS[0], attempt=2))
+        gathering.readies.add(make_ready(AGENTS[0], attempt=2))
         members = [*make_members(AGENTS[0], attempt=2), *make_members(*AGENTS[1:3])]
-        gathering.cells.form(make_wave(), [make_cell()], members, retry_of=None)
+        gathering.readies.form(make_wave(), [make_cell()], members, retry_of=None)
         assert waiting(gathering) == [(AGENTS[3], 1)]
 
     def test_another_one_for_the_attempt_or_an_older_attempt_conflicts(self, gathering):
-        gathering.cells.add_ready(make_ready(AGENTS[0], attempt=3))
+        gathering.readies.add(make_ready(AGENTS[0], attempt=3))
         for attempt in (1, 3):
             with refused(ProblemType.CONFLICT):
-                gathering.cells.add_ready(make_ready(AGENTS[0], attempt=attempt, name="other"))
+                gathering.readies.add(make_ready(AGENTS[0], attempt=attempt, name="other"))
         with refused(ProblemType.CONFLICT):
-            gathering.cells.add_ready(make_ready(AGENTS[0], attempt=2))
-        gathering.cells.add_ready(make_ready(AGENTS[0], attempt=1))  # known, of long ago
+            gathering.readies.add(make_ready(AGENTS[0], attempt=2))
+        gathering.readies.add(make_ready(AGENTS[0], attempt=1))  # known, of long ago
 
     def test_more_attempts_than_allowed_conflict(self, gathering):
-        gathering.cells.add_ready(make_ready(AGENTS[0], attempt=MAX_READY_ATTEMPTS))
+        gathering.readies.add(make_ready(AGENTS[0], attempt=MAX_READY_ATTEMPTS))
         with refused(ProblemType.CONFLICT):
-            gathering.cells.add_ready(make_ready(AGENTS[0], attempt=MAX_READY_ATTEMPTS + 1))
+            gathering.readies.add(make_ready(AGENTS[0], attempt=MAX_READY_ATTEMPTS + 1))
 
     def test_of_no_round_it_is_not_found(self, store):
         suite.enrol(store, AGENTS[0])
         with refused(ProblemType.NOT_FOUND):
-            store.cells.add_ready(make_ready(AGENTS[0]))
+            store.readies.add(make_ready(AGENTS[0]))
 
     def test_without_a_place_it_is_refused(self, gathering):
         gathering.rounds.withdraw(1, AGENTS[0], reason="owner-stopped", digest=key("w"))
         with refused(ProblemType.NOT_SELECTED):
-            gathering.cells.add_ready(make_ready(AGENTS[0], attempt=2))
+            gathering.readies.add(make_ready(AGENTS[0], attempt=2))
         stranger = key("stranger")
         suite.enrol(gathering, stranger)
         with refused(ProblemType.NOT_SELECTED):
-            gathering.cells.add_ready(make_ready(stranger))
+            gathering.readies.add(make_ready(stranger))
 
     def test_of_a_round_that_no_longer_gathers_it_is_refused(self, gathering):
         gathering.rounds.move(1, seen=RoundPhase.OPEN, to=RoundPhase.FAILED, failure="x")
         with refused(ProblemType.ROUND_CLOSED):
-            gathering.cells.add_ready(make_ready(AGENTS[0], attempt=2))
-        assert not gathering.cells.waits(1, AGENTS[0], 1)
+            gathering.readies.add(make_ready(AGENTS[0], attempt=2))
+        assert not gathering.readies.waits(1, AGENTS[0], 1)
 
     def test_while_cells_work_only_members_of_a_failed_one_send_another(self, formed):
         for agent in (AGENTS[0], AGENTS[3]):
             with refused(ProblemType.ROUND_CLOSED):
-                formed.cells.add_ready(make_ready(agent, attempt=2))
-        assert not formed.cells.waits(1, AGENTS[3], 1)
+                formed.readies.add(make_ready(agent, attempt=2))
+        assert not formed.readies.waits(1, AGENTS[3], 1)
         formed.cells.fail(FIRST, seen=CellPhase.SHARING, failed=FAILED, retried=False, now=NOW)
-        formed.cells.add_ready(make_ready(AGENTS[0], attempt=2))
-        assert formed.cells.waits(1, AGENTS[0], 2)
+        formed.readies.add(make_ready(AGENTS[0], attempt=2))
+        assert formed.readies.waits(1, AGENTS[0], 2)
         with refused(ProblemType.ROUND_CLOSED):
-            formed.cells.add_ready(make_ready(AGENTS[3], attempt=2))
+            formed.readies.add(make_ready(AGENTS[3], attempt=2))
         formed.cells.give_up(FIRST)
-        assert not formed.cells.waits(1, AGENTS[0], 2)
+        assert not formed.readies.waits(1, AGENTS[0], 2)
         with refused(ProblemType.ROUND_CLOSED):
-            formed.cells.add_ready(make_ready(AGENTS[1], attempt=2))
+            formed.readies.add(make_ready(AGENTS[1], attempt=2))
 
     def test_the_absent_the_revoked_and_those_who_withdrew_do_not_wait(self, gathering):
         gathering.agents.saw({AGENTS[1]: NOW + 50, AGENTS[2]: NOW + 50}, bytes_down=0)
@@ -300,7 +300,7 @@ class TestReady:
         assert waiting(gathering) == [(AGENTS[0], 1), (AGENTS[3], 1)]
 
     def test_progress_counts_those_who_hold_a_place_and_are_ready(self, gathering):
-        gathering.cells.add_ready(make_ready(AGENTS[0], attempt=2))
+        gathering.readies.add(make_ready(AGENTS[0], attempt=2))
         gathering.rounds.withdraw(1, AGENTS[1], reason="owner-stopped", digest=key("w"))
         progress = gathering.rounds.progress(1)
         assert (progress.n_selected, progress.n_ready) == (3, 3)
@@ -309,9 +309,7 @@ class TestReady:
         stores = [open_store() for _ in range(4)]
         raised = at_once(
             *(
-                lambda n=n, s=s: s.cells.add_ready(
-                    make_ready(AGENTS[0], attempt=2, name=f"racer {n}")
-                )
+                lambda n=n, s=s: s.readies.add(make_ready(AGENTS[0], attempt=2, name=f"racer {n}"))
                 for n, s in enumerate(stores)
             )
         )
@@ -323,7 +321,7 @@ class TestForming:
     def test_guarantee_2_a_list_its_cells_and_its_members_are_journalled_together(self, formed):
         cells = formed.cells
         assert formed.rounds.get(1).phase is RoundPhase.GATHERING
-        assert (cells.wave(1, 1), cells.n_waves(1)) == (make_wave(), 1)
+        assert (formed.readies.wave(1, 1), formed.readies.n_waves(1)) == (make_wave(), 1)
         assert cells.get(FIRST) == make_cell()
         assert cells.of_round(1) == (make_cell(),)
         assert sorted(cells.members(FIRST), key=lambda row: row.agent) == make_members(*AGENTS[:3])
@@ -341,29 +339,29 @@ class TestForming:
             for row, agent in zip(rows, AGENTS, strict=True)
             for member in make_members(agent, transcript=row.transcript)
         ]
-        gathering.cells.form(make_wave(), rows, members, retry_of=None)
+        gathering.readies.form(make_wave(), rows, members, retry_of=None)
         assert gathering.cells.of_round(1) == tuple(rows)
 
     def test_another_ready_of_a_member_makes_it_stale_and_nothing_is_written(self, gathering):
-        gathering.cells.add_ready(make_ready(AGENTS[1], attempt=2))
+        gathering.readies.add(make_ready(AGENTS[1], attempt=2))
         with pytest.raises(StaleWriteError, match="another READY"):
-            gathering.cells.form(
+            gathering.readies.form(
                 make_wave(), [make_cell()], make_members(*AGENTS[:3]), retry_of=None
             )
         assert gathering.rounds.get(1).phase is RoundPhase.OPEN
         assert gathering.cells.get(FIRST) is None
-        assert gathering.cells.n_waves(1) == 0
+        assert gathering.readies.n_waves(1) == 0
         assert len(waiting(gathering)) == 4
 
     def test_a_round_that_has_moved_on_makes_it_stale(self, gathering):
         with pytest.raises(StaleWriteError):  # a second wave needs a first one
-            gathering.cells.form(
+            gathering.readies.form(
                 make_wave(2), [make_cell(wave=2)], make_members(*AGENTS[:3]), retry_of=None
             )
         gathering.rounds.move(1, seen=RoundPhase.OPEN, to=RoundPhase.FAILED, failure="x")
         for number in (1, 2):
             with pytest.raises(StaleWriteError):
-                gathering.cells.form(
+                gathering.readies.form(
                     make_wave(number), [make_cell()], make_members(*AGENTS[:3]), retry_of=None
                 )
         assert gathering.cells.get(FIRST) is None
@@ -371,14 +369,14 @@ class TestForming:
     def test_guarantee_2_a_ready_stands_in_no_second_list(self, formed):
         again = make_members(AGENTS[0], AGENTS[3], transcript=SECOND)
         with pytest.raises(IntegrityError):
-            formed.cells.form(make_wave(2), [make_cell(SECOND, wave=2)], again, retry_of=None)
+            formed.readies.form(make_wave(2), [make_cell(SECOND, wave=2)], again, retry_of=None)
         assert formed.cells.get(SECOND) is None
-        assert formed.cells.n_waves(1) == 1
+        assert formed.readies.n_waves(1) == 1
         assert waiting(formed) == [(AGENTS[3], 1)]
 
     def test_two_servers_at_once_form_one_list(self, gathering, open_store):
         def form(where: Store, name: str) -> None:
-            where.cells.form(
+            where.readies.form(
                 make_wave(),
                 [make_cell(key(name))],
                 make_members(*AGENTS, transcript=key(name)),
@@ -396,10 +394,10 @@ class TestForming:
     ):
         one, two = open_store(), open_store()
         raised = at_once(
-            lambda: one.cells.form(
+            lambda: one.readies.form(
                 make_wave(), [make_cell()], make_members(*AGENTS), retry_of=None
             ),
-            lambda: two.cells.add_ready(make_ready(AGENTS[0], attempt=2)),
+            lambda: two.readies.add(make_ready(AGENTS[0], attempt=2)),
         )
         assert raised in ([None, Refusal], [StaleWriteError, None])
         row = gathering.cells.of_attempt(1, AGENTS[0], 1)
@@ -408,8 +406,8 @@ class TestForming:
     def test_a_second_try_is_noted_with_the_cell_that_failed(self, formed):
         formed.cells.fail(FIRST, seen=CellPhase.SHARING, failed=FAILED, retried=False, now=NOW + 5)
         for agent in AGENTS[:3]:
-            formed.cells.add_ready(make_ready(agent, attempt=2))
-        formed.cells.form(
+            formed.readies.add(make_ready(agent, attempt=2))
+        formed.readies.form(
             make_wave(2),
             [make_cell(SECOND, wave=2)],
             make_members(*AGENTS[:3], transcript=SECOND, attempt=2),
@@ -421,7 +419,7 @@ class TestForming:
         )
         assert (second.transcript, second.wave, second.retried) == (SECOND, 2, False)
         assert formed.cells.of_attempt(1, AGENTS[0], 2).transcript == SECOND
-        assert formed.cells.n_waves(1) == 2
+        assert formed.readies.n_waves(1) == 2
 
 
 class TestMessages:
@@ -642,8 +640,8 @@ class TestStages:
         store = go(CellPhase.UPLOADING)
         accepted(store, AGENTS[0])
         store.cells.fail(FIRST, seen=CellPhase.UPLOADING, failed=FAILED, retried=False, now=NOW)
-        store.cells.add_ready(make_ready(AGENTS[0], attempt=2))
-        store.cells.form(
+        store.readies.add(make_ready(AGENTS[0], attempt=2))
+        store.readies.form(
             make_wave(2),
             [make_cell(SECOND, wave=2)],
             make_members(AGENTS[0], transcript=SECOND, attempt=2),
@@ -707,8 +705,8 @@ class TestConfirmations:
         store.cells.fail(FIRST, seen=CellPhase.CONFIRMING, failed=FAILED, retried=False, now=NOW)
         for agent in AGENTS[:2]:
             with refused(ProblemType.CONSUMED):
-                store.cells.add_ready(make_ready(agent, attempt=2))
-        store.cells.add_ready(make_ready(AGENTS[2], attempt=2))
+                store.readies.add(make_ready(agent, attempt=2))
+        store.readies.add(make_ready(AGENTS[2], attempt=2))
         # A word that comes after FAILED changes nothing.
         with refused(ProblemType.STAGE_CLOSED):
             say(store, AGENTS[2], MessageKind.CONFIRM, phases={CellPhase.CONFIRMING})
@@ -719,7 +717,7 @@ class TestConfirmations:
         say(store, AGENTS[0], MessageKind.CONFIRM)
         store.cells.fail(FIRST, seen=CellPhase.CONFIRMING, failed=FAILED, retried=False, now=NOW)
         with pytest.raises((StaleWriteError, IntegrityError)):
-            store.cells.form(
+            store.readies.form(
                 make_wave(2),
                 [make_cell(SECOND, wave=2)],
                 make_members(AGENTS[0], transcript=SECOND, attempt=1),
@@ -740,9 +738,9 @@ class TestConfirmations:
         assert raised[0] is None
         if raised[1] is None:
             with refused(ProblemType.CONSUMED):
-                store.cells.add_ready(make_ready(AGENTS[0], attempt=2))
+                store.readies.add(make_ready(AGENTS[0], attempt=2))
         else:
-            store.cells.add_ready(make_ready(AGENTS[0], attempt=2))
+            store.readies.add(make_ready(AGENTS[0], attempt=2))
 
 
 def test_changes_grow_with_what_gives_members_something_to_do(gathering):
@@ -752,7 +750,7 @@ def test_changes_grow_with_what_gives_members_something_to_do(gathering):
         seen.append(gathering.changes())
         return seen[-1] > seen[-2]
 
-    gathering.cells.form(make_wave(), [make_cell()], make_members(*AGENTS[:3]), retry_of=None)
+    gathering.readies.form(make_wave(), [make_cell()], make_members(*AGENTS[:3]), retry_of=None)
     assert changed()
     say(gathering, AGENTS[0], MessageKind.SHARES)
     assert not changed()  # the clockwork looks by itself; the cell has not moved
