@@ -274,13 +274,18 @@ class Cells:
         self, identity: bytes, *, round_number: int, attempt: int, phase: AgentPhase
     ) -> CellNews:
         """What there is for an agent that stands at `phase` with its READY of `attempt`."""
+        # The cell is asked for last: a list may be drawn up, or the round end, between any two
+        # questions, and what the earlier ones said must still hold for what is found.
+        over = self._round_is_over(round_number)
+        waits = phase is AgentPhase.READY and self._store.readies.waits(
+            round_number, identity, attempt
+        )
         row = self._store.cells.of_attempt(round_number, identity, attempt)
         if row is None:
-            waits = self._store.readies.waits(round_number, identity, attempt)
             return CellNews(news=_NOTHING if waits else _LEFT_OUT)
         if row.phase is CellPhase.FAILED and row.failed is not None:
             return CellNews(news=FailedNews(failed=parse(Signed[Failed], row.failed)))
-        if row.phase is CellPhase.UNMASKED or self._round_is_over(round_number):
+        if row.phase is CellPhase.UNMASKED or over:
             survivors = identities_of(row.survivors or "[]")
             counted = row.phase is CellPhase.UNMASKED and identity in survivors
             return CellNews(news=EndedNews(counted=counted))

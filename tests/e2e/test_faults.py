@@ -34,10 +34,12 @@ from aggregator_server.blobs import FolderBlobs
 from aggregator_server.config import ServerConfig
 from aggregator_server.federation import Federation, open_federation
 from aggregator_server.founding import found_federation
+from aggregator_server.masking.books import Books
 from aggregator_server.masking.vectors import SUMS
 from aggregator_server.recipes import Masking, RecipeOptions, make_config
 from aggregator_server.store.cells import identities_of
 from aggregator_server.store.database import Database
+from aggregator_server.store.rows import MaskedCellRow
 from aggregator_server.store.schema import cell_members, masked_cells
 from aggregator_server.uploads import UPLOADS
 from edge_agent import agent as agent_module
@@ -235,6 +237,7 @@ class Wire(BaseAdapter):
     ) -> requests.Response:
         if not self.world.server.alive:
             raise requests.ConnectionError
+        self.world.racing = True
         try:
             answer = self.world.server.client.request(method, url, content=body, headers=headers)
         except (KilledError, RuntimeError) as error:
@@ -243,7 +246,9 @@ class Wire(BaseAdapter):
                 raise
             self.world.server.kill()
             raise requests.ConnectionError from None
-        self.world.server.advance()
+        finally:
+            self.world.racing = False
+        self.world.advance_between_requests()
         response = requests.Response()
         response.status_code = answer.status_code
         response.headers.update(answer.headers)
@@ -387,6 +392,11 @@ class World:
     bomb: Bomb = field(default_factory=Bomb)
     agents_bomb: Bomb = field(default_factory=Bomb)
     """Kills the agent that works, amid what it writes down."""
+    race_chance: float = 0.0
+    """How often the clockwork moves between two looks of one request at the database."""
+    between_chance: float = 1.0
+    """How often it moves after a request."""
+    racing: bool = False
     fault_chance: float = 0.25
     kill_chance: float = 0.1
     seen: list[tuple[str, str, dict[str, str], bytes]] = field(default_factory=list)
@@ -441,6 +451,19 @@ class World:
         weights = [weight for weight, _ in operations]
         self.rng.choices([operation for _, operation in operations], weights)[0]()
 
+    def advance_between_requests(self) -> None:
+        if self.rng.random() < self.between_chance:
+            self.server.advance()
+
+    def race(self) -> None:
+        """What the clockwork's thread may do while a request is at work."""
+        if self.racing and self.rng.random() < self.race_chance:
+            self.racing = False
+            try:
+                self.server.federation.rounds.advance()
+            finally:
+                self.racing = True
+
     def arm_agents_bomb(self) -> None:
         self.agents_bomb.arm(self.rng.randint(1, 6), after=self.rng.random() < 0.5)
 
@@ -476,7 +499,7 @@ class World:
             # Where all wait for a deadline, time passes more quickly; nobody counts as absent.
             waits = self.masked and self.server.federation._store.changes() == before
             self.clock.time += 60 if waits else 5
-            self.server.advance()
+            self.advance_between_requests()
         for agent in self.agents:
             agent.work()
 
@@ -517,6 +540,30 @@ def agents_disk_fails(monkeypatch: pytest.MonkeyPatch, worlds: list[World]) -> N
     monkeypatch.setattr(masked_module, "write_durably", write_durably)
 
 
+def races_happen(monkeypatch: pytest.MonkeyPatch, worlds: list[World]) -> None:
+    """After any look at the database that holds no lock, the clockwork may have gone on."""
+    real_reading, real_of = Database.reading, Books.of
+
+    @contextmanager
+    def reading(self: Database) -> Iterator[object]:
+        with real_reading(self) as connection:
+            yield connection
+        if worlds:
+            worlds[-1].race()
+
+    @contextmanager
+    def of(self: Books, row: MaskedCellRow) -> Iterator[object]:
+        raced, worlds[-1].racing = worlds[-1].racing, False
+        try:
+            with real_of(self, row) as book:
+                yield book
+        finally:
+            worlds[-1].racing = raced
+
+    monkeypatch.setattr(Database, "reading", reading)
+    monkeypatch.setattr(Books, "of", of)
+
+
 @pytest.fixture
 def make_world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., World]]:
     yield from making_worlds(tmp_path, monkeypatch)
@@ -538,6 +585,7 @@ def making_worlds(root: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Calla
     )
     real_writing, real_put = Database.writing, FolderBlobs.put
     agents_disk_fails(monkeypatch, worlds)
+    races_happen(monkeypatch, worlds)
 
     @contextmanager
     def writing(self: Database) -> Iterator[object]:
@@ -686,7 +734,8 @@ def check_nothing_is_left(world: World) -> None:
 
 def run_sequence(world: World, n_operations: int = N_OPERATIONS) -> None:
     if world.masked:
-        world.fault_chance, world.kill_chance = 0.1, 0.04
+        world.fault_chance, world.kill_chance, world.race_chance = 0.1, 0.04, 0.2
+        world.between_chance = 0.5
         if world.seed % 4:
             world.assemble()
     for _ in range(n_operations):
@@ -723,6 +772,24 @@ def test_under_masks_an_update_is_in_one_sum_at_most_in_many_more_sequences(
     make_world: Callable[..., World], seed: int
 ) -> None:
     run_sequence(make_world(seed, masked=True), N_MANY_MASKED_OPERATIONS)
+
+
+@pytest.mark.parametrize(
+    ("masked", "seed"), [(False, 0), (False, 1), *((True, seed) for seed in range(12))]
+)
+def test_no_agent_is_left_out_because_the_clockwork_moves_amid_its_requests(
+    make_world: Callable[..., World], masked: bool, seed: int
+) -> None:
+    world = make_world(seed, masked=masked, n_rounds=1)
+    world.fault_chance = world.kill_chance = 0.0
+    world.race_chance, world.between_chance = 0.4, 0.0
+    world.settle()
+    check(world)
+    took_part = [part for agent in world.agents for part in agent.journal.parts()]
+    assert len(took_part) >= world.manifest.rounds.min_cohort
+    assert not [part for part in took_part if part.phase is AgentPhase.ABANDONED]
+    release = world.server.federation.releases.newest()
+    assert release.aggregation.n_agents == len(took_part)
 
 
 def test_the_check_notices_a_double_count(
