@@ -952,11 +952,13 @@ def test_a_bundle_of_fewer_than_t(world: World) -> None:
     assert_refused(world, Check.BAD_BUNDLE, sent=UP_TO_SHARES)
 
 
-def test_a_bundle_without_me(world: World) -> None:
+@pytest.mark.parametrize("n_ciphertexts", [4, 3])
+def test_a_bundle_without_me(world: World, n_ciphertexts: int) -> None:
     def without(cell: Any) -> Any:
         bundle = bundle_of(cell)
         heads = tuple(head for head in bundle.headers if head.body.agent != cell.me)
-        return BundleNews(bundle=with_changes(bundle, headers=heads))
+        sealed = bundle.ciphertexts[:n_ciphertexts]
+        return BundleNews(bundle=with_changes(bundle, headers=heads, ciphertexts=sealed))
 
     world.host.says[AgentPhase.SHARED] = without
     assert_refused(world, Check.BAD_BUNDLE, sent=UP_TO_SHARES)
