@@ -6,7 +6,11 @@ PrivacyError
 ├── UpdateRangeError      an update that does not fit the encoding, or is not finite
 ├── ShareError            shares from which a secret cannot be rebuilt
 ├── MaskedMessageError    a message of an agent that the server refuses
-└── SumError              a sum that is not the one of the members that it should be of
+├── SumError              a sum that is not the one of the members that it should be of
+├── ClippingError         a gradient that cannot be clipped example by example
+├── AuditError            scores from which an audit can say nothing
+└── LedgerError           a ledger that cannot be read or written, or a charge that contradicts it
+    └── BudgetError       a round that would spend more ε than the owner allows
 ```
 
 A refusal of the agent is a `protocol.checks.CheckError`.
@@ -35,3 +39,19 @@ class MaskedMessageError(PrivacyError):
 
 class SumError(PrivacyError):
     """A sum whose count, weight or check words are not those of the members it should be of."""
+
+
+class ClippingError(PrivacyError):
+    """A gradient that cannot be clipped example by example, or a mechanism that is none."""
+
+
+class AuditError(PrivacyError):
+    """Scores or settings from which an audit can say nothing: shapes, values, levels."""
+
+
+class LedgerError(PrivacyError):
+    """A ledger that cannot be read or written, or a charge that contradicts what it holds."""
+
+
+class BudgetError(LedgerError):
+    """A round that would spend more ε than the owner allows, or an owner who allowed none yet."""

@@ -1,13 +1,16 @@
 """Randomness that nobody can predict: a stream of AES-256-CTR under a key of the system's CSPRNG.
 
-Used for the rounding of masked updates. `numpy.random` is not for secrets, and reading the system's
-generator for each value would be slow.
+Used for the rounding of masked updates, and for the noise and the sampling of differential privacy.
+`numpy.random` is not for secrets, and reading the system's generator for each value would be slow.
 
 Source: NIST SP 800-38A (CTR), SP 800-90A for the idea of a block cipher as generator.
 """
 
+import hashlib
+import hmac
+import math
 import os
-from typing import Final
+from typing import Final, Self
 
 import numpy as np
 from cryptography.hazmat.primitives.ciphers import Cipher
@@ -18,6 +21,9 @@ from numpy.typing import NDArray
 KEY_BYTES: Final = 32
 _ZERO_COUNTER: Final = bytes(16)
 _UINT32_SCALE: Final = 2.0**-32
+_UINT53_SCALE: Final = 2.0**-53
+_N_DRAWS: Final = 4
+_CHUNK_VALUES: Final = 1 << 16
 
 
 class SecureStream:
@@ -43,6 +49,24 @@ class SecureStream:
         self._cipher = Cipher(AES(secret), CTR(_ZERO_COUNTER)).encryptor()
         self._zeros, self._buffer = b"", bytearray()
 
+    @classmethod
+    def of(cls, secret: bytes, purpose: str, number: int) -> Self:
+        """The stream of one purpose and number under a secret: independent of all its others.
+
+        Args:
+            secret: At least 32 bytes that nobody else knows.
+            purpose: What the numbers are for.
+            number: Which stream of that purpose, such as a step; at least 0.
+
+        Raises:
+            ValueError: A secret that is too short.
+        """
+        if len(secret) < KEY_BYTES:
+            msg = f"a secret has at least {KEY_BYTES} bytes, not {len(secret)}"
+            raise ValueError(msg)
+        message = purpose.encode() + b"\0" + number.to_bytes(8, "big")
+        return cls(hmac.digest(secret, message, hashlib.sha256))
+
     def take_bytes(self, n_bytes: int) -> bytes:
         """The next `n_bytes` bytes."""
         return self._cipher.update(bytes(n_bytes))
@@ -62,3 +86,30 @@ class SecureStream:
         # Two passes: converting and multiplying in one is three times slower in NumPy.
         np.copyto(values, np.frombuffer(self._buffer, "<u4", len(values)))
         values *= _UINT32_SCALE
+
+    def fill_normal(self, values: NDArray[np.float64]) -> None:
+        """Write standard normal values [n_values] into `values`.
+
+        Each is the sum of four draws over 2. A single draw in floating point reaches only some of
+        its neighbours, which of them tells of the value that it is added to; the sum of several
+        hides that at the cost of the draws.
+
+        Source: Box and Muller (1958) for a draw, of uniform numbers with 53 bits; Holohan and
+        Braghin, "Secure random sampling in differential privacy" (arXiv 2112.05307), for the sum.
+        """
+        for start in range(0, len(values), _CHUNK_VALUES):
+            chunk = values[start : start + _CHUNK_VALUES]
+            n_pairs = -(-len(chunk) // 2)
+            total = np.zeros(2 * n_pairs)
+            for _ in range(_N_DRAWS):
+                uniform = self._open_uniform(2 * n_pairs)
+                radius = np.sqrt(-2.0 * np.log(uniform[:n_pairs]))
+                angle = (2.0 * math.pi) * uniform[n_pairs:]
+                total[:n_pairs] += radius * np.cos(angle)
+                total[n_pairs:] += radius * np.sin(angle)
+            np.multiply(total[: len(chunk)], 1.0 / math.sqrt(_N_DRAWS), out=chunk)
+
+    def _open_uniform(self, n_values: int) -> NDArray[np.float64]:
+        """Odd multiples of 2^-54 in (0, 1)."""
+        bits = np.frombuffer(self.take_bytes(8 * n_values), "<u8") >> np.uint64(11)
+        return (bits.astype(np.float64) + 0.5) * _UINT53_SCALE

@@ -25,6 +25,7 @@ from edge_agent.data.tokens import Example
 from edge_agent.errors import OutOfMemoryError, TrainingError, TrainingStoppedError
 from edge_agent.training.checkpoint import Progress, load_state, save_state
 from edge_agent.training.control import Control, Unattended, Wish
+from edge_agent.training.gradients import GradientRule, Gradients, MeanGradient
 from edge_agent.training.micro_batches import cut
 from edge_agent.training.sampling import BatchSampler
 from privacy.updates import PlainUpdate
@@ -42,11 +43,9 @@ _PAUSE_POLL_S: Final = 0.5
 _NORM_EPS: Final = 1e-6
 _FIRST_FP16_LOSS_SCALE: Final = 2.0**12
 
-Gradients = dict[str, torch.Tensor]
-
 
 class GradientTransform(Protocol):
-    """A step of the list that a logical batch's mean gradient goes through: clip, add noise."""
+    """A step of the list that a logical batch's gradient goes through after its rule."""
 
     def __call__(self, gradients: Gradients, *, step: int) -> None:
         """Change the gradients in place."""
@@ -124,11 +123,13 @@ class TrainingResult:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainerOptions:
-    """How a run is watched and kept; nothing here changes the update, but for `transforms`.
+    """How a run is watched and kept; only `rule` and `transforms` change the update.
 
     Attributes:
         control: The owner's wishes.
-        transforms: Applied to each mean gradient in order; None: the recipe's clipping.
+        rule: What a step's gradient is made of.
+        transforms: Applied to each step's gradient in order; None: the recipe's clipping of the
+            mean, and nothing after a private release.
         on_progress: Told after every step.
         state_path: Where to keep the state; None: nothing is kept.
         save_every_steps: How often.
@@ -136,6 +137,7 @@ class TrainerOptions:
     """
 
     control: Control = field(default_factory=Unattended)
+    rule: GradientRule = field(default_factory=MeanGradient)
     transforms: tuple[GradientTransform, ...] | None = None
     on_progress: Callable[[TrainingProgress], None] | None = None
     state_path: Path | None = None
@@ -199,7 +201,8 @@ class LocalTrainer:
         self._sampler = sampler
         self._clock = clock
         self._options = options or TrainerOptions()
-        max_norm = recipe.training.max_grad_norm
+        self._rule = self._options.rule
+        max_norm = recipe.training.max_grad_norm if isinstance(self._rule, MeanGradient) else None
         default = () if max_norm is None else (ClipNorm(max_norm),)
         transforms = self._options.transforms
         self._transforms = default if transforms is None else transforms
@@ -240,8 +243,10 @@ class LocalTrainer:
         first_loss = last_loss = math.nan
         self._adapted.model.train()
         for step in range(done, n_steps):
-            last_loss = self._step(optimizer, step, n_steps, run)
-            first_loss = last_loss if math.isnan(first_loss) else first_loss
+            loss = self._step(optimizer, step, n_steps, run)
+            if not math.isnan(loss):  # a batch of nobody has none
+                first_loss = loss if math.isnan(first_loss) else first_loss
+                last_loss = loss
             if (step + 1) % self._options.save_every_steps == 0:
                 self._save(run, optimizer, step + 1)
         update = self._update(start, layout, weight)
@@ -273,17 +278,17 @@ class LocalTrainer:
                 pending = self._shrink(micro) + pending
             else:
                 loss_sum += total
-        mean = {name: tensor / max(1, len(batch)) for name, tensor in gradients.items()}
-        if not all(bool(tensor.isfinite().all()) for tensor in mean.values()):
+        self._rule.finish(gradients, n_examples=len(batch), step=step)
+        if not all(bool(tensor.isfinite().all()) for tensor in gradients.values()):
             msg = (
                 f"training diverged: the gradient of step {step + 1} is not finite; nothing is sent"
             )
             raise TrainingError(msg)
         for transform in self._transforms:
-            transform(mean, step=step)
+            transform(gradients, step=step)
         learning_rate = self._recipe.learning_rate(step, n_steps)
-        self._apply(optimizer, mean, learning_rate)
-        loss = loss_sum / max(1, len(batch))
+        self._apply(optimizer, gradients, learning_rate)
+        loss = loss_sum / len(batch) if batch else math.nan
         if self._options.on_progress is not None:
             event = TrainingProgress(
                 step=step + 1,
@@ -324,20 +329,11 @@ class LocalTrainer:
             loss_mask=batch.loss_mask.to(device),
             chunk=self._settings.loss_chunk,
         )
-        total = losses.sum()
-        (total * self._loss_scale).backward()
-        found = {
-            name: factor.grad / self._loss_scale
-            for name, factor in adapted.trainable.items()
-            if factor.grad is not None
-        }
-        if self._loss_scale > 1.0 and not all(bool(g.isfinite().all()) for g in found.values()):
+        if not self._rule.add(adapted, losses, gradients, loss_scale=self._loss_scale):
             # float16 overflowed: the same examples again at half the scale, so none is skipped.
             self._loss_scale /= 2.0
             return self._accumulate(micro, gradients)
-        for name, gradient in found.items():
-            gradients[name] += gradient
-        return float(total.detach())
+        return float(losses.detach().sum())
 
     def _shrink(self, micro: list[_Drawn]) -> list[list[_Drawn]]:
         """Halve the micro-batch that did not fit; the last resort is to recompute activations."""
@@ -395,6 +391,7 @@ class LocalTrainer:
                     recipe.schedule_end,
                     str(recipe.seed),
                     repr(self._sampler),
+                    repr(self._rule),
                     repr(self._transforms),
                 ]
             )

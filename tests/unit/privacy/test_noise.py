@@ -1,5 +1,6 @@
 """The stream that rounding draws from: known numbers, uniform ones, and never the same twice."""
 
+import math
 import os
 from typing import Any
 
@@ -114,3 +115,45 @@ def test_none_is_none() -> None:
     assert stream.take_bytes(0) == b""
     assert stream.uniform(0).shape == (0,)
     assert stream.take_bytes(64) == blocks(4)
+
+
+def normal_cdf(x: float) -> float:
+    return 0.5 * math.erfc(-x / math.sqrt(2.0))
+
+
+@pytest.mark.parametrize("n_values", [1, 2, 65_535, 65_537])
+def test_every_place_gets_a_normal_value(n_values: int) -> None:
+    values = np.full(n_values, np.nan)
+    SecureStream(KEY).fill_normal(values)
+    assert np.isfinite(values).all()
+    assert len(np.unique(values)) == n_values
+
+
+def test_normal_values_have_the_normal_distribution() -> None:
+    values = np.empty(300_000)
+    SecureStream(KEY).fill_normal(values)
+    edges = np.linspace(-3.5, 3.5, 41)
+    counts = np.histogram(values, np.concatenate([[-np.inf], edges, [np.inf]]))[0]
+    cdf = np.array([0.0, *map(normal_cdf, edges), 1.0])
+    expected = np.diff(cdf) * len(values)
+    chi_square = float(((counts - expected) ** 2 / expected).sum())
+    n_free = len(counts) - 1
+    assert abs(chi_square - n_free) < 5 * math.sqrt(2 * n_free)
+    assert np.abs(values).max() > 4.0, "the tails are missing"
+    # Halves of a pair come from one radius; they must not show it.
+    assert abs(np.corrcoef(values[::2] ** 2, values[1::2] ** 2)[0, 1]) < 0.01
+    half = 65_536 // 2
+    assert abs(np.corrcoef(values[:half] ** 2, values[half : 2 * half] ** 2)[0, 1]) < 0.03
+
+
+def test_streams_of_other_purposes_numbers_and_secrets_differ() -> None:
+    found = {
+        SecureStream.of(secret, purpose, number).take_bytes(32)
+        for secret in (bytes(32), KEY)
+        for purpose in ("noise", "sampling")
+        for number in (0, 1, 2**40)
+    }
+    assert len(found) == 12
+    assert SecureStream.of(KEY, "noise", 1).take_bytes(32) in found
+    with pytest.raises(ValueError, match="at least 32 bytes, not 31"):
+        SecureStream.of(bytes(31), "noise", 0)

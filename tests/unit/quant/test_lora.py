@@ -350,3 +350,30 @@ def test_examples_handed_on_as_one_are_refused_where_each_needs_a_gradient(
         pytest.raises(AdapterError, match="gets the examples of a batch as one"),
     ):
         layer(rows).sum().backward()
+
+
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing:UserWarning")
+def test_gradients_of_each_example_equal_those_of_opacus_hooks(
+    random_base_dir: Path, batch: dict[str, torch.Tensor]
+) -> None:
+    """The field's reference, where it works: on a 4-bit base, without recomputed activations."""
+    from opacus.grad_sample import GradSampleModule
+
+    bases = [load_base(random_base_dir, device=torch.device("cpu")) for _ in range(2)]
+    arrays = make_arrays(bases[0], LORA)
+    adapted, peft_model = AdaptedModel(bases[0], LORA), stock_peft(bases[1], LORA, arrays)
+    adapted.load(arrays)
+    with adapted.per_example_gradients() as ours:
+        example_losses(adapted.model, **batch).sum().backward()
+    hooked = GradSampleModule(peft_model, loss_reduction="sum", strict=False)
+    example_losses(peft_model, **batch).sum().backward()
+    theirs = {
+        name.replace(".default", ""): parameter.grad_sample
+        for name, parameter in peft_model.named_parameters()
+        if parameter.requires_grad
+    }
+    hooked.remove_hooks()
+    assert set(theirs) == set(ours)
+    for name, gradient in theirs.items():
+        assert gradient.shape == ours[name].shape
+        assert_near(ours[name], gradient)

@@ -1,9 +1,11 @@
 """Which examples make up a batch."""
 
+import math
+
 import numpy as np
 import pytest
 
-from edge_agent.training.sampling import ShuffledBatches
+from edge_agent.training.sampling import PoissonBatches, ShuffledBatches
 
 
 @pytest.mark.parametrize(("n_examples", "batch_size"), [(1, 1), (1, 8), (7, 3), (8, 4), (100, 7)])
@@ -43,3 +45,58 @@ def test_steps_are_given_or_counted(
 ) -> None:
     sampler = ShuffledBatches(n_examples=10, batch_size=3, seed=1)
     assert sampler.n_steps(local_steps=local_steps, local_epochs=local_epochs) == n_steps
+
+
+SECRET = bytes(range(32))
+
+
+def test_poisson_guarantee_1_every_example_has_a_coin_of_its_own() -> None:
+    n_examples, n_steps, q = 50, 4000, 0.07
+    sampler = PoissonBatches(n_examples=n_examples, probability=q, secret=SECRET)
+    drawn = np.zeros((n_steps, n_examples))
+    for step in range(n_steps):
+        drawn[step, sampler.indices(step)] = 1.0
+    deviation = math.sqrt(q * (1 - q) / n_steps)
+    assert np.abs(drawn.mean(0) - q).max() < 5 * deviation
+    sizes = drawn.sum(1)
+    assert abs(sizes.var() / (n_examples * q * (1 - q)) - 1.0) < 5 * math.sqrt(2 / n_steps)
+    between = np.corrcoef(drawn.T) - np.eye(n_examples)
+    assert np.abs(between).max() < 6 / math.sqrt(n_steps), "two examples are drawn together"
+    following = np.corrcoef(drawn[:-1].ravel(), drawn[1:].ravel())[0, 1]
+    assert abs(following) < 5 / math.sqrt(drawn.size)
+    assert sizes.min() == 0, "no batch was empty"
+
+
+def test_poisson_guarantee_2_batches_follow_from_secret_and_step() -> None:
+    def batch(secret: bytes, step: int) -> tuple[int, ...]:
+        sampler = PoissonBatches(n_examples=200, probability=0.3, secret=secret)
+        return tuple(sampler.indices(step))
+
+    assert batch(SECRET, 3) == batch(SECRET, 3)
+    assert len({batch(SECRET, 0), batch(SECRET, 1), batch(bytes(32), 0)}) == 3
+
+
+def test_poisson_with_probability_one_draws_everybody() -> None:
+    sampler = PoissonBatches(n_examples=7, probability=1.0, secret=SECRET)
+    assert list(sampler.indices(0)) == list(range(7))
+
+
+@pytest.mark.parametrize(("local_steps", "local_epochs", "n_steps"), [(9, None, 9), (None, 3, 12)])
+def test_poisson_steps_of_an_epoch_draw_each_example_once_in_expectation(
+    local_steps: int | None, local_epochs: int | None, n_steps: int
+) -> None:
+    sampler = PoissonBatches(n_examples=40, probability=0.25, secret=SECRET)
+    assert sampler.n_steps(local_steps=local_steps, local_epochs=local_epochs) == n_steps
+
+
+@pytest.mark.parametrize("probability", [0.0, -0.1, 1.5, 1e-12, math.nan])
+def test_a_probability_that_is_none_is_refused(probability: float) -> None:
+    with pytest.raises(ValueError, match="from 2\\^-32 to 1"):
+        PoissonBatches(n_examples=4, probability=probability, secret=SECRET)
+
+
+def test_a_samplers_text_does_not_tell_its_secret() -> None:
+    text = repr(PoissonBatches(n_examples=4, probability=0.5, secret=SECRET))
+    assert SECRET.hex() not in text
+    assert repr(SECRET) not in text
+    assert text != repr(PoissonBatches(n_examples=4, probability=0.5, secret=bytes(32)))
