@@ -160,14 +160,14 @@ def _throughput(
 def _private(
     adapted: AdaptedModel, examples: list[Example], device: torch.device
 ) -> dict[str, Any]:
-    """Per-example gradients of 4 examples in flight against the ordinary step."""
+    """DP-SGD with 4 examples in flight against the ordinary step."""
     batches = [examples[i * 4 : (i + 1) * 4] for i in range(4)]
     found: dict[str, Any] = {}
     for name in ("ordinary", "private"):
         step = sides.our_step(
             adapted,
             batches,
-            per_example=name == "private",
+            rule=sides.private(4) if name == "private" else None,
             n_checkpointed_layers=adapted.n_layers,
         )
         step()

@@ -23,8 +23,10 @@ from edge_agent.data.batches import collate
 from edge_agent.data.reading import read_records
 from edge_agent.data.records import Record
 from edge_agent.data.tokens import Example, tokenize
+from edge_agent.training.gradients import GradientRule, MeanGradient, PrivateGradient
 from edge_agent.training.sampling import ShuffledBatches
 from edge_agent.training.trainer import LocalTrainer, RoundRecipe, TrainerOptions
+from privacy.dp_sgd.mechanism import Mechanism
 from protocol.clock import SystemClock
 from protocol.manifest import LoraBlock, LossOn, Schedule, Template, TrainingBlock
 from quant.adapter import initial_adapter, sent_layout
@@ -163,15 +165,15 @@ def our_step(
     adapted: AdaptedModel,
     batches: Sequence[Sequence[Example]],
     *,
-    per_example: bool = False,
+    rule: GradientRule | None = None,
     n_checkpointed_layers: int = 0,
 ) -> Step:
-    """A step of our function and loss on given padded batches, one after the other.
+    """A step of our function, loss and rule on given padded batches, one after the other.
 
     Args:
         adapted: The model.
         batches: The batches; each is one micro-batch.
-        per_example: Collect per-example gradients and sum them afterwards, as DP-SGD does.
+        rule: What the gradient is made of; None: the mean over the batch, clipped to a norm of 1.
         n_checkpointed_layers: Decoder layers that are recomputed.
     """
     adapted.load(initial_adapter(adapted.base.description, adapted.lora))
@@ -181,6 +183,7 @@ def our_step(
     optimizer = torch.optim.AdamW(factors.values(), lr=LEARNING_RATE, weight_decay=0.0)
     padded = [collate(batch, 0) for batch in batches]
     device = adapted.base.device
+    taken = MeanGradient() if rule is None else rule
     done = 0
 
     def step() -> float:
@@ -193,19 +196,24 @@ def our_step(
             input_ids=batch.input_ids.to(device),
             loss_mask=batch.loss_mask.to(device),
         )
-        if per_example:
-            with adapted.per_example_gradients() as found:
-                losses.sum().backward()
-            for name, factor in factors.items():
-                factor.grad = found[name].mean(0)
-        else:
-            losses.mean().backward()
-        torch.nn.utils.clip_grad_norm_(factors.values(), 1.0)
+        totals = {name: torch.zeros_like(factor) for name, factor in factors.items()}
+        taken.add(adapted, losses, totals, loss_scale=1.0)
+        taken.finish(totals, n_examples=len(losses), step=done)
+        for name, factor in factors.items():
+            factor.grad = totals[name]
+        if rule is None:
+            torch.nn.utils.clip_grad_norm_(factors.values(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         return float(losses.detach().mean())
 
     return step
+
+
+def private(batch_size: int) -> PrivateGradient:
+    """DP-SGD as the agent does it, at an ordinary setting."""
+    mechanism = Mechanism(clip_norm=1.0, noise_multiplier=1.0, expected_batch=float(batch_size))
+    return PrivateGradient(mechanism=mechanism, secret=bytes(32))
 
 
 def our_epoch(

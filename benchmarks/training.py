@@ -127,7 +127,7 @@ def _epoch(job: dict[str, Any], base: Any, train: list[Any], held_out: list[Any]
 
 
 def _per_example(job: dict[str, Any], base: Any, train: list[Any], _: list[Any]) -> dict[str, Any]:
-    """Per-example gradients over the ordinary step, the two taking turns; and their error."""
+    """DP-SGD over the ordinary step, the two taking turns; and the error of its gradients."""
     from benchmarks import sides
     from quant.lora import AdaptedModel
 
@@ -137,7 +137,10 @@ def _per_example(job: dict[str, Any], base: Any, train: list[Any], _: list[Any])
     for kind, n_checkpointed in (("plain", 0), ("checkpointed", adapted.n_layers)):
         kinds = {
             name: sides.our_step(
-                adapted, batches, per_example=name == "dp", n_checkpointed_layers=n_checkpointed
+                adapted,
+                batches,
+                rule=sides.private(BATCH_SIZE) if name == "dp" else None,
+                n_checkpointed_layers=n_checkpointed,
             )
             for name in ("ordinary", "dp")
         }
@@ -341,7 +344,7 @@ def measure(folder: Path, *, quick: bool) -> tuple[list[Row], dict[str, Any]]:
         ),
         *(
             Row.of(
-                f"per-example gradients ÷ ordinary step, {kind}",
+                f"DP-SGD step ÷ ordinary step, {kind}",
                 column("dp", f"dp {kind}"),
                 column("dp", f"ordinary {kind}"),
                 peer_name="our ordinary step",
