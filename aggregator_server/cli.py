@@ -11,6 +11,7 @@ import typer
 from aggregator_server import cli_helper
 from aggregator_server.cli_shared import JsonPath, answer, sentences, write_json
 from aggregator_server.recipes import Masking
+from protocol.guarantee import describe_privacy
 from protocol.manifest import (
     CellMasking,
     Factor,
@@ -77,7 +78,10 @@ def init(  # noqa: PLR0917 - one parameter for each option
     ] = None,
     rank: Annotated[int, typer.Option(help="Rank of the adapter.")] = 8,
     alpha: Annotated[float | None, typer.Option(help="Its scale.  [default: 2 x rank]")] = None,
-    dropout: Annotated[float, typer.Option(help="Dropout before the adapter.")] = 0.05,
+    dropout: Annotated[
+        float | None,
+        typer.Option(help="Dropout before the adapter.  [default: 0.05; 0 with --epsilon]"),
+    ] = None,
     target_modules: Annotated[
         str | None,
         typer.Option(help="Layers, as q_proj,v_proj.  [default: the paper's six, or all linear]"),
@@ -100,6 +104,14 @@ def init(  # noqa: PLR0917 - one parameter for each option
     ready_delay_s: Annotated[
         float, typer.Option(help="Longest random wait before a masked update is announced.")
     ] = 10.0,
+    epsilon: Annotated[
+        float | None,
+        typer.Option(help="Differential privacy of each example, over all rounds (DP-SGD)."),
+    ] = None,
+    delta: Annotated[float, typer.Option(help="With --epsilon; well below 1 / records.")] = 1e-5,
+    clip_norm: Annotated[
+        float, typer.Option(help="With --epsilon: largest norm of an example's gradient.")
+    ] = 1.0,
     template: Annotated[
         Template, typer.Option(help="How a record becomes a prompt.")
     ] = Template.ALPACA,
@@ -180,6 +192,9 @@ def init(  # noqa: PLR0917 - one parameter for each option
             cell_target=cell,
             word_bits=32 if word_bits == 32 else 16,
             ready_delay_s=ready_delay_s,
+            epsilon=epsilon,
+            delta=delta,
+            clip_norm=clip_norm,
             template=template,
             max_length=max_length,
             batch_size=batch_size,
@@ -306,7 +321,7 @@ def status(directory: Directory, json_path: JsonPath = None) -> None:
     """
     with _opened(directory) as federation:
         now = federation.status()
-        masking = federation.charter.manifest.masking
+        manifest = federation.charter.manifest
     last = now.round
     lines = [
         f"{now.name}: {now.n_releases_of_rounds} of {now.n_rounds} rounds done"
@@ -314,7 +329,10 @@ def status(directory: Directory, json_path: JsonPath = None) -> None:
         f"agents: {now.n_enrolled} enrolled, {now.n_present} present",
         f"newest release: {now.newest_release}",
         f"bytes: {now.bytes_up:,} up, {now.bytes_down:,} down",
-        f"privacy: profile P0, epsilon = infinity; {_masking_line(masking)}",
+        (
+            f"privacy: {describe_privacy(manifest.privacy, n_rounds=manifest.rounds.n_rounds)}; "
+            f"{_masking_line(manifest.masking)}"
+        ),
     ]
     if last is not None:
         lines.append(

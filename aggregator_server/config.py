@@ -22,10 +22,13 @@ from protocol.manifest import (
     AggregationBlock,
     CellMasking,
     ChangeLimitsBlock,
+    ExamplePrivacy,
     HelperMasking,
     LoraBlock,
     MaskingBlock,
     NoMasking,
+    NoPrivacy,
+    PrivacyBlock,
     RoundsBlock,
     Text,
     TrainingBlock,
@@ -102,6 +105,7 @@ class ServerConfig(_Section):
     training: TrainingBlock
     aggregation: AggregationBlock = AggregationBlock()
     masking: MaskingBlock = NoMasking()
+    privacy: PrivacyBlock = NoPrivacy()
     rounds: RoundsBlock
     change_limits: ChangeLimitsBlock = ChangeLimitsBlock()
     server: ServerSection = ServerSection()
@@ -214,6 +218,8 @@ def _refuse_unknown(
         inner = fields[key].annotation
         if key == "masking" and isinstance(value, Mapping):
             inner = _MASKING.get(str(value.get("mode")), NoMasking)
+        if key == "privacy" and isinstance(value, Mapping):
+            inner = ExamplePrivacy if value.get("profile") == "P1" else NoPrivacy
         if isinstance(inner, type) and issubclass(inner, BaseModel):
             if not isinstance(value, Mapping):
                 msg = f"{source}: [{key}] must be a section"

@@ -187,6 +187,7 @@ def build_manifest(
             training=config.training,
             aggregation=config.aggregation,
             masking=config.masking,
+            privacy=config.privacy,
             rounds=config.rounds,
             change_limits=config.change_limits,
         )

@@ -21,14 +21,17 @@ from protocol.limits import MIN_CELL
 from protocol.manifest import (
     AggregationBlock,
     CellMasking,
+    ExamplePrivacy,
     Factor,
     HelperMasking,
     LoraBlock,
     NoMasking,
+    NoPrivacy,
     RoundsBlock,
     Schedule,
     Template,
     TrainingBlock,
+    Weighting,
 )
 from protocol.wire import explain
 from quant.adapter import adapter_shapes, sent_layout
@@ -36,6 +39,9 @@ from quant.adapter import adapter_shapes, sent_layout
 _PAPER_MODULES: Final = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj")
 _HEADS: Final = frozenset({"lm_head", "embed_out", "score"})
 _SEED_BITS: Final = 53
+_PAPER_DROPOUT: Final = 0.05
+_PRIVATE_STEPS: Final = 10
+"""Of a round under DP-SGD, where passes over the data would tell how much there is."""
 _CELL_TARGET: Final = 10
 _ASSUMED_RECORDS: Final = 1000
 """Of an agent, where a round is counted in passes over its records."""
@@ -65,10 +71,15 @@ class RecipeOptions:
     min_cohort: int | None = None
     rank: int = 8
     alpha: float | None = None
-    dropout: float = 0.05
+    dropout: float | None = None
+    """None: the paper's; 0 where noise is added."""
     target_modules: tuple[str, ...] | None = None
     sent: tuple[Factor, ...] | None = None
-    """None: both factors in the open, B alone under masks."""
+    """None: both factors in the open, B alone under masks or noise."""
+    epsilon: float | None = None
+    """Of DP-SGD, for each example over all rounds; None: no differential privacy."""
+    delta: float = 1e-5
+    clip_norm: float = 1.0
     masking: Masking = Masking.AUTO
     helper: HelperDescription | None = None
     helper_url: str = ""
@@ -108,30 +119,38 @@ def make_config(options: RecipeOptions, base: BaseDescription) -> ServerConfig:
     masked = rules.masking in {Masking.CELLS, Masking.HELPER} or (
         rules.masking is Masking.AUTO and min(fewest, rules.cohort_target) >= MIN_CELL
     )
-    epochs = rules.local_epochs
-    if rules.local_steps is None and epochs is None:
-        epochs = 1
+    private = rules.epsilon is not None
+    epochs, steps = rules.local_epochs, rules.local_steps
+    if steps is None and epochs is None:
+        epochs, steps = (None, _PRIVATE_STEPS) if private else (1, None)
+    paper_dropout = 0.0 if private else _PAPER_DROPOUT
     try:
         lora = LoraBlock(
             rank=rules.rank,
             alpha=2.0 * rules.rank if rules.alpha is None else rules.alpha,
-            dropout=rules.dropout,
+            dropout=paper_dropout if rules.dropout is None else rules.dropout,
             target_modules=rules.target_modules or default_modules(base),
-            sent=rules.sent or ((Factor.B,) if masked else (Factor.A, Factor.B)),
+            sent=rules.sent or ((Factor.B,) if masked or private else (Factor.A, Factor.B)),
             init_seed=secrets.randbits(_SEED_BITS),
         )
         return ServerConfig(
             federation=FederationSection(name=rules.name, description=rules.description),
             lora=lora,
-            aggregation=AggregationBlock(max_weight=_MASKED_MAX_WEIGHT)
-            if masked
-            else AggregationBlock(),
-            masking=_masking(rules, base, lora) if masked else NoMasking(),
+            aggregation=AggregationBlock(
+                weighting=Weighting.UNIFORM if private else Weighting.N_EXAMPLES,
+                max_weight=_MASKED_MAX_WEIGHT if masked else AggregationBlock().max_weight,
+            ),
+            masking=_masking(rules, base, lora, steps) if masked else NoMasking(),
+            privacy=NoPrivacy()
+            if rules.epsilon is None
+            else ExamplePrivacy(
+                epsilon=rules.epsilon, delta=rules.delta, clip_norm=rules.clip_norm
+            ),
             training=TrainingBlock(
                 template=rules.template,
                 max_length=rules.max_length,
                 batch_size=rules.batch_size,
-                local_steps=rules.local_steps,
+                local_steps=steps,
                 local_epochs=epochs,
                 learning_rate=rules.learning_rate,
                 schedule=rules.schedule,
@@ -168,14 +187,13 @@ def _min_cohort(options: RecipeOptions, *, masked: bool) -> int:
 
 
 def _masking(
-    options: RecipeOptions, base: BaseDescription, lora: LoraBlock
+    options: RecipeOptions, base: BaseDescription, lora: LoraBlock, steps: int | None
 ) -> CellMasking | HelperMasking:
     """Masks whose range holds what Adam can change in a round.
 
     Adam moves a value by about its learning rate in a step, so the steps of a round times the peak
     rate are a bound that is rarely reached; the norm allows half of it in every value.
     """
-    steps = options.local_steps
     if steps is None:
         steps = (options.local_epochs or 1) * math.ceil(_ASSUMED_RECORDS / options.batch_size)
     max_change = options.learning_rate * steps

@@ -66,6 +66,12 @@ _EXPLAINED: Final[Mapping[str, Mapping[str, str]]] = {
         "helper_key": "The key that agents seal their masks' seeds to, from the same.",
         "helper_wait_s": "Seconds after a round's cap that the helper is waited for.",
     },
+    "privacy": {
+        "profile": '"P0": no guarantee; "P1": DP-SGD on the agents, each example is protected.',
+        "epsilon": "What an agent may spend on each example in all rounds together.",
+        "delta": "With it: chance, about, that the bound fails; well below 1 / records.",
+        "clip_norm": "Largest L2 norm of one example's gradient.",
+    },
     "rounds": {
         "n_rounds": "The federation is finished after this many successful rounds.",
         "cohort_target": "A round closes when this many updates have arrived.",

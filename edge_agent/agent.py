@@ -34,16 +34,24 @@ from edge_agent.journal import Part
 from edge_agent.masked import MaskedRounds
 from edge_agent.member import Member
 from edge_agent.politeness import OwnersWishes
+from edge_agent.training.gradients import GradientRule, MeanGradient
 from edge_agent.training.planning import Chosen, choose_settings
-from edge_agent.training.sampling import ShuffledBatches
+from edge_agent.training.sampling import BatchSampler, ShuffledBatches
 from edge_agent.training.trainer import LocalTrainer, RoundRecipe, TrainerOptions, TrainingProgress
 from edge_agent.transport import Transport, Upload
+from privacy.errors import AccountingError, LedgerError, PrivacyError
 from privacy.fixed_point import EncodingPlan
 from privacy.updates import PlainUpdate
 from protocol.checks import Check
 from protocol.clock import Clock
 from protocol.limits import LONG_POLL_S, PART_BYTES
-from protocol.manifest import CellMasking, HelperMasking, RoundManifest, Weighting
+from protocol.manifest import (
+    CellMasking,
+    ExamplePrivacy,
+    HelperMasking,
+    RoundManifest,
+    Weighting,
+)
 from protocol.messages import (
     BodyHead,
     TrainTask,
@@ -84,6 +92,7 @@ class Agent:
            after a restart the same bytes are sent under the same attempt.
         2. Nothing is trained on an adapter, a release or a round whose checks failed.
         3. An update that is zero or not finite is never sent.
+        4. Where the federation asks for differential privacy, nothing is trained without it.
 
     Args:
         member: Home, journal, what the owner agreed to, and the agent's identity.
@@ -121,6 +130,10 @@ class Agent:
         self._home = member.home
         self._journal = member.journal
         self._manifest = member.membership.federation.body
+        if isinstance(self._manifest.privacy, ExamplePrivacy) and member.private is None:
+            msg = "the federation asks for differential privacy, and this agent was set up without"
+            raise TrustError(msg)
+        self._private = member.private
         self._signer = member.signer
         self._transport = transport
         self._data = data
@@ -268,7 +281,7 @@ class Agent:
             raise
         except CheckpointError:
             raise  # once the owner has made room on the disk, the round goes on
-        except (TrainingError, DataError, TrustError) as error:
+        except (TrainingError, DataError, TrustError, LedgerError, AccountingError) as error:
             self._withdraw(part, error)
             raise
 
@@ -280,6 +293,7 @@ class Agent:
         self._say("training", text)
         block = self._manifest.training
         n_examples = len(self._data.examples)
+        sampler, rule = self._drawing(part)
         trainer = LocalTrainer(
             self._adapted,
             self._data.examples,
@@ -289,14 +303,11 @@ class Agent:
                 schedule_end=round_manifest.schedule_end,
                 seed=self._seed(round_manifest, "dropout"),
             ),
-            sampler=ShuffledBatches(
-                n_examples=n_examples,
-                batch_size=block.batch_size,
-                seed=self._seed(round_manifest, "batches"),
-            ),
+            sampler=sampler,
             clock=self._clock,
             options=TrainerOptions(
                 control=self._wishes,
+                rule=rule,
                 on_progress=self._show_progress,
                 state_path=self._home.training_state,
                 settings=chosen.settings,
@@ -304,10 +315,27 @@ class Agent:
         )
         result = trainer.run(start, self._layout, weight=self._weight(n_examples))
         part = self._keeper()(part, result.update)
-        self._home.training_state.unlink(missing_ok=True)
+        self._end_training()
         if self._helped is not None:
             self._wait(self._helped.delay_s())
         self._send(part)
+
+    def _drawing(self, part: Part) -> tuple[BatchSampler, GradientRule]:
+        """Which examples a step has and what it makes of them; a private round is charged first."""
+        block = self._manifest.training
+        if self._private is None:
+            seed = self._seed(part.manifest.body, "batches")
+            n_examples = len(self._data.examples)
+            sampler = ShuffledBatches(n_examples=n_examples, batch_size=block.batch_size, seed=seed)
+            return sampler, MeanGradient()
+        batches, rule, quote = self._private.begin(part.round, part.attempt, now=self._clock.now())
+        self._say("charged", f"round {part.round}: ε {quote.before:.3g} → {quote.after:.3g} spent")
+        return batches, rule
+
+    def _end_training(self) -> None:
+        self._home.training_state.unlink(missing_ok=True)
+        if self._private is not None:
+            self._private.end()
 
     def _keeper(self) -> Callable[[Part, PlainUpdate], Part]:
         """What keeps a finished update, by the federation's trust model."""
@@ -340,6 +368,7 @@ class Agent:
             self._chosen = choose_settings(
                 self._adapted,
                 longest=max((len(e.input_ids) for e in self._data.examples), default=1),
+                private=self._private is not None,
                 max_vram_bytes=self._max_vram_bytes,
             )
         return self._chosen
@@ -355,11 +384,11 @@ class Agent:
         material = self._signer.private_bytes() + domain_hash(purpose, manifest.as_json())
         return int.from_bytes(hashlib.sha256(material).digest()[:8], "big")
 
-    def _withdraw(self, part: Part, error: AgentError) -> None:
+    def _withdraw(self, part: Part, error: AgentError | PrivacyError) -> None:
         reason = WithdrawalReason.TRAINING_FAILED
         if isinstance(error, OutOfMemoryError):
             reason = WithdrawalReason.OUT_OF_MEMORY
-        elif isinstance(error, TrustError):
+        elif isinstance(error, TrustError | PrivacyError):
             reason = WithdrawalReason.REFUSED_BY_POLICY
         withdrawal = Withdrawal(
             federation=self._manifest.federation,
@@ -387,7 +416,7 @@ class Agent:
         # All of them: one is left over when a kill came between acceptance and this.
         for path in self._home.update_files():
             path.unlink(missing_ok=True)
-        self._home.training_state.unlink(missing_ok=True)
+        self._end_training()
 
     def _upload(self, part: Part) -> None:
         begin, upload, path = self._announced(part)

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
 
-from edge_agent import cli_adapter
+from edge_agent import cli_adapter, cli_privacy
 from edge_agent.cli_shared import (
     DeviceOption,
     HomeOption,
@@ -128,6 +128,7 @@ def join(
     membership.enrol(offer, agent_home, clock=SystemClock(), patience_s=_JOIN_PATIENCE_S)
     save_settings(agent_home.root, settings)
     console.print(f"Joined. Key and journal are in {agent_home.root}", highlight=False)
+    cli_privacy.agree(offer.manifest, settings)
     if no_run:
         console.print("Start training with `sheepfold-agent run`.")
         return
@@ -233,7 +234,10 @@ def status(*, home: HomeOption = None, json_path: JsonOption = None) -> None:
         return
     table = Table(show_header=False, box=None)
     for key, value in found.items():
-        table.add_row(f"[bold]{key.replace('_', ' ')}[/]", escaped(str(value)))
+        text = str(value)
+        if isinstance(value, dict):
+            text = "; ".join(f"{name.replace('_', ' ')} {what}" for name, what in value.items())
+        table.add_row(f"[bold]{key.replace('_', ' ')}[/]", escaped(text))
     Console().print(table)
 
 
@@ -296,7 +300,7 @@ def explain(*, home: HomeOption = None, json_path: JsonOption = None) -> None:
         ("What it cannot learn", found.does_not_learn),
         ("What is not claimed", found.not_claimed),
     )
-    lines = [f"[bold]{escaped(found.trust_model)}[/]"]
+    lines = [f"[bold]{escaped(found.trust_model)}[/]", escaped(found.privacy)]
     for heading, sentences in sections:
         lines += ["", f"[bold]{heading}[/]", *(f"• {escaped(text)}" for text in sentences)]
     Console().print("\n".join(lines), highlight=False)
@@ -349,6 +353,7 @@ def forget(*, home: HomeOption = None, yes: YesOption = False) -> None:
 
 
 cli_adapter.register(app)
+cli_privacy.register(app)
 
 
 @app.command()

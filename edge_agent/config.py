@@ -33,6 +33,11 @@ def default_home() -> Path:
     return platformdirs.user_data_path("sheepfold-agent", appauthor=False)
 
 
+def default_ledger() -> Path:
+    """The owner's privacy ledger: of the machine, so that another home is no second budget."""
+    return platformdirs.user_data_path("sheepfold-privacy", appauthor=False) / "ledger.sqlite"
+
+
 class Hours(str):
     """Hours of the day in which training may run, such as `22-07`: from 22:00 to 06:59."""
 
@@ -71,6 +76,11 @@ class AgentSettings(BaseSettings):
     min_friends: Annotated[int, Field(ge=0, le=limits.MAX_CELL)] = 0
     """How many of them must be in a masked cell."""
 
+    epsilon: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] | None = None
+    """The largest ε of differential privacy that the owner accepts; None: the federation's, ∞."""
+    ledger: str | None = None
+    """Another file for the privacy ledger than the machine's own."""
+
     @field_validator("base")
     @classmethod
     def _base(cls, value: str | None) -> str | None:
@@ -95,6 +105,11 @@ class AgentSettings(BaseSettings):
             msg = f"min_friends is {self.min_friends}, and friends names {len(set(self.friends))}"
             raise ValueError(msg)
         return self
+
+    @property
+    def ledger_path(self) -> Path:
+        """Where the owner's privacy ledger lies."""
+        return default_ledger() if self.ledger is None else Path(self.ledger).expanduser()
 
     @property
     def allowed_hours(self) -> Hours | None:

@@ -6,7 +6,13 @@ from typing import Final
 from urllib.parse import urlsplit
 
 from edge_agent.explaining import explain
-from protocol.manifest import FederationManifest, HelperMasking, SumMasking, Weighting
+from protocol.manifest import (
+    FederationManifest,
+    HelperMasking,
+    NoPrivacy,
+    SumMasking,
+    Weighting,
+)
 from protocol.signing import format_fingerprint
 from quant.tiny import EMBEDDED_NAME
 
@@ -26,6 +32,19 @@ class Disclosure:
 def hub_host() -> str:
     """The host of the model hub, as the environment sets it."""
     return urlsplit(os.environ.get("HF_ENDPOINT", _DEFAULT_HUB)).netloc
+
+
+def _privacy(manifest: FederationManifest) -> str:
+    if isinstance(manifest.privacy, NoPrivacy):
+        return (
+            "Differential privacy is off (profile P0): ε = ∞. An update can reveal parts of the "
+            "data that it was trained on to whoever sees it."
+        )
+    return (
+        f"{explain(manifest).privacy} It is kept by your own agent, which adds the noise before "
+        "anything leaves; smaller ε is stronger, and e^ε bounds how much more likely anything seen "
+        "becomes by one of your records. More rounds than ε allows are refused."
+    )
 
 
 def disclose(
@@ -80,10 +99,7 @@ def disclose(
     if data_from_hub:
         hosts.append(f"{hub_host()} (to download the data set that you named)")
     warnings = [
-        (
-            "Differential privacy is off (profile P0): ε = ∞. An update can reveal parts of the "
-            "data that it was trained on to whoever sees it."
-        ),
+        _privacy(manifest),
         explain(manifest).trust_model,
     ]
     if manifest.registrar_held_by_server:

@@ -1,11 +1,13 @@
-"""Files that are there whole or not at all, whatever happens while they are written."""
+"""Files of the owner alone, there whole or not at all, whatever happens while they are written."""
 
 import hashlib
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Final
+
+_PRIVATE_FILE: Final = 0o600
 
 
 def write_durably(path: Path, *pieces: bytes | memoryview) -> None:
@@ -13,6 +15,7 @@ def write_durably(path: Path, *pieces: bytes | memoryview) -> None:
 
     Guarantees:
         1. After a failure or a kill, the file is what it was before, or the new one.
+        2. Nobody else on the machine can read it (mode 0600).
 
     Args:
         path: The file; its folder must exist. An existing file is replaced.
@@ -51,7 +54,7 @@ def write_hashed(path: Path, pieces: Iterable[memoryview]) -> bytes:
 def _written_durably(path: Path) -> Iterator[BinaryIO]:
     partial = path.with_name(path.name + ".partial")
     try:
-        with partial.open("wb") as file:
+        with open(partial, "wb", opener=_private) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -59,3 +62,7 @@ def _written_durably(path: Path) -> Iterator[BinaryIO]:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags, _PRIVATE_FILE)

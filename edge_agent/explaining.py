@@ -7,11 +7,18 @@ not"). `join` shows the short form, `sheepfold-agent explain` all of it.
 from dataclasses import dataclass
 
 from privacy.secagg import cells
-from protocol.manifest import CellMasking, FederationManifest, HelperMasking, Weighting
+from protocol.guarantee import describe_privacy
+from protocol.manifest import (
+    CellMasking,
+    FederationManifest,
+    HelperMasking,
+    NoPrivacy,
+    SumMasking,
+    Weighting,
+)
 from protocol.signing import format_fingerprint
 
 _EVERY_MODE = (
-    "Privacy over many rounds: what sums or releases of several rounds tell together.",
     "That a published adapter hides its training data: whoever has it can ask it.",
     "Anonymity: your key, your network address and when you take part are visible.",
 )
@@ -23,6 +30,8 @@ class Explanation:
 
     trust_model: str
     """Which trust model is in force, in one sentence."""
+    privacy: str
+    """The formal guarantee, or that there is none."""
     learns: tuple[str, ...]
     does_not_learn: tuple[str, ...]
     not_claimed: tuple[str, ...]
@@ -31,6 +40,7 @@ class Explanation:
         """For scripts."""
         return {
             "trust_model": self.trust_model,
+            "privacy": self.privacy,
             "learns": self.learns,
             "does_not_learn": self.does_not_learn,
             "not_claimed": self.not_claimed,
@@ -50,6 +60,11 @@ def explain(manifest: FederationManifest) -> Explanation:
     return _of_open_mode(manifest)
 
 
+def _privacy(manifest: FederationManifest) -> str:
+    described = describe_privacy(manifest.privacy, n_rounds=manifest.rounds.n_rounds)
+    return f"Differential privacy: {described}."
+
+
 def _of_open_mode(manifest: FederationManifest) -> Explanation:
     learns = [
         (
@@ -65,9 +80,10 @@ def _of_open_mode(manifest: FederationManifest) -> Explanation:
         )
     return Explanation(
         trust_model="Open: you trust the operator with each of your updates. Masking is off.",
+        privacy=_privacy(manifest),
         learns=tuple(learns),
         does_not_learn=("Your records, prompts and file names, as such.",),
-        not_claimed=(_no_dp(), *_EVERY_MODE),
+        not_claimed=(*_of_noise(manifest), *_EVERY_MODE),
     )
 
 
@@ -101,8 +117,7 @@ def _of_cells(manifest: FederationManifest, masking: CellMasking) -> Explanation
         "Your losses, records, prompts and file names.",
     ]
     not_claimed = [
-        _no_dp(),
-        "Privacy of the sums themselves: secure aggregation is not differential privacy.",
+        *_of_noise(manifest),
         (
             "Protection from a server that invents members: with enough of its own in your cell it "
             "could subtract them from the sum."
@@ -124,6 +139,7 @@ def _of_cells(manifest: FederationManifest, masking: CellMasking) -> Explanation
             "Masked cells: an honest-but-curious server sees one sum for each cell of "
             f"{smallest} to {masking.max_cell} agents, never your update."
         ),
+        privacy=_privacy(manifest),
         learns=tuple(learns),
         does_not_learn=tuple(does_not),
         not_claimed=tuple(not_claimed),
@@ -137,8 +153,7 @@ def _of_helper(manifest: FederationManifest, masking: HelperMasking) -> Explanat
             "Anything, if the two operators collude: then they can read your update. You trust "
             "that the helper is somebody else."
         ),
-        _no_dp(),
-        "Privacy of the sums themselves: secure aggregation is not differential privacy.",
+        *_of_noise(manifest),
         (
             "Protection from a server that invents members: with enough of its own in your cell it "
             "could subtract them from the sum."
@@ -157,6 +172,7 @@ def _of_helper(manifest: FederationManifest, masking: HelperMasking) -> Explanat
             f"{helper}) do not collude; the server sees one sum for each cell of "
             f"{masking.min_cell} to {masking.max_cell} agents."
         ),
+        privacy=_privacy(manifest),
         learns=(
             (
                 "The server: one sum of the updates of each cell, the number of agents in it, the "
@@ -177,5 +193,20 @@ def _of_helper(manifest: FederationManifest, masking: HelperMasking) -> Explanat
     )
 
 
-def _no_dp() -> str:
-    return "Any formal privacy: differential privacy is off (profile P0), ε = ∞."
+def _of_noise(manifest: FederationManifest) -> tuple[str, ...]:
+    """What differential privacy leaves unclaimed, on or off."""
+    if not isinstance(manifest.privacy, NoPrivacy):
+        return (
+            (
+                "More than each example by itself: what several of your records have in common, or "
+                "a record that occurs several times, is protected less."
+            ),
+            "That the number of your examples is hidden: it is taken as known.",
+        )
+    masked = isinstance(manifest.masking, SumMasking)
+    sums = "Privacy of the sums themselves: secure aggregation is not differential privacy."
+    return (
+        "Any formal privacy: differential privacy is off (profile P0), ε = ∞.",
+        *([sums] if masked else []),
+        "Privacy over many rounds: what sums or releases of several rounds tell together.",
+    )

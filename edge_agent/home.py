@@ -53,6 +53,11 @@ class AgentHome:
         return self.root / "training.safetensors"
 
     @property
+    def privacy_secret(self) -> Path:
+        """The secret of a private training, while it lasts."""
+        return self.root / "privacy.secret"
+
+    @property
     def updates(self) -> Path:
         """Finished updates until they are accepted."""
         return self.root / "updates"

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from edge_agent.home import AgentHome
 from edge_agent.journal import Journal, Membership
+from edge_agent.private import PrivateRounds
 from protocol.signing import Signer
 
 
@@ -28,3 +29,5 @@ class Member:
     membership: Membership
     signer: Signer
     owners_cell: OwnersCell = field(default_factory=OwnersCell)
+    private: PrivateRounds | None = None
+    """How it trains where the federation asks for differential privacy."""

@@ -17,8 +17,10 @@ from edge_agent.errors import JournalError, RefusedError
 from edge_agent.explaining import explain
 from edge_agent.home import AgentHome
 from edge_agent.journal import Journal, Membership, SentItem
+from edge_agent.private import require_owners_epsilon
 from edge_agent.transport import Outgoing, Transport
 from protocol.clock import Clock
+from protocol.guarantee import privacy_json
 from protocol.manifest import FederationManifest
 from protocol.messages import Enrolment, Revocation
 from protocol.phases import AgentPhase
@@ -61,7 +63,8 @@ def look(
         InviteError: The invite cannot be read.
         TransportError: The server cannot be reached.
         ManifestError: The federation wants something that this version cannot honour.
-        TrustError: The server is not the one of the invite.
+        TrustError: The server is not the one of the invite, or the federation has no differential
+            privacy and the owner demands it.
         DataError: The records cannot be used.
     """
     parsed = None if invite is None else Invite.parse(invite)
@@ -72,6 +75,7 @@ def look(
     try:
         discovery = transport.discover()
         manifest = check_discovery(discovery, parsed)
+        require_owners_epsilon(manifest, settings.epsilon)
         transport.use_federation(manifest)
         first = check_first_release(manifest, transport.releases(after=-1).releases)
         disclosure = disclose(
@@ -251,8 +255,7 @@ def describe(home: AgentHome, journal: Journal, *, clock: Clock) -> dict[str, An
         "last_round": f"{parts[-1].round}: {parts[-1].phase}" if parts else None,
         "bytes_sent": sum(item.n_bytes for item in sent),
         "bytes_received": journal.bytes_received(),
-        "profile": manifest.privacy.profile,
-        "epsilon": None,
+        "privacy": privacy_json(manifest),
         "masked": manifest.masking.mode != "off",
         "trust_model": explain(manifest).trust_model,
     }

@@ -1,6 +1,6 @@
 """Puts a working agent together: home, lock, base, data, connections."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Final, Self
@@ -8,7 +8,7 @@ from typing import Final, Self
 from edge_agent.agent import Agent, AgentEventReport
 from edge_agent.config import AgentSettings
 from edge_agent.data.reading import read_records
-from edge_agent.data.records import ReadReport
+from edge_agent.data.records import ReadReport, Record
 from edge_agent.data.tokens import TokenizedData, tokenize
 from edge_agent.errors import JournalError, TrustError
 from edge_agent.home import AgentHome
@@ -16,10 +16,17 @@ from edge_agent.journal import Journal, Membership
 from edge_agent.member import Member, OwnersCell
 from edge_agent.membership import record_outgoing
 from edge_agent.politeness import OwnersWishes
+from edge_agent.private import (
+    PrivateRounds,
+    make_terms,
+    record_bytes,
+    require_owners_epsilon,
+)
 from edge_agent.transport import Transport
+from privacy.ledger import Ledger
 from protocol.checks import Check
 from protocol.clock import Clock
-from protocol.manifest import FederationManifest
+from protocol.manifest import ExamplePrivacy, FederationManifest
 from protocol.wire import b64u_decode
 from quant.base_model import (
     LoadedBase,
@@ -62,7 +69,7 @@ def _max_vram_bytes(settings: AgentSettings) -> int | None:
 
 def load_data(
     source: str, manifest: FederationManifest, base: LoadedBase, settings: AgentSettings
-) -> tuple[TokenizedData, ReadReport]:
+) -> tuple[TokenizedData, ReadReport, Sequence[Record]]:
     """Read and tokenise the owner's records as the manifest says.
 
     Raises:
@@ -78,7 +85,7 @@ def load_data(
         max_length=block.max_length,
         on_malformed=settings.on_malformed,
     )
-    return data, report
+    return data, report, records
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +95,7 @@ class Worker:
     agent: Agent
     wishes: OwnersWishes
     transport: Transport
+    ledger: Ledger | None
     release_lock: Callable[[], None]
 
     def __enter__(self) -> Self:
@@ -102,6 +110,8 @@ class Worker:
     ) -> None:
         """Give lock and connections back."""
         self.transport.close()
+        if self.ledger is not None:
+            self.ledger.close()
         self.release_lock()
 
 
@@ -129,9 +139,12 @@ def prepare(
         QuantError: The base cannot be used.
         TrustError: It is another base than the federation's.
         DataError: The data cannot be used.
+        PrivacyError: The ledger cannot be used, or no noise keeps to what is asked for.
     """
     member = _active_membership(journal, clock.now())
+    require_owners_epsilon(member.federation.body, settings.epsilon)
     lock = home.lock()
+    ledger: Ledger | None = None
     try:
         signer = home.load_or_create_signer()
         wishes = OwnersWishes(journal, clock, settings.allowed_hours)
@@ -156,7 +169,7 @@ def prepare(
             base = load_membership_base(member, settings)
         except FingerprintError as error:
             raise TrustError(str(error), Check.OTHER_BASE) from error
-        data, report = load_data(member.data, manifest, base, settings)
+        data, report, records = load_data(member.data, manifest, base, settings)
         on_event(
             AgentEventReport(
                 kind="data",
@@ -164,6 +177,22 @@ def prepare(
                 f"{data.report.n_truncated} cut to {manifest.training.max_length} tokens",
             )
         )
+        private: PrivateRounds | None = None
+        if isinstance(manifest.privacy, ExamplePrivacy):
+            ledger = Ledger(settings.ledger_path)
+            on_event(AgentEventReport(kind="privacy", text="finding the noise that ε takes"))
+            terms = make_terms(
+                manifest, n_examples=len(data.examples), owners_epsilon=settings.epsilon
+            )
+            private = PrivateRounds(
+                terms=terms,
+                ledger=ledger,
+                data_set=ledger.data_set(record_bytes(records)),
+                agent=signer.identity,
+                federation=manifest.federation,
+                secret_path=home.privacy_secret,
+            )
+            on_event(AgentEventReport(kind="privacy", text=terms.describe()))
         agent = Agent(
             member=Member(
                 home=home,
@@ -175,6 +204,7 @@ def prepare(
                     friends=frozenset(b64u_decode(name, n_bytes=32) for name in settings.friends),
                     min_friends=settings.min_friends,
                 ),
+                private=private,
             ),
             transport=transport,
             base=base,
@@ -185,9 +215,17 @@ def prepare(
             max_vram_bytes=_max_vram_bytes(settings),
         )
     except BaseException:
+        if ledger is not None:
+            ledger.close()
         lock.release()
         raise
-    return Worker(agent=agent, wishes=wishes, transport=transport, release_lock=lock.release)
+    return Worker(
+        agent=agent,
+        wishes=wishes,
+        transport=transport,
+        ledger=ledger,
+        release_lock=lock.release,
+    )
 
 
 def _active_membership(journal: Journal, now: float) -> Membership:

@@ -55,3 +55,7 @@ class LedgerError(PrivacyError):
 
 class BudgetError(LedgerError):
     """A round that would spend more ε than the owner allows, or an owner who allowed none yet."""
+
+
+class AccountingError(PrivacyError):
+    """A privacy budget that cannot be kept, or a composition whose ε cannot be trusted."""

@@ -64,3 +64,8 @@ INVITE_CODE_BYTES: Final = 16
 """128 bits: the least that an invite may have."""
 
 CREDENTIAL_LIFETIME_S: Final = 365 * 24 * 3600
+
+# Differential privacy
+MAX_EPSILON: Final = 1000.0
+"""Above it a bound says nothing that anyone could use."""
+MAX_DELTA: Final = 1e-3

@@ -208,11 +208,32 @@ MaskingBlock = Annotated[NoMasking | CellMasking | HelperMasking, Field(discrimi
 """Whether the server sees single updates, and what it sees instead."""
 
 
-class PrivacyBlock(WireModel):
-    """Differential privacy. This version knows P0: no formal guarantee, ε = ∞."""
+class NoPrivacy(WireModel):
+    """P0: no formal guarantee, ε = ∞."""
 
     version: Literal[1] = 1
     profile: Literal["P0"] = "P0"
+
+
+class ExamplePrivacy(WireModel):
+    """P1: each example is protected from server, members and public, by DP-SGD on the agent.
+
+    In all rounds of the federation together, an agent spends at most (`epsilon`, `delta`) on each
+    of its examples; neighbouring data sets differ in one example, added or removed. It finds the
+    noise multiplier that this takes for the number of its examples by itself.
+
+    `clip_norm` is the largest L2 norm of an example's gradient, over all tensors that are trained.
+    """
+
+    version: Literal[1] = 1
+    profile: Literal["P1"] = "P1"
+    epsilon: Annotated[float, Field(gt=0.0, le=limits.MAX_EPSILON)]
+    delta: Annotated[float, Field(gt=0.0, le=limits.MAX_DELTA)]
+    clip_norm: PositiveFloat
+
+
+PrivacyBlock = Annotated[NoPrivacy | ExamplePrivacy, Field(discriminator="profile")]
+"""What of the training data is protected by differential privacy, and from whom."""
 
 
 class AggregationBlock(WireModel):
@@ -290,7 +311,7 @@ class FederationManifest(WireModel):
     layout: Digest
     training: TrainingBlock
     masking: MaskingBlock = NoMasking()
-    privacy: PrivacyBlock = PrivacyBlock()
+    privacy: PrivacyBlock = NoPrivacy()
     aggregation: AggregationBlock = AggregationBlock()
     filter: FilterBlock = FilterBlock()
     gate: GateBlock = GateBlock()
@@ -304,7 +325,24 @@ class FederationManifest(WireModel):
             raise ValueError(msg)
         if isinstance(self.masking, SumMasking):
             self._check_masking(self.masking)
+        if isinstance(self.privacy, ExamplePrivacy):
+            self._check_example_privacy()
         return self
+
+    def _check_example_privacy(self) -> None:
+        wrong = {
+            'aggregation.weighting must be "uniform": a weight tells the number of examples': (
+                self.aggregation.weighting is not Weighting.UNIFORM
+            ),
+            "training.local_steps must be set: passes over the data tell how much there is": (
+                self.training.local_steps is None
+            ),
+            "lora.dropout must be 0: noise is enough": self.lora.dropout > 0.0,
+        }
+        for rule, broken in wrong.items():
+            if broken:
+                msg = f"privacy.profile is P1, so {rule}"
+                raise ValueError(msg)
 
     def _check_masking(self, masking: SumMasking) -> None:
         if self.rounds.min_cohort < masking.min_cell:

@@ -15,6 +15,7 @@ from typing import Annotated, Final, Literal
 from pydantic import Field
 
 from protocol.errors import ProtocolError
+from protocol.guarantee import describe_privacy
 from protocol.limits import MAX_JSON_BYTES
 from protocol.manifest import (
     AggregationBlock,
@@ -245,7 +246,7 @@ def _kind_rows(kind: CardKind, merge_error: float | None) -> list[tuple[str, str
 
 def _rows(told: Provenance) -> list[tuple[str, str]]:
     factors = ", ".join(told.lora.sent)
-    privacy = f"no formal guarantee (profile {told.privacy.profile}, ε = ∞)"
+    privacy = describe_privacy(told.privacy, n_rounds=told.n_rounds)
     again = "" if told.rolled_back_to is None else f"; release {told.rolled_back_to} again"
     revision = "" if told.base.revision is None else f", revision {_code(told.base.revision)}"
     made = (

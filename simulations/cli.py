@@ -11,6 +11,7 @@ from rich.console import Console
 from aggregator_server.recipes import Masking
 from edge_agent.errors import AgentError
 from protocol.errors import ProtocolError
+from protocol.guarantee import describe_privacy
 from protocol.manifest import Factor
 from quant.errors import QuantError
 from quant.quiet import quiet_libraries
@@ -90,8 +91,9 @@ def demo(
         f"The federation scores {100 * match['federated']:.0f} %, the best agent alone "
         f"{100 * max(match['local']):.0f} %, all data in one place "
         f"{100 * match['centralised']:.0f} %. Each agent sent "
-        f"{found['bytes_up_per_agent'] / 1e6:.2f} MB; its records stayed with it. Privacy: profile "
-        f"P0, ε = ∞; {'the server saw sums only' if found['masked'] else 'masking off'}. "
+        f"{found['bytes_up_per_agent'] / 1e6:.2f} MB; its records stayed with it. Privacy: "
+        f"{describe_privacy(result.manifest.privacy, n_rounds=result.recipe.n_rounds)}; "
+        f"{'the server saw sums only' if found['masked'] else 'masking off'}. "
         f"{found['wall_s']:.0f} s.",
         highlight=False,
     )

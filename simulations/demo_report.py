@@ -11,7 +11,7 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
 
-from protocol.manifest import FederationManifest
+from protocol.guarantee import privacy_json
 from simulations.demo import DemoListener, DemoResult, DemoView
 from simulations.measuring import Measurement
 
@@ -146,13 +146,9 @@ def as_json(result: DemoResult) -> dict[str, Any]:
         "lora_sent": [factor.value for factor in result.recipe.sent],
         "wall_s": round(result.wall_s, 1),
         "adapter": str(result.folder.adapter.absolute()),
-        "privacy": _privacy(result.manifest),
+        "privacy": privacy_json(result.manifest),
         "masked": result.manifest.masking.mode != "off",
     }
-
-
-def _privacy(manifest: FederationManifest) -> dict[str, str | None]:
-    return {"profile": manifest.privacy.profile, "epsilon": None}
 
 
 def table(result: DemoResult) -> Table:

@@ -96,6 +96,7 @@ def choose_settings(
     adapted: AdaptedModel,
     *,
     longest: int,
+    private: bool = False,
     max_vram_bytes: int | None = None,
     meter: Meter | None = None,
     free_ram_bytes: int | None = None,
@@ -109,6 +110,7 @@ def choose_settings(
     Args:
         adapted: The base on its device with the federation's adapter.
         longest: Tokens of the owner's longest example.
+        private: Gradients are kept example by example.
         max_vram_bytes: The owner's `--max-vram`; None: whatever is free.
         meter: Of the device; None: torch's counters on CUDA, no probe steps on the CPU.
         free_ram_bytes: For the CPU; None: what the system says.
@@ -117,7 +119,7 @@ def choose_settings(
         OutOfMemoryError: Not even one example fits on the GPU; says what is needed.
     """
     try:
-        workload = workload_of(adapted, longest=longest)
+        workload = workload_of(adapted, longest=longest, private=private)
     except BaseModelError as error:
         settings = StepSettings()
         text = (
@@ -163,12 +165,13 @@ def choose_settings(
     )
 
 
-def workload_of(adapted: AdaptedModel, *, longest: int) -> Workload:
+def workload_of(adapted: AdaptedModel, *, longest: int, private: bool = False) -> Workload:
     """What is to be trained, as the prediction wants to know it.
 
     Args:
         adapted: The base on its device with its adapter.
         longest: Tokens of the longest example.
+        private: Gradients are kept example by example.
 
     Raises:
         BaseModelError: A base, or an adapter, whose memory cannot be predicted.
@@ -182,6 +185,7 @@ def workload_of(adapted: AdaptedModel, *, longest: int) -> Workload:
         lora=LoraShape.of(adapted.lora),
         device=Device.cuda(compute) if on_cuda else Device.cpu(compute),
         max_length=max(1, longest),
+        private=private,
     )
     workload.lora.n_parameters(workload.shape)  # refuses modules that are not of the class
     return workload

@@ -149,7 +149,8 @@ def test_a_volunteer_pauses_resumes_stops_leaves_and_is_forgotten(place: Place) 
     first = place.start()
     wait_for("training", lambda: place.open_part() is AgentPhase.TRAINING)
     found = place.status()
-    assert (found["running"], found["paused"], found["epsilon"]) == (True, False, None)
+    assert (found["running"], found["paused"]) == (True, False)
+    assert found["privacy"] == {"profile": "P0", "epsilon": None}
 
     second = agent("run", "--home", str(place.home))
     assert second.returncode == 1

@@ -257,7 +257,7 @@ def test_status_is_json_with_null_for_what_is_not(run, founded):
     status = json.loads(run("status", founded, "--json", "-").stdout)
     assert status["round"] is None
     assert status["newest_release"] == 0
-    assert "epsilon = infinity" in run("status", founded).stdout
+    assert "ε = ∞" in run("status", founded).stdout
 
 
 def test_json_goes_to_a_file_too(run, founded, tmp_path):

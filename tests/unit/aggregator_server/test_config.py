@@ -18,7 +18,14 @@ from aggregator_server.config import (
 from aggregator_server.errors import ConfigError
 from aggregator_server.recipes import RecipeOptions, make_config
 from aggregator_server.template import _EXPLAINED, render
-from protocol.manifest import CellMasking, Factor, HelperMasking, NoMasking
+from protocol.manifest import (
+    CellMasking,
+    ExamplePrivacy,
+    Factor,
+    HelperMasking,
+    NoMasking,
+    Weighting,
+)
 
 OPTIONS = RecipeOptions(name="Test")
 
@@ -103,6 +110,8 @@ def test_every_setting_is_explained(config):
         if section == "masking":  # whose modes have settings of their own
             modes = (NoMasking, CellMasking, HelperMasking)
             fields = {field for mode in modes for field in mode.model_fields} - {"version"}
+        if section == "privacy":
+            fields |= set(ExamplePrivacy.model_fields) - {"version"}
         assert fields == set(_EXPLAINED[section]), section
 
 
@@ -181,3 +190,18 @@ def test_default_modules_are_the_papers_where_the_base_has_them(base):
 def test_a_recipe_out_of_range_is_one_sentence(base):
     with pytest.raises(ConfigError, match="rank"):
         make_config(dataclasses.replace(OPTIONS, rank=0), base)
+
+
+def test_a_recipe_with_epsilon_is_one_that_the_protocol_takes(base):
+    config = make_config(dataclasses.replace(OPTIONS, epsilon=3.0, delta=1e-6, clip_norm=0.5), base)
+    assert config.privacy == ExamplePrivacy(epsilon=3.0, delta=1e-6, clip_norm=0.5)
+    assert config.aggregation.weighting is Weighting.UNIFORM
+    assert (config.lora.dropout, config.training.local_epochs) == (0.0, None)
+    assert config.lora.sent == (Factor.B,)
+    assert parse_text(render(config)) == config
+
+
+@pytest.mark.parametrize("epsilon", [0.0, -1.0, 1e9, float("nan")])
+def test_an_epsilon_that_is_none_is_refused(base, epsilon):
+    with pytest.raises(ConfigError, match="epsilon"):
+        make_config(dataclasses.replace(OPTIONS, epsilon=epsilon), base)

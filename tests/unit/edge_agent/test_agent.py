@@ -34,6 +34,7 @@ from protocol.manifest import (
     AggregationReport,
     BlobRef,
     ChangeLimitsBlock,
+    ExamplePrivacy,
     Factor,
     FederationManifest,
     LoraBlock,
@@ -1018,6 +1019,18 @@ def test_guarantee_2_an_adapter_that_is_none_is_refused(world: World, spoil: str
     with pytest.raises(Exception, match="tensor"):
         world.start().run()
     assert not world.server.uploads
+
+
+def test_guarantee_4_where_noise_is_asked_for_nothing_is_trained_without(
+    make_world: Callable[..., World], never_train: None
+) -> None:
+    world = make_world(
+        privacy=ExamplePrivacy(epsilon=8.0, delta=1e-5, clip_norm=1.0),
+        aggregation=AggregationBlock(weighting=Weighting.UNIFORM),
+    )
+    world.server.open_round()
+    with pytest.raises(TrustError, match="asks for differential privacy"):
+        world.start().run()
 
 
 def test_guarantee_2_another_layout_than_the_manifests_is_refused(

@@ -309,7 +309,8 @@ def test_a_volunteer_joins_looks_leaves_and_is_forgotten(
     assert status["federation"] == "Test"
     assert status["member"] == "yes"
     assert status["data"] == str(data)
-    assert (status["profile"], status["epsilon"], status["masked"]) == ("P0", None, False)
+    assert status["privacy"] == {"profile": "P0", "epsilon": None}
+    assert status["masked"] is False
     assert status["running"] is False
     assert "Test" in type_in("status").out
 

@@ -28,3 +28,9 @@ def test_guarantee_1_a_failure_leaves_the_old_file_and_no_other(
         write_durably(path, b"new")
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_guarantee_2_nobody_else_can_read_it(tmp_path: Path) -> None:
+    path = tmp_path / "state"
+    write_durably(path, b"new")
+    assert path.stat().st_mode & 0o777 == 0o600

@@ -179,6 +179,37 @@ def test_epsilon_is_infinite_in_every_mode(make_any: Make, mode: str, apart: boo
     assert "ε" not in "\n".join((found.trust_model, *found.learns, *found.does_not_learn))
 
 
+@pytest.mark.parametrize("mode", ["open", "cells", "helper"])
+def test_under_noise_every_epsilon_comes_with_all_that_it_means(make_any: Make, mode: str) -> None:
+    manifest = with_noise(make_any(mode, apart=False))
+    found = explain(manifest)
+    told = disclose(manifest, server_host="example.org", base_folder=None, round_n_bytes=4_000_000)
+    texts = [found.privacy, *(text for text in told.warnings if "ε" in text)]
+    assert len(texts) == 2
+    for text in texts:
+        for part in ("P1", "ε ≤ 8", "δ = 1e-05", "each example", "add or remove one", "PLD"):
+            assert part in text
+        for part in ("server, members and public", "Poisson", "multiplier", "all 3 rounds"):
+            assert part in text
+    assert not any("∞" in text for text in (*texts, *found.not_claimed, *told.warnings))
+    assert any("taken as known" in text for text in found.not_claimed)
+
+
+def with_noise(manifest: FederationManifest) -> FederationManifest:
+    data = manifest.as_json()
+    data["privacy"] = {
+        "version": 1,
+        "profile": "P1",
+        "epsilon": 8.0,
+        "delta": 1e-5,
+        "clip_norm": 1.0,
+    }
+    data["aggregation"]["weighting"] = "uniform"
+    data["lora"]["dropout"] = 0.0
+    data["training"] |= {"local_steps": 10, "local_epochs": None}
+    return FederationManifest.model_validate_json(json.dumps(data))
+
+
 @pytest.mark.parametrize("apart", [False, True], ids=["registrar-held", "registrar-apart"])
 @pytest.mark.parametrize("mode", ["open", "cells", "helper"])
 def test_join_says_which_trust_model_is_in_force(make_any: Make, mode: str, apart: bool) -> None:
@@ -253,6 +284,7 @@ def test_explain_gives_all_of_it_as_json(type_in, joined, make_any: Make, mode: 
     expected = explain(manifest)
     assert found == {
         "trust_model": expected.trust_model,
+        "privacy": expected.privacy,
         "learns": list(expected.learns),
         "does_not_learn": list(expected.does_not_learn),
         "not_claimed": list(expected.not_claimed),

@@ -8,7 +8,8 @@ import pytest
 from pydantic import BaseModel
 
 from protocol.errors import ManifestError
-from protocol.manifest import FederationManifest, Release, RoundManifest
+from protocol.guarantee import privacy_json
+from protocol.manifest import ExamplePrivacy, FederationManifest, Release, RoundManifest
 from protocol.signing import Signer
 from protocol.wire import b64u_encode, domain_hash, parse
 
@@ -18,7 +19,9 @@ MakeManifest = Callable[..., FederationManifest]
 def altered(document: BaseModel, path: str, value: object) -> bytes:
     """The document's JSON with one value exchanged; a value of `...` removes the key."""
     whole = copy.deepcopy(document.as_json())  # type: ignore[attr-defined]
-    *parents, last = path.replace("masking.off.", "masking.").split(".")
+    for kind in ("masking.off.", "privacy.P0."):  # as messages name it, and the data does not
+        path = path.replace(kind, kind.split(".")[0] + ".")
+    *parents, last = path.split(".")
     where = whole
     for key in parents:
         where = where[key]
@@ -58,14 +61,14 @@ def test_every_document_round_trips(
         ("lora.version", 2),
         ("training.version", 2),
         ("masking.off.version", 2),
-        ("privacy.version", 2),
+        ("privacy.P0.version", 2),
         ("aggregation.version", 2),
         ("filter.version", 2),
         ("gate.version", 2),
         ("rounds.version", 2),
         ("change_limits.version", 2),
         ("masking.mode", "mixnet"),
-        ("privacy.profile", "P1"),
+        ("privacy.profile", "P9"),
         ("privacy.profile", None),
         ("aggregation.rule", "krum"),
         ("filter.rule", "median"),
@@ -250,3 +253,53 @@ def test_two_kinds_of_documents_never_share_a_digest(
 ) -> None:
     release, manifest = make_release(), make_manifest()
     assert len({release.digest(), manifest.digest()}) == 2
+
+
+NOISE = {"version": 1, "profile": "P1", "epsilon": 8.0, "delta": 1e-5, "clip_norm": 1.0}
+
+
+def with_noise(manifest: FederationManifest, **changes: object) -> dict[str, object]:
+    data = copy.deepcopy(manifest.as_json())
+    data["privacy"] = {**NOISE, **changes}
+    data["aggregation"]["weighting"] = "uniform"
+    data["lora"]["dropout"] = 0.0
+    data["training"] |= {"local_steps": 10, "local_epochs": None}
+    return data
+
+
+def test_a_manifest_with_noise_is_read_and_described(make_manifest: MakeManifest) -> None:
+    found = parse(FederationManifest, json.dumps(with_noise(make_manifest())).encode())
+    assert found.privacy == ExamplePrivacy(epsilon=8.0, delta=1e-5, clip_norm=1.0)
+    told = privacy_json(found)
+    wanted = {"epsilon", "delta", "unit", "neighbouring", "adversary", "sampling"}
+    assert wanted | {"noise_multiplier", "rounds", "accountant"} <= told.keys()
+    assert privacy_json(make_manifest()) == {"profile": "P0", "epsilon": None}
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value", "said"),
+    [
+        ("aggregation", "weighting", "n_examples", "weighting must be"),
+        ("lora", "dropout", 0.05, "dropout must be 0"),
+        ("training", "local_steps", None, "local_steps must be set"),
+    ],
+)
+def test_what_tells_of_the_data_beside_the_noise_is_refused(
+    make_manifest: MakeManifest, section: str, key: str, value: object, said: str
+) -> None:
+    data = with_noise(make_manifest())
+    data[section][key] = value
+    if value is None:
+        data[section]["local_epochs"] = 1
+    assert said in refusal(FederationManifest, json.dumps(data).encode())
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("epsilon", 0), ("epsilon", 1e6), ("delta", 0), ("delta", 0.5), ("clip_norm", -1.0)],
+)
+def test_a_bound_that_means_nothing_is_refused(
+    make_manifest: MakeManifest, key: str, value: float
+) -> None:
+    data = with_noise(make_manifest(), **{key: value})
+    assert key in refusal(FederationManifest, json.dumps(data).encode())
