@@ -31,7 +31,7 @@ ALMOST_ALL = 1.0 - 1e-9
 """A sample of everybody that goes the way of a sample: through the grid, step by step."""
 few = settings(
     deadline=None,
-    max_examples=6,
+    max_examples=5,
     derandomize=True,
     phases=[Phase.generate],  # shrinking would take minutes, and says little about a number
 )
@@ -128,7 +128,7 @@ def test_one_release_to_all_costs_what_the_analytic_formula_says(
     assert exact * (1.0 - 1e-6) <= found <= exact * 1.0001 + 1e-4
 
 
-@pytest.mark.parametrize(("noise", "n_steps"), [(2.0, 10), (30.0, 1000), (1000.0, 100_000)])
+@pytest.mark.parametrize(("noise", "n_steps"), [(2.0, 10), (30.0, 1000), (30_000.0, 100_000)])
 @pytest.mark.parametrize("sampled", [1.0, ALMOST_ALL])
 def test_n_releases_cost_what_one_with_root_n_times_less_noise_costs(
     noise: float, n_steps: int, sampled: float
@@ -145,7 +145,7 @@ def test_releases_of_different_noise_are_composed_as_the_analytic_formula_says()
     assert exact <= spent(mixed, delta=1e-6).pld <= exact * 1.0001
 
 
-@pytest.mark.parametrize(("noise", "sampled", "n_steps"), [(1.0, 1e-4, 1000), (0.5, 0.001, 100)])
+@pytest.mark.parametrize(("noise", "sampled", "n_steps"), [(1.0, 1e-4, 1000), (1.0, 0.001, 10)])
 def test_a_finer_grid_makes_no_difference_to_rare_samples(
     noise: float, sampled: float, n_steps: int
 ) -> None:
@@ -155,6 +155,14 @@ def test_a_finer_grid_makes_no_difference_to_rare_samples(
     found = spent([event], delta=1e-5)
     assert found.rdp > 4 * found.pld
     assert fine <= found.pld <= fine + 0.002
+
+
+def test_the_grid_of_one_step_has_a_bounded_size() -> None:
+    # Or a ledger with one noisy and many quiet releases would take minutes and gigabytes.
+    strong, many = make_event(0.05, 0.01), make_event(5.0, 0.01, 100_000)
+    width = accounting._cell_width([strong, many], spent([many], delta=1e-5).rdp)
+    loss = accounting._step_loss(0.05, 0.01, width)
+    assert 1 << 16 < loss._pmf_remove.size <= 1 << 19
 
 
 def test_epsilons_are_not_added() -> None:
@@ -337,9 +345,9 @@ def test_no_delta_is_usual_for_fewer_than_two(n_units: int) -> None:
 @settings(few, max_examples=2)
 @given(
     st.floats(0.3, 10.0),
-    st.sampled_from([0.02, 1.0]),
+    st.sampled_from([0.1, 1.0]),
     st.integers(1, 40),
-    st.lists(events, max_size=1),
+    st.lists(events.filter(lambda event: event.sampling_probability == 1.0), max_size=1),
 )
 def test_calibrated_noise_spends_the_budget_and_no_more(
     epsilon: float, sampled: float, n_steps: int, earlier: list[SampledGaussian]
