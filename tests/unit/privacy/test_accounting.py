@@ -4,6 +4,7 @@ import logging
 import math
 import subprocess
 import sys
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -342,31 +343,40 @@ def test_no_delta_is_usual_for_fewer_than_two(n_units: int) -> None:
 # Calibration
 
 
-@settings(few, max_examples=2)
+def fake_spent(releases: Sequence[SampledGaussian], *, delta: float) -> Spent:
+    """An accountant that takes no time: ε grows as it should, by a simple formula."""
+    epsilon = sum(e.n_steps * e.sampling_probability / e.noise_multiplier**2 for e in releases)
+    return Spent(pld=epsilon - math.log10(delta) * epsilon**0.5, rdp=math.inf)
+
+
+@settings(deadline=None, max_examples=50, derandomize=True)
 @given(
-    st.floats(0.3, 10.0),
-    st.sampled_from([0.1, 1.0]),
+    st.floats(0.01, 20.0),
+    st.sampled_from([1e-3, 1e-5]),
+    st.sampled_from([0.02, 1.0]),
     st.integers(1, 40),
-    st.lists(events.filter(lambda event: event.sampling_probability == 1.0), max_size=1),
+    st.lists(events, max_size=3),
 )
 def test_calibrated_noise_spends_the_budget_and_no_more(
-    epsilon: float, sampled: float, n_steps: int, earlier: list[SampledGaussian]
+    more: float, delta: float, sampled: float, n_steps: int, earlier: list[SampledGaussian]
 ) -> None:
-    # Guarantees 1 and 2 of calibrate; the budget is on top of what was spent.
-    budget = epsilon + spent(earlier, delta=1e-5).epsilon
-    noise = calibrate(
-        epsilon=budget,
-        delta=1e-5,
-        sampling_probability=sampled,
-        n_steps=n_steps,
-        earlier=earlier,
-    )
+    # Guarantees 1 and 2 of calibrate. The budget is `more` on top of what was spent.
+    budget = more + fake_spent(earlier, delta=delta).epsilon
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(accounting, "spent", fake_spent)
+        noise = calibrate(
+            epsilon=budget,
+            delta=delta,
+            sampling_probability=sampled,
+            n_steps=n_steps,
+            earlier=earlier,
+        )
 
     def total(multiplier: float) -> float:
-        return spent([*earlier, make_event(multiplier, sampled, n_steps)], delta=1e-5).epsilon
+        releases = [*earlier, make_event(multiplier, sampled, n_steps)]
+        return fake_spent(releases, delta=delta).epsilon
 
     assert total(noise) <= budget < total(noise / 1.001)
-    assert total(noise) > 0.98 * budget
 
 
 def test_calibration_finds_the_noise_of_the_analytic_formula() -> None:
@@ -377,24 +387,22 @@ def test_calibration_finds_the_noise_of_the_analytic_formula() -> None:
 
 
 def test_what_was_released_before_needs_more_noise_now() -> None:
-    def noise_after(*earlier: SampledGaussian) -> float:
-        return calibrate(
-            epsilon=3.0, delta=1e-5, sampling_probability=1.0, n_steps=2, earlier=earlier
-        )
-
-    alone, after_one, after_two = (
-        noise_after(),
-        noise_after(make_event(3.0)),
-        noise_after(make_event(3.0), make_event(2.0)),
+    # Of the precision 1/1.0² that the budget allows, 1/2.0² is used up.
+    noise = calibrate(
+        epsilon=exact_epsilon(1.0, 1e-5),
+        delta=1e-5,
+        sampling_probability=1.0,
+        n_steps=1,
+        earlier=[make_event(2.0)],
     )
-    assert alone < 0.98 * after_one
-    assert after_one < 0.98 * after_two
+    exact = 0.75**-0.5
+    assert exact <= noise <= exact * 1.001
 
 
-def test_a_budget_without_end_still_asks_for_some_noise() -> None:
-    noise = calibrate(epsilon=1e6, delta=1e-5, sampling_probability=1.0, n_steps=1)
-    assert LEAST_MULTIPLIER <= noise < 0.04
-    assert math.isfinite(one(noise, 1.0, 1).epsilon)
+def test_a_budget_without_end_still_asks_for_some_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(accounting, "spent", fake_spent)
+    noise = calibrate(epsilon=1e9, delta=1e-5, sampling_probability=1.0, n_steps=1)
+    assert LEAST_MULTIPLIER <= noise <= LEAST_MULTIPLIER * 1.001
 
 
 def test_a_budget_that_is_already_spent_is_refused() -> None:
