@@ -207,6 +207,7 @@ class Agent:
         """One turn of the loop; once the federation is finished, how long to wait for more."""
         part = self._journal.open_part()
         if part is not None and part.trained:
+            self._end_training()  # a kill may have come before it
             self._send(part)
             return None
         reply = self._transport.task(after=self._journal.last_ended_round(), wait_s=LONG_POLL_S)

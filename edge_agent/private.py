@@ -202,7 +202,9 @@ class PrivateRounds:
 
         Raises:
             BudgetError: Some record would spend more than the owner allows; nothing was charged.
-            LedgerError: The ledger cannot be used.
+            LedgerError: The ledger cannot be used, or this attempt was charged for other records or
+                on other terms.
+            AccountingError: So much was released already that it cannot be composed.
             JournalError: The secret cannot be kept.
         """
         quote = self._ledger.reserve(

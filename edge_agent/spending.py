@@ -89,6 +89,12 @@ def spending(path: Path, records: Sequence[Record]) -> Spending:
 def set_budget(path: Path, *, epsilon: float, delta: float, now: float) -> Budget:
     """Set what each of the owner's records may spend, in all federations together.
 
+    Args:
+        path: The ledger; made when missing.
+        epsilon: Of one record, add or remove; at least 0.
+        delta: Between 0 and 1, well below 1 ÷ the number of records.
+        now: Seconds since the Unix epoch.
+
     Raises:
         LedgerError: The ledger cannot be used, or a value is out of range.
     """
@@ -101,6 +107,12 @@ def set_budget(path: Path, *, epsilon: float, delta: float, now: float) -> Budge
 
 def agree_budget(path: Path, *, epsilon: float, delta: float, now: float) -> tuple[Budget, bool]:
     """The owner's budget, set to what a federation asks for where there is none yet.
+
+    Args:
+        path: The ledger; made when missing.
+        epsilon: What the owner agreed to for one record, add or remove.
+        delta: With it.
+        now: Seconds since the Unix epoch.
 
     Returns:
         The budget that counts, and whether it was set just now.

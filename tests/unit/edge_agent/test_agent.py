@@ -579,6 +579,20 @@ def test_guarantee_1_killed_before_a_byte_left_the_same_bytes_are_sent(world: Wo
     assert world.files() == []
 
 
+def test_what_a_training_kept_is_gone_before_its_update_leaves_also_after_a_kill(
+    world: World,
+) -> None:
+    world.server.open_round()
+    world.server.faults["begin_upload"] = [KillError(), KillError()]
+    with pytest.raises(KillError):
+        world.start().run()
+    assert not world.home.training_state.exists()
+    world.home.training_state.write_bytes(b"as if killed once the update was kept")
+    with pytest.raises(KillError):
+        world.start().run()
+    assert not world.home.training_state.exists()
+
+
 def test_guarantee_1_killed_between_parts_only_the_missing_ones_follow(
     make_world: Callable[..., World], monkeypatch: pytest.MonkeyPatch
 ) -> None:
