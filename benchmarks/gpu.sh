@@ -5,22 +5,32 @@
 #   benchmarks/gpu.sh [OUT]        writes OUT/gpu.json, in ten minutes at most
 #
 # Needs a Python with the CUDA build of torch and numpy; everything else comes from WHEELS. CUDA=130
-# keeps that build of bitsandbytes' library alone, where the wheels must stay small.
+# keeps that build of bitsandbytes' library alone, where the wheels must stay small; FOR=3.12 fetches
+# for another Python than this one. ARGS go to gpu.py.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 WHEELS=${WHEELS:-.gpu-wheels}
 PYTHON=${PYTHON:-python3}
 CUDA=${CUDA:-}
-NEEDED='accelerate annotated-types anyio bitsandbytes h11 httpcore2 httpx2 huggingface-hub idna
-    markdown-it-py mdurl opacus opt-einsum packaging
-    peft psutil pydantic pydantic-core pygments pyyaml regex rfc8785 rich safetensors tokenizers tqdm
-    transformers truststore typing-inspection'
+FOR=${FOR:-}
+ARGS=${ARGS:-}
+NEEDED='accelerate annotated-types anyio bitsandbytes cffi cryptography h11 httpcore2 httpx2
+    huggingface-hub idna markdown-it-py mdurl packaging peft psutil pycparser pydantic pydantic-core
+    pygments pyyaml regex rfc8785 rich safetensors tokenizers tqdm transformers truststore
+    typing-inspection'
 
 if [ "${1:-}" = "--fetch" ]; then
     rm -rf "$WHEELS"
+    platforms=()
+    if [ -n "$FOR" ]; then
+        platforms=(--only-binary=:all: --python-version "$FOR" --implementation cp)
+        for tag in 2014 _2_17 _2_24 _2_27 _2_28 _2_31 _2_34; do
+            platforms+=(--platform "manylinux${tag}_x86_64")
+        done
+    fi
     for name in $NEEDED; do
         grep -iE "^$name==" constraints.txt
-    done | "$PYTHON" -m pip download --no-deps --dest "$WHEELS" -r /dev/stdin
+    done | "$PYTHON" -m pip download --no-deps "${platforms[@]}" --dest "$WHEELS" -r /dev/stdin
     if [ -n "$CUDA" ]; then
         for wheel in "$WHEELS"/bitsandbytes-*.whl; do
             "$PYTHON" - "$wheel" "cuda$CUDA.so" <<'PY'
@@ -50,4 +60,5 @@ export PYTHONPATH=$PWD HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 if ! "$PYTHON" -c 'import benchmarks.gpu' 2>/dev/null; then
     "$PYTHON" -m pip install --quiet --no-index --no-deps "$WHEELS"/*.whl
 fi
-timeout 600 "$PYTHON" -m benchmarks.gpu --json "$OUT/gpu.json"
+# shellcheck disable=SC2086  # ARGS are words
+"$PYTHON" -m benchmarks.gpu --json "$OUT/gpu.json" $ARGS

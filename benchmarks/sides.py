@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final
 
@@ -23,9 +24,19 @@ from edge_agent.data.batches import collate
 from edge_agent.data.reading import read_records
 from edge_agent.data.records import Record
 from edge_agent.data.tokens import Example, tokenize
-from edge_agent.training.gradients import GradientRule, MeanGradient, PrivateGradient
+from edge_agent.training.gradients import (
+    GradientRule,
+    MeanGradient,
+    PrivateGradient,
+    noise_threads,
+)
 from edge_agent.training.sampling import ShuffledBatches
-from edge_agent.training.trainer import LocalTrainer, RoundRecipe, TrainerOptions
+from edge_agent.training.trainer import (
+    LocalTrainer,
+    RoundRecipe,
+    TrainerOptions,
+    TrainingProgress,
+)
 from privacy.dp_sgd.mechanism import Mechanism
 from protocol.clock import SystemClock
 from protocol.manifest import LoraBlock, LossOn, Schedule, Template, TrainingBlock
@@ -197,6 +208,7 @@ def our_step(
             loss_mask=batch.loss_mask.to(device),
         )
         totals = {name: torch.zeros_like(factor) for name, factor in factors.items()}
+        taken.begin(totals, step=done)
         taken.add(adapted, losses, totals, loss_scale=1.0)
         taken.finish(totals, n_examples=len(losses), step=done)
         for name, factor in factors.items():
@@ -210,10 +222,11 @@ def our_step(
     return step
 
 
-def private(batch_size: int) -> PrivateGradient:
+def private(batch_size: int, device: torch.device | None = None) -> PrivateGradient:
     """DP-SGD as the agent does it, at an ordinary setting."""
     mechanism = Mechanism(clip_norm=1.0, noise_multiplier=1.0, expected_batch=float(batch_size))
-    return PrivateGradient(mechanism=mechanism, secret=bytes(32))
+    n_threads = 0 if device is None else noise_threads(device, allowed=None)
+    return PrivateGradient(mechanism=mechanism, secret=bytes(32), n_noise_threads=n_threads)
 
 
 def our_epoch(
@@ -222,8 +235,19 @@ def our_epoch(
     *,
     batch_size: int,
     settings: StepSettings | None = None,
-) -> None:
-    """One epoch of the agent's own trainer, with its own cut of the batches."""
+    rule: GradientRule | None = None,
+) -> list[float]:
+    """One epoch of the agent's own trainer, with its own cut of the batches.
+
+    Returns:
+        Seconds of each step but the first.
+    """
+    ends: list[float] = []
+
+    def on_progress(_: TrainingProgress) -> None:
+        synchronize(adapted.base.device)
+        ends.append(time.perf_counter())
+
     block = TrainingBlock(
         batch_size=batch_size,
         local_epochs=1,
@@ -238,11 +262,16 @@ def our_epoch(
         RoundRecipe(training=block, schedule_start=0.0, schedule_end=1.0, seed=0),
         sampler=ShuffledBatches(n_examples=len(examples), batch_size=batch_size, seed=0),
         clock=SystemClock(),
-        options=TrainerOptions(settings=settings or StepSettings()),
+        options=TrainerOptions(
+            settings=settings or StepSettings(),
+            rule=rule or MeanGradient(),
+            on_progress=on_progress,
+        ),
     )
     layout = sent_layout(adapted.shapes(), adapted.lora.sent)
     start = initial_adapter(adapted.base.description, adapted.lora)
     trainer.run(start, layout, weight=1)
+    return [end - begin for begin, end in pairwise(ends)]
 
 
 def peft_trainer(

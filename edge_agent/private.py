@@ -170,6 +170,7 @@ class PrivateRounds:
         agent: The agent's identity.
         federation: The federation's id.
         secret_path: Where the secret of a training is kept while it lasts.
+        n_noise_threads: Threads that make noise while a GPU is at work; 0: none.
     """
 
     def __init__(
@@ -181,6 +182,7 @@ class PrivateRounds:
         agent: bytes,
         federation: bytes,
         secret_path: Path,
+        n_noise_threads: int = 0,
     ) -> None:
         """Take the parts; nothing is charged yet."""
         self.terms = terms
@@ -189,6 +191,7 @@ class PrivateRounds:
         self._agent = agent
         self._federation = federation
         self._secret_path = secret_path
+        self._n_noise_threads = n_noise_threads
 
     def begin(
         self, round_number: int, attempt: int, *, now: float
@@ -221,7 +224,10 @@ class PrivateRounds:
             probability=self.terms.sampling_probability,
             secret=secret,
         )
-        return sampler, PrivateGradient(mechanism=self.terms.mechanism, secret=secret), quote
+        rule = PrivateGradient(
+            mechanism=self.terms.mechanism, secret=secret, n_noise_threads=self._n_noise_threads
+        )
+        return sampler, rule, quote
 
     def end(self) -> None:
         """Forget the secret of a training that is over."""

@@ -22,6 +22,7 @@ from edge_agent.private import (
     record_bytes,
     require_owners_epsilon,
 )
+from edge_agent.training.gradients import noise_threads
 from edge_agent.transport import Transport
 from privacy.ledger import Ledger
 from protocol.checks import Check
@@ -191,6 +192,7 @@ def prepare(
                 agent=signer.identity,
                 federation=manifest.federation,
                 secret_path=home.privacy_secret,
+                n_noise_threads=noise_threads(base.device, allowed=settings.threads),
             )
             on_event(AgentEventReport(kind="privacy", text=terms.describe()))
         agent = Agent(

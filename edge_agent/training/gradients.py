@@ -5,10 +5,16 @@ micro-batch's gradients are taken and what becomes of their sum.
 """
 
 import hashlib
+import os
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Final, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from edge_agent.errors import TrainingError
 from privacy.dp_sgd.mechanism import Mechanism, clip_and_add, release
@@ -19,10 +25,15 @@ from quant.lora import AdaptedModel
 Gradients = dict[str, torch.Tensor]
 
 NOISE_PURPOSE: Final = "sheepfold/dp-sgd/noise"
+_MOST_NOISE_THREADS: Final = 4
 
 
 class GradientRule(Protocol):
     """How the gradients of a logical batch become the one that the optimiser gets."""
+
+    def begin(self, totals: Gradients, *, step: int) -> None:
+        """A step begins; its gradients will be summed in `totals`."""
+        ...
 
     def add(
         self, adapted: AdaptedModel, losses: torch.Tensor, totals: Gradients, *, loss_scale: float
@@ -42,6 +53,9 @@ class GradientRule(Protocol):
 @dataclass(frozen=True)
 class MeanGradient:
     """The mean over the examples. Not private."""
+
+    def begin(self, totals: Gradients, *, step: int) -> None:
+        """Nothing is to be prepared."""
 
     def add(
         self, adapted: AdaptedModel, losses: torch.Tensor, totals: Gradients, *, loss_scale: float
@@ -65,6 +79,63 @@ class MeanGradient:
             total.div_(max(1, n_examples))
 
 
+class StepNoise:
+    """Standard normal numbers for the steps of one training, tensor by tensor.
+
+    Guarantees:
+        1. The same secret, step and tensor give the same numbers, whoever makes them when; any
+            other gives independent ones.
+
+    Args:
+        secret: At least 32 bytes.
+        n_threads: Threads that make a step's noise while the device is at work; 0: made when it
+            is asked for. A 7B base's adapter takes seconds of one core for each step.
+    """
+
+    def __init__(self, secret: bytes, *, n_threads: int = 0) -> None:
+        """Nothing is made yet."""
+        self._secret = secret
+        self._threads = ThreadPoolExecutor(n_threads) if n_threads else None
+        self._begun: dict[tuple[int, str], Future[NDArray[np.float64]]] = {}
+
+    def begin(self, step: int, sizes: Mapping[str, int]) -> None:
+        """Let the threads make a step's noise.
+
+        Args:
+            step: The step.
+            sizes: Values of each tensor by name.
+        """
+        if self._threads is not None:
+            for future in self._begun.values():  # of a step that was given up
+                future.cancel()
+            self._begun = {
+                (step, name): self._threads.submit(self._make, step, name, n_values)
+                for name, n_values in sizes.items()
+            }
+
+    def take(self, step: int, name: str, n_values: int) -> NDArray[np.float64]:
+        """The noise [n_values] float64 of a step's tensor."""
+        begun = self._begun.pop((step, name), None)
+        return self._make(step, name, n_values) if begun is None else begun.result()
+
+    def _make(self, step: int, name: str, n_values: int) -> NDArray[np.float64]:
+        values = np.empty(n_values, np.float64)
+        SecureStream.of(self._secret, f"{NOISE_PURPOSE}/{name}", step).fill_normal(values)
+        return values
+
+
+def noise_threads(device: torch.device, *, allowed: int | None) -> int:
+    """How many threads should make noise beside a training.
+
+    Args:
+        device: Where it runs. A CPU's cores are at work already.
+        allowed: How many threads the owner allows; None: any number.
+    """
+    if device.type == "cpu":
+        return 0
+    return min(_MOST_NOISE_THREADS, os.cpu_count() or 1, allowed or _MOST_NOISE_THREADS)
+
+
 @dataclass(frozen=True, kw_only=True)
 class PrivateGradient:
     """DP-SGD (profile P1): each example's gradient clipped, noise on the sum, a fixed divisor.
@@ -79,15 +150,27 @@ class PrivateGradient:
     Args:
         mechanism: Clip norm, noise multiplier, expected batch size.
         secret: At least 32 bytes of this attempt, of the system's generator; they stay here.
+        n_noise_threads: See `StepNoise`.
     """
 
     mechanism: Mechanism
     secret: bytes = field(repr=False)
+    n_noise_threads: int = 0
+    _noise: StepNoise = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        """Get the threads ready."""
+        noise = StepNoise(self.secret, n_threads=self.n_noise_threads)
+        object.__setattr__(self, "_noise", noise)
 
     def __repr__(self) -> str:
         """For the digest of a run: another secret is another run, and nobody reads it from here."""
         known = hashlib.sha256(self.secret).hexdigest()
         return f"PrivateGradient({self.mechanism!r}, secret sha256:{known})"
+
+    def begin(self, totals: Gradients, *, step: int) -> None:
+        """Begin to make the step's noise, where there are threads for it."""
+        self._noise.begin(step, {name: total.numel() for name, total in totals.items()})
 
     def add(
         self, adapted: AdaptedModel, losses: torch.Tensor, totals: Gradients, *, loss_scale: float
@@ -102,8 +185,9 @@ class PrivateGradient:
         """
         with adapted.per_example_gradients() as found:
             (losses.sum() * loss_scale).backward()
-        for gradient in found.values():
-            gradient.div_(loss_scale)
+        if loss_scale != 1.0:
+            for gradient in found.values():
+                gradient.div_(loss_scale)
         self._check(adapted)
         try:
             clip_and_add(found, totals, clip_norm=self.mechanism.clip_norm)
@@ -114,7 +198,7 @@ class PrivateGradient:
 
     def finish(self, totals: Gradients, *, n_examples: int, step: int) -> None:  # noqa: ARG002 - interface
         """Add the noise and divide by the expected batch size, whatever was drawn."""
-        release(totals, self.mechanism, SecureStream.of(self.secret, NOISE_PURPOSE, step))
+        release(totals, self.mechanism, partial(self._noise.take, step))
 
     @staticmethod
     def _check(adapted: AdaptedModel) -> None:

@@ -268,6 +268,7 @@ class LocalTrainer:
         gradients: Gradients = {
             name: torch.zeros_like(factor) for name, factor in self._adapted.trainable.items()
         }
+        self._rule.begin(gradients, step=step)
         loss_sum = 0.0
         pending = self._cut(batch)
         while pending:

@@ -13,21 +13,21 @@ sampling by independent coins.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from privacy.errors import ClippingError
-from privacy.noise import SecureStream
 
-Tensors = dict[str, torch.Tensor]
+Noise = Callable[[str, int], NDArray[np.float64]]
+"""Standard normal values [n] for a tensor, by its name and n."""
 
 _SLACK: Final = 1.0 - 1e-5
 """Keeps a clipped gradient within C in spite of float32 rounding."""
-_CHUNK_VALUES: Final = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +75,8 @@ def clip_and_add(
         1. One example changes the totals by at most `clip_norm` in L2 norm over all tensors.
         2. An example with a value that is not finite adds zero, and changes nothing of the others'.
         3. Cutting a batch into several calls changes the totals by float32 rounding only.
+        4. An error, also one of memory, leaves the totals as they were: nothing is added twice by
+            trying again.
 
     Args:
         per_example: [B, *shape] float32 by name; every name of `totals`, no other.
@@ -90,11 +92,15 @@ def clip_and_add(
     norms = torch.stack(squares).sum(0).sqrt()  # [B] float64
     finite = norms.isfinite()
     factors = (clip_norm * _SLACK / norms.clamp(min=clip_norm * _SLACK)).float()
+    spoilt = not bool(finite.all())
+    sums = {}
+    for name, gradient in per_example.items():
+        if spoilt:
+            finite_rows = finite.view(-1, *[1] * (gradient.ndim - 1))
+            gradient = torch.where(finite_rows, gradient, 0.0)  # noqa: PLW2901 - the same, made safe
+        sums[name] = torch.tensordot(torch.where(finite, factors, 0.0), gradient, dims=1)
     for name, total in totals.items():
-        gradient = per_example[name].flatten(1)
-        if not bool(finite.all()):
-            gradient = torch.where(finite[:, None], gradient, 0.0)
-        total.add_((torch.where(finite, factors, 0.0) @ gradient).view_as(total))
+        total.add_(sums[name])
     return Clipped(
         n_examples=len(norms),
         n_clipped=int((finite & (norms > clip_norm)).sum()),
@@ -102,25 +108,21 @@ def clip_and_add(
     )
 
 
-def release(totals: Mapping[str, torch.Tensor], mechanism: Mechanism, stream: SecureStream) -> None:
+def release(totals: Mapping[str, torch.Tensor], mechanism: Mechanism, noise: Noise) -> None:
     """Turn sums of clipped gradients into the noisy mean, in place.
 
     Args:
-        totals: [*shape] float32 by name; which number of the stream a value gets follows the order.
+        totals: [*shape] float32 by name.
         mechanism: Noise and expected batch size.
-        stream: Fresh for this step: its numbers are used for nothing else.
+        noise: Standard normal values for a tensor, by its name and number of values; fresh for
+            this step: its numbers are used for nothing else.
     """
     std = mechanism.noise_multiplier * mechanism.clip_norm
-    for total in totals.values():
-        flat = total.view(-1)
-        for start in range(0, len(flat), _CHUNK_VALUES):
-            part = flat[start : start + _CHUNK_VALUES]
-            noise = np.empty(len(part), np.float64)
-            stream.fill_normal(noise)
-            noise *= std
-            # In float64, so that what is rounded is the noisy sum and not the noise.
-            noisy = part.double().add_(torch.from_numpy(noise).to(part.device))
-            part.copy_(noisy.div_(mechanism.expected_batch))
+    for name, total in totals.items():
+        values = torch.from_numpy(noise(name, total.numel())).to(total.device)
+        # In float64, so that what is rounded is the noisy sum and not the noise.
+        noisy = values.view_as(total).mul_(std).add_(total)
+        total.copy_(noisy.div_(mechanism.expected_batch))
 
 
 def _check(per_example: Mapping[str, torch.Tensor], totals: Mapping[str, torch.Tensor]) -> None:
@@ -143,5 +145,5 @@ def _check(per_example: Mapping[str, torch.Tensor], totals: Mapping[str, torch.T
 
 def _squares(gradient: torch.Tensor) -> torch.Tensor:
     """The squared L2 norm of each example's gradient: [B] float64."""
-    norms: torch.Tensor = torch.linalg.vector_norm(gradient.flatten(1), dim=1)
+    norms: torch.Tensor = torch.linalg.vector_norm(gradient, dim=tuple(range(1, gradient.ndim)))
     return norms.double().square()

@@ -16,6 +16,18 @@ SHAPES = {"a": (4, 3), "b": (5,)}
 SECRET = bytes(range(32))
 
 
+def make_noise(secret: bytes, step: int):
+    """A stream's numbers, tensor after tensor."""
+    stream = SecureStream.of(secret, "test", step)
+
+    def noise(name: str, n_values: int) -> np.ndarray:
+        values = np.empty(n_values)
+        stream.fill_normal(values)
+        return values
+
+    return noise
+
+
 def make_gradients(
     n_examples: int, *, scale: float = 1.0, seed: int = 0
 ) -> dict[str, torch.Tensor]:
@@ -107,6 +119,23 @@ def test_guarantee_3_the_cut_into_calls_does_not_matter(cuts: list[int]) -> None
     np.testing.assert_allclose(flat(totals), by_hand(gradients, 0.5), rtol=2e-5, atol=1e-6)
 
 
+def test_guarantee_4_an_error_in_between_leaves_the_totals_as_they_were(monkeypatch) -> None:
+    """Else the trainer, which tries again with less at once, would add an example twice."""
+    gradients, totals = make_gradients(3), zeros()
+    calls, real = [], torch.tensordot
+
+    def full(*args: object, **options: object) -> torch.Tensor:
+        calls.append(args)
+        if len(calls) == len(SHAPES):
+            raise torch.OutOfMemoryError
+        return real(*args, **options)
+
+    monkeypatch.setattr(torch, "tensordot", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        clip_and_add(gradients, totals, clip_norm=1.0)
+    assert not flat(totals).any()
+
+
 @pytest.mark.parametrize(
     ("spoil", "said"),
     [
@@ -128,7 +157,7 @@ def test_the_noise_has_the_stated_deviation_and_the_divisor_is_the_expected_batc
     mechanism = Mechanism(clip_norm=0.3, noise_multiplier=1.7, expected_batch=12.5)
     n_values = 400_001
     sums = {"a": torch.full((n_values,), 2.0)}
-    release(sums, mechanism, SecureStream.of(SECRET, "test", 0))
+    release(sums, mechanism, make_noise(SECRET, 0))
     std = 1.7 * 0.3 / 12.5
     errors = sums["a"].double().numpy() - 2.0 / 12.5
     assert abs(errors.mean()) < 5 * std / math.sqrt(n_values)
@@ -140,7 +169,7 @@ def test_steps_and_secrets_have_noise_of_their_own_and_the_same_ones_the_same() 
 
     def noise(secret: bytes, step: int) -> np.ndarray:
         sums = {"a": torch.zeros(50_000), "b": torch.zeros(50_000)}
-        release(sums, mechanism, SecureStream.of(secret, "test", step))
+        release(sums, mechanism, make_noise(secret, step))
         return np.concatenate([sums["a"].numpy(), sums["b"].numpy()])
 
     first = noise(SECRET, 0)

@@ -1,7 +1,9 @@
 """DP-SGD in the step engine: against one example at a time, killed, and what cannot be clipped."""
 
 import math
+import os
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,12 @@ import torch
 from edge_agent.data.tokens import Example
 from edge_agent.errors import TrainingError
 from edge_agent.training import trainer as trainer_module
-from edge_agent.training.gradients import NOISE_PURPOSE, Gradients, PrivateGradient
+from edge_agent.training.gradients import (
+    Gradients,
+    PrivateGradient,
+    StepNoise,
+    noise_threads,
+)
 from edge_agent.training.sampling import PoissonBatches
 from edge_agent.training.trainer import (
     LocalTrainer,
@@ -20,7 +27,6 @@ from edge_agent.training.trainer import (
     TrainingProgress,
 )
 from privacy.dp_sgd.mechanism import Mechanism, release
-from privacy.noise import SecureStream
 from protocol.clock import SystemClock
 from protocol.manifest import Factor, LoraBlock, TrainingBlock
 from quant.adapter import adapter_shapes, initial_adapter, sent_layout
@@ -96,6 +102,7 @@ class Bench:
         secret: bytes = SECRET,
         n_steps: int = N_STEPS,
         n_examples: int = N_EXAMPLES,
+        n_noise_threads: int = 0,
         **options: object,
     ) -> np.ndarray:
         mechanism = Mechanism(
@@ -115,7 +122,10 @@ class Bench:
             sampler=PoissonBatches(n_examples=n_examples, probability=q, secret=secret),
             clock=SystemClock(),
             options=TrainerOptions(
-                rule=PrivateGradient(mechanism=mechanism, secret=secret), **options
+                rule=PrivateGradient(
+                    mechanism=mechanism, secret=secret, n_noise_threads=n_noise_threads
+                ),
+                **options,
             ),
         )
         return trainer.run(self.start, self.layout, weight=1).update.vector
@@ -185,9 +195,47 @@ def test_the_noise_is_that_of_secret_and_step_and_is_not_divided_by_what_was_dra
     quiet, noisy = bench.gradient(), bench.gradient(noise_multiplier=3.0)
     alone = {name: torch.zeros_like(tensor) for name, tensor in quiet.items()}
     mechanism = Mechanism(clip_norm=0.5, noise_multiplier=3.0, expected_batch=Q * N_EXAMPLES)
-    release(alone, mechanism, SecureStream.of(SECRET, NOISE_PURPOSE, 0))
+    release(alone, mechanism, partial(StepNoise(SECRET).take, 0))
     for name, tensor in alone.items():
         torch.testing.assert_close(noisy[name] - quiet[name], tensor, rtol=1e-4, atol=1e-6)
+
+
+SIZES = {"a": 3, "b": 100_001, "c": 64}
+
+
+def test_noise_is_the_same_with_and_without_threads() -> None:
+    alone = StepNoise(SECRET)
+    beside = StepNoise(SECRET, n_threads=3)
+    for step in (0, 1, 1, 7):  # a step that is given up begins again
+        beside.begin(step, SIZES)
+    for name in ("c", "a", "b"):
+        wanted = alone.take(7, name, SIZES[name])
+        np.testing.assert_array_equal(beside.take(7, name, SIZES[name]), wanted)
+    np.testing.assert_array_equal(  # one that was not begun
+        beside.take(2, "a", 3), alone.take(2, "a", 3)
+    )
+
+
+def test_steps_tensors_and_secrets_have_noise_of_their_own() -> None:
+    n = 20_000
+    noise, other = StepNoise(SECRET), StepNoise(bytes(32))
+    rows = [noise.take(0, "a", n), noise.take(1, "a", n), noise.take(0, "b", n)]
+    rows += [other.take(0, "a", n), np.roll(rows[0], 1)]
+    found = np.corrcoef(rows) - np.eye(len(rows))
+    assert abs(found).max() < 5 / math.sqrt(n)
+
+
+def test_threads_make_noise_beside_a_gpu_alone_and_no_more_than_are_allowed() -> None:
+    assert noise_threads(torch.device("cpu"), allowed=None) == 0
+    gpu = torch.device("cuda")
+    assert noise_threads(gpu, allowed=1) == 1
+    assert 1 <= noise_threads(gpu, allowed=None) <= (os.cpu_count() or 1)
+
+
+def test_a_training_with_threads_for_its_noise_is_the_same(random_base: LoadedBase) -> None:
+    bench = Bench(random_base)
+    wanted = bench.update(noise_multiplier=1.0)
+    np.testing.assert_array_equal(bench.update(noise_multiplier=1.0, n_noise_threads=2), wanted)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
