@@ -198,12 +198,12 @@ def _count(job: dict[str, Any], base: Any, train: list[Any], _: list[Any]) -> di
     del base
     lengths = [len(example.input_ids) for example in train]
     sampler = ShuffledBatches(n_examples=len(train), batch_size=BATCH_SIZE, seed=job["seed"])
-    budget = StepSettings().micro_tokens
+    settings = StepSettings()
     computed = padded = 0
     for step in range(sampler.steps_per_epoch):
         batch = [lengths[int(i)] for i in sampler.indices(step)]
         padded += len(batch) * max(batch)
-        computed += sum(len(micro) * max(batch[i] for i in micro) for micro in cut(batch, budget))
+        computed += sum(len(micro) * max(batch[i] for i in micro) for micro in cut(batch, settings))
     return {
         "ours": sum(lengths) / computed,
         "padded": sum(lengths) / padded,

@@ -100,16 +100,24 @@ class SecureStream:
         for start in range(0, len(values), _CHUNK_VALUES):
             chunk = values[start : start + _CHUNK_VALUES]
             n_pairs = -(-len(chunk) // 2)
-            total = np.zeros(2 * n_pairs)
-            for _ in range(_N_DRAWS):
-                uniform = self._open_uniform(2 * n_pairs)
-                radius = np.sqrt(-2.0 * np.log(uniform[:n_pairs]))
-                angle = (2.0 * math.pi) * uniform[n_pairs:]
-                total[:n_pairs] += radius * np.cos(angle)
-                total[n_pairs:] += radius * np.sin(angle)
-            np.multiply(total[: len(chunk)], 1.0 / math.sqrt(_N_DRAWS), out=chunk)
+            # Few calls on large arrays: threads that do this hinder a training beside them least.
+            uniform = self._open_uniform(2 * _N_DRAWS * n_pairs).reshape(2, _N_DRAWS, n_pairs)
+            radius, angle = uniform[0], uniform[1]
+            np.log(radius, out=radius)
+            radius *= -2.0 / _N_DRAWS
+            np.sqrt(radius, out=radius)
+            angle *= 2.0 * math.pi
+            first = np.cos(angle)
+            first *= radius
+            second = np.sin(angle, out=angle)
+            second *= radius
+            first.sum(0, out=chunk[:n_pairs])
+            chunk[n_pairs:] = second.sum(0)[: len(chunk) - n_pairs]
 
     def _open_uniform(self, n_values: int) -> NDArray[np.float64]:
         """Odd multiples of 2^-54 in (0, 1)."""
         bits = np.frombuffer(self.take_bytes(8 * n_values), "<u8") >> np.uint64(11)
-        return (bits.astype(np.float64) + 0.5) * _UINT53_SCALE
+        values = bits.astype(np.float64)
+        values += 0.5
+        values *= _UINT53_SCALE
+        return values

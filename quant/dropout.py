@@ -21,25 +21,38 @@ def _signed(value: int) -> int:
 
 
 _WEYL: Final = _signed(0x9E3779B97F4A7C15)
+_LAYER: Final = _signed(0xD1342543DE82EF95)
 _FIRST: Final = _signed(0xBF58476D1CE4E5B9)
 _SECOND: Final = _signed(0x94D049BB133111EB)
 _UNIT: Final = 2.0**-24
+_BLOCK: Final = 512
 
 
-def dropped_places(
-    x: torch.Tensor, *, seeds: torch.Tensor, layer: int, probability: float
-) -> torch.Tensor:
+def streams_of(seeds: torch.Tensor, *, n_layers: int) -> torch.Tensor:
+    """The stream of random numbers of each layer and example.
+
+    Args:
+        seeds: [B] int64, one for each example.
+        n_layers: How many layers drop.
+
+    Returns:
+        [n_layers, B] int64.
+    """
+    layers = torch.arange(1, n_layers + 1, device=seeds.device).mul_(_LAYER)
+    return _mixed(layers[:, None] + seeds)
+
+
+def dropped_places(x: torch.Tensor, *, streams: torch.Tensor, probability: float) -> torch.Tensor:
     """Where an example's values are dropped.
 
     Guarantees:
         1. Each value is dropped with the given probability, independently of the others.
-        2. An example's places depend on its seed and the layer alone: padding it, or putting others
-           beside it, leaves them as they were.
+        2. An example's places depend on its stream alone: padding it, or putting others beside it,
+           leaves them as they were.
 
     Args:
         x: [B, T, d], or [B·T, d] with the examples one after the other.
-        seeds: [B] int64, one for each example, on the device of `x`.
-        layer: Number of the layer.
+        streams: [B] int64, a row of `streams_of`, on the device of `x`.
         probability: Above 0, below 1.
 
     Returns:
@@ -47,25 +60,27 @@ def dropped_places(
         past the last.
 
     Raises:
-        ValueError: As many seeds as the batch has examples were not given.
+        ValueError: As many streams as the batch has examples were not given.
 
-    Source: SplitMix64 (Steele, Lea, Flood; OOPSLA 2014) for the hash.
+    Source: SplitMix64 (Steele, Lea, Flood; OOPSLA 2014) for the hash, of which 24 bits are used.
     """
-    n_values, left = divmod(x.numel(), len(seeds))
-    if left or (x.ndim == 3 and len(x) != len(seeds)):
-        msg = f"{len(seeds)} seeds for a batch of shape {list(x.shape)}; give one for each example"
+    n_examples = len(streams)
+    n_values, left = divmod(x.numel(), n_examples)
+    if left or (x.ndim == 3 and len(x) != n_examples):
+        msg = f"{n_examples} streams for a batch of shape {list(x.shape)}; give one an example"
         raise ValueError(msg)
     expected = n_values * probability
     # Six standard deviations more than expected: enough gaps but for one time in 10⁹.
     n_gaps = math.ceil(expected + 6.0 * math.sqrt(expected) + 10.0)
-    streams = _hash(seeds + _signed((layer + 1) * 0xD1342543DE82EF95 % 2**64))  # [B]
+    n_gaps += -n_gaps % _BLOCK
+    # Few operations: a small base's step on a GPU lasts as long as the start of its kernels.
     numbers = torch.arange(1, n_gaps + 1, device=x.device)  # [n]
-    draws = _hash(streams[:, None] + numbers * _WEYL)  # [B, n]
-    uniform = (draws >> 40).bitwise_and_(0xFFFFFF).float().mul_(_UNIT)  # in [0, 1), 24 bits
-    gaps = uniform.neg_().log1p_().div_(math.log1p(-probability)).long().add_(1)
-    places = gaps.cumsum(1).sub_(1)  # within the example
-    starts = torch.arange(0, len(seeds) * n_values, n_values, device=x.device)
-    return torch.where(places < n_values, places + starts[:, None], x.numel()).flatten()
+    draws = _mixed((streams[:, None] + numbers).mul_(_WEYL))  # [B, n]
+    uniform = draws.bitwise_right_shift_(40).float().mul_(_UNIT)  # in [-1/2, 1/2), 24 bits
+    gaps = uniform.add_(0.5 + _UNIT).log_().div_(math.log1p(-probability)).long()  # from 0 on
+    places = _running_sums(gaps).add_(numbers)  # within the example, from 1 on
+    starts = torch.arange(-1, n_examples * n_values - 1, n_values, device=x.device)
+    return torch.where(places <= n_values, places + starts[:, None], x.numel()).flatten()
 
 
 def drop(x: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
@@ -81,12 +96,22 @@ def drop(x: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
     return kept
 
 
-def _hash(z: torch.Tensor) -> torch.Tensor:
-    z = (z ^ _shifted(z, 30)).mul_(_FIRST)
-    z = (z ^ _shifted(z, 27)).mul_(_SECOND)
-    return z ^ _shifted(z, 31)
+def _mixed(z: torch.Tensor) -> torch.Tensor:
+    """SplitMix64 without its last step, which leaves the upper 31 bits as they are; in place."""
+    z.bitwise_xor_(_shifted(z, 30)).mul_(_FIRST)
+    return z.bitwise_xor_(_shifted(z, 27)).mul_(_SECOND)
 
 
 def _shifted(z: torch.Tensor, n_bits: int) -> torch.Tensor:
     """The bits of z moved right, zeros moved in: torch's own shift moves in the sign."""
     return (z >> n_bits).bitwise_and_(2 ** (64 - n_bits) - 1)
+
+
+def _running_sums(values: torch.Tensor) -> torch.Tensor:
+    """Cumulative sums along the rows of [B, n], n a multiple of the block."""
+    if values.device.type == "cpu":
+        return values.cumsum(1)
+    # A GPU adds up a long row with few threads; many short ones keep all of them at work.
+    blocks = values.view(len(values), -1, _BLOCK).cumsum(2)  # [B, n / block, block]
+    before = blocks[:, :, -1].cumsum(1).sub_(blocks[:, :, -1])
+    return blocks.add_(before[:, :, None]).view_as(values)

@@ -35,7 +35,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from protocol.manifest import Factor, LoraBlock
 from quant.adapter import AdapterArrays, Float32Array, factor_of, tensor_name
 from quant.base_model import LoadedBase
-from quant.dropout import drop, dropped_places
+from quant.dropout import drop, dropped_places, streams_of
 from quant.errors import AdapterError
 
 _ADAPTER: Final = "default"
@@ -47,8 +47,8 @@ class LoraState:
     """What all adapted layers of one model share."""
 
     enabled: bool = True
-    example_seeds: torch.Tensor | None = None
-    """[B] int64: seeds of the dropout masks of the current micro-batch's examples."""
+    dropout_streams: torch.Tensor | None = None
+    """[n_adapted, B] int64: of the dropout masks of the current micro-batch's examples."""
     per_example: dict[str, torch.Tensor] | None = None
     """Where backward puts per-example gradients [B, …] by tensor name; None: sum as usual."""
 
@@ -77,14 +77,14 @@ class _LoraFunction(torch.autograd.Function):
         a: torch.Tensor,  # [r, d_in] float32
         b: torch.Tensor,  # [d_out, r] float32
         layer: _Layer,
-        seeds: torch.Tensor | None,
+        streams: torch.Tensor | None,
     ) -> torch.Tensor:
         ctx.save_for_backward(x, a, b)
-        ctx.layer, ctx.seeds = layer, seeds
+        ctx.layer, ctx.streams = layer, streams
         y = cast("torch.Tensor", layer.base(x))
-        z = _dropped(x, _places(x, layer, seeds))
+        z = _dropped(x, _places(x, layer, streams))
         u = z @ a.to(x.dtype).T  # [B, T, r], without m's factor
-        _add_product(y, u, b.to(x.dtype).T, _scale(layer, seeds))
+        _add_product(y, u, b.to(x.dtype).T, _scale(layer, streams))
         return y
 
     @staticmethod
@@ -95,7 +95,7 @@ class _LoraFunction(torch.autograd.Function):
         x, a, b = ctx.saved_tensors
         layer: _Layer = ctx.layer
         need_x, need_a, need_b = ctx.needs_input_grad[:3]
-        places, scale = _places(x, layer, ctx.seeds), _scale(layer, ctx.seeds)
+        places, scale = _places(x, layer, ctx.streams), _scale(layer, ctx.streams)
         v = (g @ b.to(g.dtype)) * scale  # [B, T, r]
         grad_x = None
         if need_x:
@@ -148,15 +148,15 @@ def _add_product(
     total.view(-1, total.shape[-1]).addmm_(rows, right, alpha=scale)
 
 
-def _scale(layer: _Layer, seeds: torch.Tensor | None) -> float:
+def _scale(layer: _Layer, streams: torch.Tensor | None) -> float:
     """The adapter's scale; with dropout, times what keeps the mean."""
-    return layer.scale if seeds is None else layer.scale / (1.0 - layer.dropout)
+    return layer.scale if streams is None else layer.scale / (1.0 - layer.dropout)
 
 
-def _places(x: torch.Tensor, layer: _Layer, seeds: torch.Tensor | None) -> torch.Tensor | None:
-    if seeds is None:
+def _places(x: torch.Tensor, layer: _Layer, streams: torch.Tensor | None) -> torch.Tensor | None:
+    if streams is None:
         return None
-    return dropped_places(x, seeds=seeds, layer=layer.index, probability=layer.dropout)
+    return dropped_places(x, streams=streams, probability=layer.dropout)
 
 
 def _dropped(x: torch.Tensor, places: torch.Tensor | None) -> torch.Tensor:
@@ -165,18 +165,22 @@ def _dropped(x: torch.Tensor, places: torch.Tensor | None) -> torch.Tensor:
 
 def _outer(left: torch.Tensor, right: torch.Tensor, *, summed: bool) -> torch.Tensor:
     """Σ_t left_bt ⊗ right_bt, [B, d_left, d_right], or its sum over b; float32."""
-    left, right = left.float(), right.float()
     if left.shape[-1] > right.shape[-1]:
         # Libraries multiply a short left factor by a long right one twice as fast.
         return _outer(right, left, summed=summed).transpose(-2, -1)
-    if summed:
-        return left.flatten(0, -2).T @ right.flatten(0, -2)
-    n_examples = left.shape[0]
-    left, right = (
-        left.reshape(n_examples, -1, left.shape[-1]),
+    n_examples = 1 if summed else left.shape[0]
+    found = _product(
+        left.reshape(n_examples, -1, left.shape[-1]).transpose(1, 2),
         right.reshape(n_examples, -1, right.shape[-1]),
     )
-    return left.transpose(1, 2) @ right
+    return found[0] if summed else found
+
+
+def _product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """[B, n, k] times [B, k, m] in float32, which holds every product of two 16-bit numbers."""
+    if left.is_cuda and left.dtype is not torch.float32:
+        return torch.bmm(left, right, out_dtype=torch.float32)
+    return left.float() @ right.float()
 
 
 class AdaptedModel:
@@ -211,7 +215,9 @@ class AdaptedModel:
             peft_model = get_peft_model(base.model, config, autocast_adapter_dtype=False)
         self.model = cast("PeftModel", peft_model)
         self.factors: dict[str, torch.nn.Parameter] = {}
+        self._n_adapted = 0
         for layer in self._adapted_layers():
+            self._n_adapted = layer.index + 1
             self.factors[tensor_name(layer.name, Factor.A)] = layer.a
             self.factors[tensor_name(layer.name, Factor.B)] = layer.b
         for name, parameter in self.factors.items():
@@ -285,7 +291,8 @@ class AdaptedModel:
             seeds: One for each example, of 64 bits.
         """
         unsigned = np.array([seed % 2**64 for seed in seeds], np.uint64)
-        self.state.example_seeds = torch.from_numpy(unsigned.view(np.int64)).to(self.base.device)
+        seeds_there = torch.from_numpy(unsigned.view(np.int64)).to(self.base.device)
+        self.state.dropout_streams = streams_of(seeds_there, n_layers=self._n_adapted)
 
     @contextmanager
     def per_example_gradients(self) -> Iterator[dict[str, torch.Tensor]]:
@@ -349,7 +356,8 @@ def _forward_of(layer: _Layer, module: torch.nn.Module) -> Any:  # noqa: ANN401 
     def forward(x: torch.Tensor) -> torch.Tensor:
         if not layer.state.enabled:
             return cast("torch.Tensor", layer.base(x))
-        seeds = layer.state.example_seeds if layer.dropout > 0.0 and module.training else None
-        return cast("torch.Tensor", _LoraFunction.apply(x, layer.a, layer.b, layer, seeds))  # type: ignore[no-untyped-call]
+        drawn = layer.state.dropout_streams if layer.dropout > 0.0 and module.training else None
+        streams = None if drawn is None else drawn[layer.index]
+        return cast("torch.Tensor", _LoraFunction.apply(x, layer.a, layer.b, layer, streams))  # type: ignore[no-untyped-call]
 
     return forward

@@ -6,10 +6,8 @@ micro-batch's gradients are taken and what becomes of their sum.
 
 import hashlib
 import os
-from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Final, Protocol
 
 import numpy as np
@@ -17,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from edge_agent.errors import TrainingError
-from privacy.dp_sgd.mechanism import Mechanism, clip_and_add, release
+from privacy.dp_sgd.mechanism import Mechanism, Noise, clip_and_add, release
 from privacy.errors import ClippingError
 from privacy.noise import SecureStream
 from quant.lora import AdaptedModel
@@ -25,7 +23,8 @@ from quant.lora import AdaptedModel
 Gradients = dict[str, torch.Tensor]
 
 NOISE_PURPOSE: Final = "sheepfold/dp-sgd/noise"
-_MOST_NOISE_THREADS: Final = 4
+_MOST_NOISE_THREADS: Final = 8
+_PART_VALUES: Final = 1 << 17
 
 
 class GradientRule(Protocol):
@@ -80,11 +79,11 @@ class MeanGradient:
 
 
 class StepNoise:
-    """Standard normal numbers for the steps of one training, tensor by tensor.
+    """Standard normal numbers for the steps of one training.
 
     Guarantees:
-        1. The same secret, step and tensor give the same numbers, whoever makes them when; any
-            other gives independent ones.
+        1. The same secret, step and place give the same number, whoever makes it when; any other
+           gives an independent one.
 
     Args:
         secret: At least 32 bytes.
@@ -96,31 +95,36 @@ class StepNoise:
         """Nothing is made yet."""
         self._secret = secret
         self._threads = ThreadPoolExecutor(n_threads) if n_threads else None
-        self._begun: dict[tuple[int, str], Future[NDArray[np.float64]]] = {}
+        self._begun: dict[tuple[int, int], Future[NDArray[np.float64]]] = {}
 
-    def begin(self, step: int, sizes: Mapping[str, int]) -> None:
-        """Let the threads make a step's noise.
-
-        Args:
-            step: The step.
-            sizes: Values of each tensor by name.
-        """
+    def begin(self, step: int, n_values: int) -> None:
+        """Let the threads, where there are any, make a step's numbers."""
         if self._threads is not None:
             for future in self._begun.values():  # of a step that was given up
                 future.cancel()
             self._begun = {
-                (step, name): self._threads.submit(self._make, step, name, n_values)
-                for name, n_values in sizes.items()
+                (step, part): self._threads.submit(self._make, step, part)
+                for part in range(-(-n_values // _PART_VALUES))
             }
 
-    def take(self, step: int, name: str, n_values: int) -> NDArray[np.float64]:
-        """The noise [n_values] float64 of a step's tensor."""
-        begun = self._begun.pop((step, name), None)
-        return self._make(step, name, n_values) if begun is None else begun.result()
+    def of_step(self, step: int) -> Noise:
+        """Gives a step's numbers one after the other."""
+        part, left = 0, np.empty(0)
 
-    def _make(self, step: int, name: str, n_values: int) -> NDArray[np.float64]:
-        values = np.empty(n_values, np.float64)
-        SecureStream.of(self._secret, f"{NOISE_PURPOSE}/{name}", step).fill_normal(values)
+        def take(n_values: int) -> NDArray[np.float64]:
+            nonlocal part, left
+            while len(left) < n_values:
+                begun = self._begun.pop((step, part), None)
+                made = self._make(step, part) if begun is None else begun.result()
+                left, part = np.concatenate([left, made]), part + 1
+            taken, left = left[:n_values], left[n_values:]
+            return taken
+
+        return take
+
+    def _make(self, step: int, part: int) -> NDArray[np.float64]:
+        values = np.empty(_PART_VALUES, np.float64)
+        SecureStream.of(self._secret, f"{NOISE_PURPOSE}/{part}", step).fill_normal(values)
         return values
 
 
@@ -133,7 +137,8 @@ def noise_threads(device: torch.device, *, allowed: int | None) -> int:
     """
     if device.type == "cpu":
         return 0
-    return min(_MOST_NOISE_THREADS, os.cpu_count() or 1, allowed or _MOST_NOISE_THREADS)
+    half = max(1, (os.cpu_count() or 1) // 2)
+    return min(_MOST_NOISE_THREADS, half, allowed or _MOST_NOISE_THREADS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,7 +175,7 @@ class PrivateGradient:
 
     def begin(self, totals: Gradients, *, step: int) -> None:
         """Begin to make the step's noise, where there are threads for it."""
-        self._noise.begin(step, {name: total.numel() for name, total in totals.items()})
+        self._noise.begin(step, sum(total.numel() for total in totals.values()))
 
     def add(
         self, adapted: AdaptedModel, losses: torch.Tensor, totals: Gradients, *, loss_scale: float
@@ -198,7 +203,7 @@ class PrivateGradient:
 
     def finish(self, totals: Gradients, *, n_examples: int, step: int) -> None:  # noqa: ARG002 - interface
         """Add the noise and divide by the expected batch size, whatever was drawn."""
-        release(totals, self.mechanism, partial(self._noise.take, step))
+        release(totals, self.mechanism, self._noise.of_step(step))
 
     @staticmethod
     def _check(adapted: AdaptedModel) -> None:

@@ -23,6 +23,7 @@ from quant.fitting import (
     calibrate,
     choose,
     least,
+    micro_cost,
 )
 from quant.lora import AdaptedModel
 from quant.loss import example_losses
@@ -31,6 +32,7 @@ from quant.model_shape import FloatType, LoraShape, read_shape
 
 _GB: Final = 1e9
 _FREE_RAM_FRAC: Final = 0.5
+_N_TIMED: Final = 3
 
 
 class Meter(Protocol):
@@ -46,6 +48,10 @@ class Meter(Protocol):
         Raises:
             torch.OutOfMemoryError: It does not fit.
         """
+        ...
+
+    def seconds(self, work: Callable[[], None]) -> float:
+        """How long `work` takes there."""
         ...
 
 
@@ -82,6 +88,17 @@ class CudaMeter:
         work()
         torch.cuda.synchronize(self.device)
         return torch.cuda.max_memory_allocated(self.device) - before
+
+    def seconds(self, work: Callable[[], None]) -> float:
+        """From its first kernel to its last, the waiting for kernels that start late included."""
+        torch.cuda.synchronize(self.device)
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record(torch.cuda.current_stream(self.device))
+        work()
+        end.record(torch.cuda.current_stream(self.device))
+        torch.cuda.synchronize(self.device)
+        elapsed_ms: float = begin.elapsed_time(end)
+        return elapsed_ms / 1000.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,10 +174,13 @@ def choose_settings(
             f"({failure})"
         )
         return Chosen(settings=smallest.settings, text=text)
+    settings = chosen.settings
+    if calibration is not None:
+        settings = replace(settings, micro_cost_tokens=calibration.micro_cost_tokens)
     how = "predicted" if calibration is None else "predicted after two probe steps"
     used, allowed = chosen.estimate.total / _GB, limit / _GB
     return Chosen(
-        settings=chosen.settings,
+        settings=settings,
         text=f"{_described(chosen, workload)}; {used:.1f} of {allowed:.1f} GB, {how}",
     )
 
@@ -194,7 +214,7 @@ def workload_of(adapted: AdaptedModel, *, longest: int, private: bool = False) -
 def measure(
     adapted: AdaptedModel, workload: Workload, choice: Choice, meter: Meter
 ) -> Calibration | None:
-    """Calibrate the prediction by a step of 256 tokens and one of 1,024, with the chosen settings.
+    """Correct the prediction by steps of 256 and of 1,024 tokens with the chosen settings.
 
     Args:
         adapted: The base on its device with its adapter.
@@ -217,11 +237,12 @@ def measure(
             adapted, min(PROBE_TOKENS), choice.settings
         )  # libraries set up their workspaces once
         probes = [_measured(adapted, workload, choice, meter, n) for n in sorted(PROBE_TOKENS)]
+        seconds = {n: _timed(adapted, choice, meter, n) for n in PROBE_TOKENS}
     finally:
         adapted.checkpoint_activations(0)
         for factor in adapted.trainable.values():
             factor.grad = None
-    return calibrate(probes)
+    return replace(calibrate(probes), micro_cost_tokens=micro_cost(seconds))
 
 
 def _measured(
@@ -231,6 +252,12 @@ def _measured(
     settings = replace(choice.settings, micro_tokens=n_tokens)
     measured = meter.added_bytes(lambda: _probe(adapted, n_tokens, settings))
     return Probe(predicted=probed.predict(settings).estimate.step, measured=measured)
+
+
+def _timed(adapted: AdaptedModel, choice: Choice, meter: Meter, n_tokens: int) -> float:
+    """The shortest of a few, as others disturb only one way."""
+    settings = replace(choice.settings, micro_tokens=n_tokens)
+    return min(meter.seconds(lambda: _probe(adapted, n_tokens, settings)) for _ in range(_N_TIMED))
 
 
 def _probe(adapted: AdaptedModel, n_tokens: int, settings: StepSettings) -> None:

@@ -302,9 +302,7 @@ class LocalTrainer:
         return loss
 
     def _cut(self, batch: list[_Drawn]) -> list[list[_Drawn]]:
-        settings = self._settings
-        lengths = [drawn.n_tokens for drawn in batch]
-        micros = cut(lengths, settings.micro_tokens, max_examples=settings.max_examples)
+        micros = cut([drawn.n_tokens for drawn in batch], self._settings)
         return [[batch[position] for position in micro] for micro in micros]
 
     def _try(self, micro: list[_Drawn], gradients: Gradients) -> float | None:

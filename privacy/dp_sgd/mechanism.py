@@ -23,8 +23,8 @@ from numpy.typing import NDArray
 
 from privacy.errors import ClippingError
 
-Noise = Callable[[str, int], NDArray[np.float64]]
-"""Standard normal values [n] for a tensor, by its name and n."""
+Noise = Callable[[int], NDArray[np.float64]]
+"""Gives the next n standard normal values: [n] float64, the caller's to change."""
 
 _SLACK: Final = 1.0 - 1e-5
 """Keeps a clipped gradient within C in spite of float32 rounding."""
@@ -112,14 +112,13 @@ def release(totals: Mapping[str, torch.Tensor], mechanism: Mechanism, noise: Noi
     """Turn sums of clipped gradients into the noisy mean, in place.
 
     Args:
-        totals: [*shape] float32 by name.
+        totals: [*shape] float32 by name; which numbers a tensor gets follows the order.
         mechanism: Noise and expected batch size.
-        noise: Standard normal values for a tensor, by its name and number of values; fresh for
-            this step: its numbers are used for nothing else.
+        noise: Fresh for this step: its numbers are used for nothing else.
     """
     std = mechanism.noise_multiplier * mechanism.clip_norm
-    for name, total in totals.items():
-        values = torch.from_numpy(noise(name, total.numel())).to(total.device)
+    for total in totals.values():
+        values = torch.from_numpy(noise(total.numel())).to(total.device)
         # In float64, so that what is rounded is the noisy sum and not the noise.
         noisy = values.view_as(total).mul_(std).add_(total)
         total.copy_(noisy.div_(mechanism.expected_batch))

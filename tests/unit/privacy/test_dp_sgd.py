@@ -20,7 +20,7 @@ def make_noise(secret: bytes, step: int):
     """A stream's numbers, tensor after tensor."""
     stream = SecureStream.of(secret, "test", step)
 
-    def noise(name: str, n_values: int) -> np.ndarray:
+    def noise(n_values: int) -> np.ndarray:
         values = np.empty(n_values)
         stream.fill_normal(values)
         return values

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from quant.dropout import drop, dropped_places
+from quant.dropout import _running_sums, drop, dropped_places, streams_of
 
 D = 48
 
@@ -13,7 +13,8 @@ def mask(
     n_tokens: int, seeds: list[int], *, layer: int = 3, probability: float = 0.05
 ) -> np.ndarray:
     x = torch.ones(len(seeds), n_tokens, D)
-    places = dropped_places(x, seeds=torch.tensor(seeds), layer=layer, probability=probability)
+    streams = streams_of(torch.tensor(seeds), n_layers=layer + 1)[layer]
+    places = dropped_places(x, streams=streams, probability=probability)
     return drop(x, places).numpy() == 0.0
 
 
@@ -46,13 +47,23 @@ def test_guarantee_2_neither_padding_nor_company_changes_an_examples_mask(seed: 
 
 def test_examples_that_a_base_hands_on_as_one_row_of_tokens_keep_their_masks() -> None:
     x = torch.ones(2, 30, D)
-    seeds = torch.tensor([1, 2])
-    together = drop(x, dropped_places(x, seeds=seeds, layer=0, probability=0.2))
+    streams = torch.tensor([1, 2])
+    together = drop(x, dropped_places(x, streams=streams, probability=0.2))
     flat = x.reshape(60, D)
-    apart = drop(flat, dropped_places(flat, seeds=seeds, layer=0, probability=0.2))
+    apart = drop(flat, dropped_places(flat, streams=streams, probability=0.2))
     assert torch.equal(together.reshape(60, D), apart)
 
 
-def test_another_number_of_seeds_than_of_examples_is_an_error() -> None:
-    with pytest.raises(ValueError, match="2 seeds for a batch of shape"):
-        dropped_places(torch.ones(3, 4, D), seeds=torch.tensor([1, 2]), layer=0, probability=0.1)
+def test_another_number_of_streams_than_of_examples_is_an_error() -> None:
+    with pytest.raises(ValueError, match="2 streams for a batch of shape"):
+        dropped_places(torch.ones(3, 4, D), streams=torch.tensor([1, 2]), probability=0.1)
+
+
+def test_a_gpus_way_of_adding_up_gives_the_same_sums() -> None:
+    class OnGpu(torch.Tensor):
+        device = torch.device("cuda")
+
+    gaps = torch.randint(0, 60, (3, 4 * 512), generator=torch.Generator().manual_seed(0))
+    assert torch.equal(
+        _running_sums(gaps.as_subclass(OnGpu)).as_subclass(torch.Tensor), gaps.cumsum(1)
+    )

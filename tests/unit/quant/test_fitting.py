@@ -6,6 +6,7 @@ import pytest
 
 from quant.errors import MemoryLimitError
 from quant.fitting import (
+    MOST_MICRO_COST_TOKENS,
     USABLE_FRAC,
     Calibration,
     Probe,
@@ -15,8 +16,9 @@ from quant.fitting import (
     least,
     limit_for,
     longest_that_fits,
+    micro_cost,
 )
-from quant.memory import Device, StepSettings
+from quant.memory import MICRO_COST_TOKENS, Device, StepSettings
 from quant.model_shape import FloatType, LoraShape, ModelShape
 
 GB = 10**9
@@ -80,6 +82,32 @@ def test_corrected_prediction_is_never_below_a_measurement(measured: tuple[int, 
 def test_calibration_refuses_what_is_no_pair_of_probes(probes: list[Probe]) -> None:
     with pytest.raises(ValueError, match="two probes"):
         calibrate(probes)
+
+
+@pytest.mark.parametrize("cost", [200, 1500, 60_000])
+def test_a_micro_batchs_cost_is_what_its_tokens_do_not_explain(cost: int) -> None:
+    """Guarantee 1 of `micro_cost`."""
+    assert micro_cost({1024: 2e-4 * (cost + 1024), 256: 2e-4 * (cost + 256)}) == cost
+
+
+@pytest.mark.parametrize(
+    ("times", "cost"),
+    [
+        ((1.0, 1.0), MOST_MICRO_COST_TOKENS),
+        ((1.0, 0.5), MOST_MICRO_COST_TOKENS),
+        ((1.0, 1.0 + 1e-9), MOST_MICRO_COST_TOKENS),
+        ((1.0, 9.0), MICRO_COST_TOKENS),
+        ((1.0, 4.0), MICRO_COST_TOKENS),
+    ],
+)
+def test_a_micro_batchs_cost_has_limits(times: tuple[float, float], cost: int) -> None:
+    """Guarantee 2 of `micro_cost`."""
+    assert micro_cost({256: times[0], 1024: times[1]}) == cost
+
+
+def test_a_micro_batchs_cost_takes_two_times() -> None:
+    with pytest.raises(ValueError, match="two steps, not 1"):
+        micro_cost({256: 1.0})
 
 
 def test_calibration_corrects_the_step_and_leaves_what_stands() -> None:
@@ -218,3 +246,17 @@ def test_longest_example_that_fits_fits_and_a_longer_one_does_not() -> None:
         choose(replace(WORKLOAD, max_length=longest + 64), limit_bytes=limit)
     assert longest_that_fits(WORKLOAD, limit_bytes=GB) is None
     assert longest_that_fits(WORKLOAD, limit_bytes=1000 * GB) == SHAPE.max_positions
+
+
+@pytest.mark.parametrize("gigabytes", [10, 12, 16, 24, 80])
+def test_private_training_has_as_many_examples_at_once_as_fit(gigabytes: int) -> None:
+    """Else a logical batch of short examples is cut into many small micro-batches."""
+    private = replace(WORKLOAD, private=True)
+    limit = gigabytes * GB
+    choice = choose(private, limit_bytes=limit)
+    n_examples = choice.settings.max_examples
+    assert n_examples is not None
+    assert choice.estimate.total <= USABLE_FRAC * limit
+    assert choice.estimate.per_example == n_examples * 4 * 19_988_480
+    twice = private.predict(replace(choice.settings, max_examples=2 * n_examples))
+    assert n_examples == 64 or twice.estimate.total > USABLE_FRAC * limit

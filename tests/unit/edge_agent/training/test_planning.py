@@ -26,7 +26,9 @@ class FakeMeter:
 
     limit: int
     answers: list[int | BaseException] = field(default_factory=list)
+    times: list[float] = field(default_factory=lambda: [1.0, 4.0])
     n_measured: int = 0
+    n_timed: int = 0
 
     def limit_bytes(self) -> int:
         return self.limit
@@ -38,6 +40,11 @@ class FakeMeter:
         if isinstance(answer, BaseException):
             raise answer
         return answer
+
+    def seconds(self, work: Callable[[], None]) -> float:
+        work()
+        self.n_timed += 1
+        return self.times[self.n_timed > 3]  # three of a size; a disturbed one is longer
 
 
 @pytest.fixture
@@ -145,6 +152,16 @@ def test_settings_follow_the_corrected_prediction_and_the_owner_is_told(
     assert dearer.text.endswith("GB, predicted after two probe steps")
 
 
+def test_the_times_of_probe_steps_say_what_a_micro_batch_costs(adapted: AdaptedModel) -> None:
+    """A small base on a fast GPU: starting the kernels takes longer than computing."""
+    answers: list[int | BaseException] = [10**6, 4 * 10**6]
+    times = [5.0 + 256 * 1e-3, 5.0 + 1024 * 1e-3]
+    meter = FakeMeter(limit=GB, answers=answers, times=times)
+    chosen = choose_settings(adapted, longest=LONGEST, meter=meter)
+    assert chosen.settings.micro_cost_tokens == 5000
+    assert meter.n_timed == 6
+
+
 def test_probes_leave_adapter_and_generators_as_they_were(adapted: AdaptedModel) -> None:
     """Guarantee 1 of `choose_settings`."""
     before = {name: array.tobytes() for name, array in adapted.arrays().items()}
@@ -203,6 +220,28 @@ def test_cuda_meter_measures_the_peak_above_what_stood(monkeypatch: pytest.Monke
     meter = CudaMeter(device=torch.device("cuda", 0), max_bytes=None, context_bytes=0)
     assert meter.added_bytes(lambda: done.append("work")) == 700
     assert done == ["synchronize", "reset", "work", "synchronize"]
+
+
+def test_cuda_meter_takes_the_time_from_kernel_to_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+
+    class Event:
+        def __init__(self, *, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self, stream: str) -> None:
+            done.append(f"record on {stream}")
+
+        def elapsed_time(self, _: object) -> float:
+            return 1500.0
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _: done.append("synchronize"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"stream of {device}")
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    meter = CudaMeter(device=torch.device("cuda", 0), max_bytes=None, context_bytes=0)
+    assert meter.seconds(lambda: done.append("work")) == 1.5
+    record = "record on stream of cuda:0"
+    assert done == ["synchronize", record, "work", record, "synchronize"]
 
 
 @pytest.mark.gpu

@@ -3,7 +3,6 @@
 import math
 import os
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -195,32 +194,31 @@ def test_the_noise_is_that_of_secret_and_step_and_is_not_divided_by_what_was_dra
     quiet, noisy = bench.gradient(), bench.gradient(noise_multiplier=3.0)
     alone = {name: torch.zeros_like(tensor) for name, tensor in quiet.items()}
     mechanism = Mechanism(clip_norm=0.5, noise_multiplier=3.0, expected_batch=Q * N_EXAMPLES)
-    release(alone, mechanism, partial(StepNoise(SECRET).take, 0))
+    release(alone, mechanism, StepNoise(SECRET).of_step(0))
     for name, tensor in alone.items():
         torch.testing.assert_close(noisy[name] - quiet[name], tensor, rtol=1e-4, atol=1e-6)
 
 
-SIZES = {"a": 3, "b": 100_001, "c": 64}
+N_NOISE = 300_001
 
 
 def test_noise_is_the_same_with_and_without_threads() -> None:
     alone = StepNoise(SECRET)
     beside = StepNoise(SECRET, n_threads=3)
     for step in (0, 1, 1, 7):  # a step that is given up begins again
-        beside.begin(step, SIZES)
-    for name in ("c", "a", "b"):
-        wanted = alone.take(7, name, SIZES[name])
-        np.testing.assert_array_equal(beside.take(7, name, SIZES[name]), wanted)
-    np.testing.assert_array_equal(  # one that was not begun
-        beside.take(2, "a", 3), alone.take(2, "a", 3)
-    )
+        beside.begin(step, N_NOISE)
+    for step in (7, 2):  # and one that was not begun
+        take = beside.of_step(step)
+        found = np.concatenate([take(n) for n in (3, N_NOISE - 10, 7)])
+        np.testing.assert_array_equal(found, alone.of_step(step)(N_NOISE))
 
 
-def test_steps_tensors_and_secrets_have_noise_of_their_own() -> None:
-    n = 20_000
-    noise, other = StepNoise(SECRET), StepNoise(bytes(32))
-    rows = [noise.take(0, "a", n), noise.take(1, "a", n), noise.take(0, "b", n)]
-    rows += [other.take(0, "a", n), np.roll(rows[0], 1)]
+def test_places_steps_and_secrets_have_noise_of_their_own() -> None:
+    n = 1 << 17  # of a part
+    first, other = StepNoise(SECRET), StepNoise(bytes(32))
+    take = first.of_step(0)
+    rows = [take(n), take(n), first.of_step(1)(n), other.of_step(0)(n)]
+    rows.append(np.roll(rows[0], 1))
     found = np.corrcoef(rows) - np.eye(len(rows))
     assert abs(found).max() < 5 / math.sqrt(n)
 
