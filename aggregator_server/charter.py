@@ -70,13 +70,20 @@ def make_charter(signed: Signed[FederationManifest], base: BaseDescription, keys
         msg = "the keys in keys/ are not those of the manifest; restore them from a backup"
         raise ConfigError(msg)
     shapes = adapter_shapes(base, manifest.lora)
-    layout = agreed_layout(sent_layout(shapes, manifest.lora.sent), manifest.masking)
+    layout = agreed_layout(
+        sent_layout(shapes, manifest.lora.sent), manifest.masking, manifest.privacy
+    )
     if layout.digest() != manifest.layout or base.base != manifest.base:
         msg = "base.json is not the manifest's base model; restore it from a backup"
         raise ConfigError(msg)
     terms = None
     if isinstance(manifest.masking, CellMasking | HelperMasking):
-        plan = EncodingPlan.of(layout, manifest.masking, max_weight=manifest.max_weight)
+        plan = EncodingPlan.of(
+            layout,
+            manifest.masking,
+            max_weight=manifest.max_weight,
+            privacy=manifest.privacy,
+        )
         terms = MaskedTerms(masking=manifest.masking, plan=plan)
     return Charter(
         signed=signed,

@@ -10,6 +10,7 @@ import typer
 
 from aggregator_server import cli_helper
 from aggregator_server.cli_shared import JsonPath, answer, sentences, write_json
+from aggregator_server.private_recipes import Profile
 from aggregator_server.recipes import Masking
 from protocol.guarantee import describe_privacy
 from protocol.manifest import (
@@ -106,12 +107,28 @@ def init(  # noqa: PLR0917 - one parameter for each option
     ] = 10.0,
     epsilon: Annotated[
         float | None,
-        typer.Option(help="Differential privacy of each example, over all rounds (DP-SGD)."),
+        typer.Option(help="Differential privacy over all rounds; see --profile."),
     ] = None,
-    delta: Annotated[float, typer.Option(help="With --epsilon; well below 1 / records.")] = 1e-5,
+    delta: Annotated[
+        float, typer.Option(help="With --epsilon; well below 1 / records, or 1 / agents.")
+    ] = 1e-5,
+    profile: Annotated[
+        Profile,
+        typer.Option(
+            help="P1: each example, by DP-SGD on the agents. P2: each agent, from the server too, "
+            "by noise under masks. P3: each agent, from the public, by noise on the server."
+        ),
+    ] = Profile.EXAMPLE,
     clip_norm: Annotated[
-        float, typer.Option(help="With --epsilon: largest norm of an example's gradient.")
-    ] = 1.0,
+        float | None,
+        typer.Option(
+            help="Largest norm of an example's gradient (P1), or of an update.  [default: 1 for "
+            "P1, else by learning rate, steps and size]"
+        ),
+    ] = None,
+    adaptive_clip: Annotated[
+        bool, typer.Option("--adaptive-clip", help="P3: let it follow the updates' norms.")
+    ] = False,
     template: Annotated[
         Template, typer.Option(help="How a record becomes a prompt.")
     ] = Template.ALPACA,
@@ -161,6 +178,7 @@ def init(  # noqa: PLR0917 - one parameter for each option
     from aggregator_server.config import secret_settings
     from aggregator_server.founding import CONFIG_NAME, found_federation, load_base
     from aggregator_server.helper.service import load_description
+    from aggregator_server.private_recipes import PrivacyOptions
     from aggregator_server.recipes import RecipeOptions, make_config
     from protocol.clock import SystemClock
     from protocol.signing import format_fingerprint
@@ -192,9 +210,13 @@ def init(  # noqa: PLR0917 - one parameter for each option
             cell_target=cell,
             word_bits=32 if word_bits == 32 else 16,
             ready_delay_s=ready_delay_s,
-            epsilon=epsilon,
-            delta=delta,
-            clip_norm=clip_norm,
+            privacy=PrivacyOptions(
+                epsilon=epsilon,
+                delta=delta,
+                profile=profile,
+                clip_norm=clip_norm,
+                adaptive_clip=adaptive_clip,
+            ),
             template=template,
             max_length=max_length,
             batch_size=batch_size,

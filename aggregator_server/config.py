@@ -22,22 +22,27 @@ from protocol.manifest import (
     AggregationBlock,
     CellMasking,
     ChangeLimitsBlock,
-    ExamplePrivacy,
     HelperMasking,
     LoraBlock,
     MaskingBlock,
     NoMasking,
+    RoundsBlock,
+    TrainingBlock,
+)
+from protocol.numbers import Text
+from protocol.privacy import (
+    AgentPrivacy,
+    CentralPrivacy,
+    ExamplePrivacy,
     NoPrivacy,
     PrivacyBlock,
-    RoundsBlock,
-    Text,
-    TrainingBlock,
 )
 
 ENVIRONMENT_PREFIX: Final = "SHEEPFOLD_SERVER_"
 Setting: TypeAlias = str | int | float | bool
 _MIB: Final = limits.MIB
 _MASKING: Final = {"cells": CellMasking, "helper": HelperMasking}
+_PRIVACY: Final = {"P1": ExamplePrivacy, "P2": AgentPrivacy, "P3": CentralPrivacy}
 _SECRET_KEYS: Final = frozenset({"database_url", "blobs_url"})
 _PASSWORDS: Final = (
     (re.compile(r"(?<=://)([^:/@]*):[^@]*@"), r"\1@"),
@@ -219,7 +224,7 @@ def _refuse_unknown(
         if key == "masking" and isinstance(value, Mapping):
             inner = _MASKING.get(str(value.get("mode")), NoMasking)
         if key == "privacy" and isinstance(value, Mapping):
-            inner = ExamplePrivacy if value.get("profile") == "P1" else NoPrivacy
+            inner = _PRIVACY.get(str(value.get("profile")), NoPrivacy)
         if isinstance(inner, type) and issubclass(inner, BaseModel):
             if not isinstance(value, Mapping):
                 msg = f"{source}: [{key}] must be a section"

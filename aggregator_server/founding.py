@@ -36,6 +36,7 @@ from protocol.clock import Clock
 from protocol.errors import ProtocolError
 from protocol.limits import MAX_JSON_BYTES, MAX_WAVE
 from protocol.manifest import FederationManifest, HelperMasking, SumMasking
+from protocol.privacy import AgentPrivacy, CentralPrivacy
 from protocol.signing import Signed, sign, verify
 from protocol.wire import explain, parse
 from quant.adapter import adapter_shapes, initial_adapter, sent_layout
@@ -170,7 +171,9 @@ def build_manifest(
     """
     check_recipe(config, base)
     layout = agreed_layout(
-        sent_layout(adapter_shapes(base, config.lora), config.lora.sent), config.masking
+        sent_layout(adapter_shapes(base, config.lora), config.lora.sent),
+        config.masking,
+        config.privacy,
     )
     try:
         return FederationManifest(
@@ -200,11 +203,21 @@ def check_recipe(config: ServerConfig, base: BaseDescription) -> None:
 
     Raises:
         ConfigError: A round could have more updates than its release can name.
+        AccountingError: The noise of P2 or P3 does not keep the ε that it promises.
         EncodingPlanError: A masked sum could wrap.
         ManifestError: A target module is not in the base.
     """
     layout = sent_layout(adapter_shapes(base, config.lora), config.lora.sent)
-    agreed_layout(layout, config.masking)
+    agreed_layout(layout, config.masking, config.privacy)
+    if isinstance(config.privacy, AgentPrivacy | CentralPrivacy):
+        from privacy.agent_accounting import require_kept  # noqa: PLC0415 - scipy, rarely needed
+
+        require_kept(
+            config.privacy,
+            config.masking,
+            n_values=layout.n_values,
+            n_rounds=config.rounds.n_rounds,
+        )
     if isinstance(config.masking, HelperMasking):
         check_helper_url(config.server.helper_url)
     rounds = config.rounds

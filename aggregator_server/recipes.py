@@ -15,18 +15,17 @@ from aggregator_server.config import (
     ServerSection,
 )
 from aggregator_server.errors import ConfigError
+from aggregator_server.private_recipes import PrivacyOptions, Profile, private_blocks
 from protocol.base_description import BaseDescription
 from protocol.helped import HelperDescription
 from protocol.limits import MIN_CELL
 from protocol.manifest import (
     AggregationBlock,
     CellMasking,
-    ExamplePrivacy,
     Factor,
     HelperMasking,
     LoraBlock,
     NoMasking,
-    NoPrivacy,
     RoundsBlock,
     Schedule,
     Template,
@@ -76,10 +75,7 @@ class RecipeOptions:
     target_modules: tuple[str, ...] | None = None
     sent: tuple[Factor, ...] | None = None
     """None: both factors in the open, B alone under masks or noise."""
-    epsilon: float | None = None
-    """Of DP-SGD, for each example over all rounds; None: no differential privacy."""
-    delta: float = 1e-5
-    clip_norm: float = 1.0
+    privacy: PrivacyOptions = field(default_factory=PrivacyOptions)
     masking: Masking = Masking.AUTO
     helper: HelperDescription | None = None
     helper_url: str = ""
@@ -109,6 +105,7 @@ def make_config(options: RecipeOptions, base: BaseDescription) -> ServerConfig:
     Raises:
         ConfigError: A value out of range.
         ManifestError: A target module is not in the base.
+        PrivacyError: No noise keeps to the ε that is asked for, or it would drown the updates.
 
     Source: FedIT, arXiv 2305.05644, section 4: rank 8, alpha 16, dropout 0.05, six modules, batch
     32, 1.5e-4, 512 tokens, one local epoch, 20 rounds of 5 clients. Ours: the loss is on the
@@ -119,11 +116,11 @@ def make_config(options: RecipeOptions, base: BaseDescription) -> ServerConfig:
     masked = rules.masking in {Masking.CELLS, Masking.HELPER} or (
         rules.masking is Masking.AUTO and min(fewest, rules.cohort_target) >= MIN_CELL
     )
-    private = rules.epsilon is not None
+    private, dp_sgd = rules.privacy.is_on, rules.privacy.is_of_examples
     epochs, steps = rules.local_epochs, rules.local_steps
     if steps is None and epochs is None:
-        epochs, steps = (None, _PRIVATE_STEPS) if private else (1, None)
-    paper_dropout = 0.0 if private else _PAPER_DROPOUT
+        epochs, steps = (None, _PRIVATE_STEPS) if dp_sgd else (1, None)
+    paper_dropout = 0.0 if dp_sgd else _PAPER_DROPOUT
     try:
         lora = LoraBlock(
             rank=rules.rank,
@@ -133,6 +130,22 @@ def make_config(options: RecipeOptions, base: BaseDescription) -> ServerConfig:
             sent=rules.sent or ((Factor.B,) if masked or private else (Factor.A, Factor.B)),
             init_seed=secrets.randbits(_SEED_BITS),
         )
+        rounds = RoundsBlock(
+            n_rounds=rules.n_rounds,
+            cohort_target=rules.cohort_target,
+            min_cohort=_min_cohort(rules, masked=masked),
+            deadline_s=rules.deadline_s,
+            cap_s=rules.deadline_s + max(60.0, rules.deadline_s / 12),
+        )
+        n_values = sent_layout(adapter_shapes(base, lora), lora.sent).n_values
+        max_change = _max_change(rules, steps)
+        privacy, masking = private_blocks(
+            rules.privacy,
+            masking=_masking(rules, n_values, max_change) if masked else NoMasking(),
+            rounds=rounds,
+            n_values=n_values,
+            max_change=max_change,
+        )
         return ServerConfig(
             federation=FederationSection(name=rules.name, description=rules.description),
             lora=lora,
@@ -140,12 +153,8 @@ def make_config(options: RecipeOptions, base: BaseDescription) -> ServerConfig:
                 weighting=Weighting.UNIFORM if private else Weighting.N_EXAMPLES,
                 max_weight=_MASKED_MAX_WEIGHT if masked else AggregationBlock().max_weight,
             ),
-            masking=_masking(rules, base, lora, steps) if masked else NoMasking(),
-            privacy=NoPrivacy()
-            if rules.epsilon is None
-            else ExamplePrivacy(
-                epsilon=rules.epsilon, delta=rules.delta, clip_norm=rules.clip_norm
-            ),
+            masking=masking,
+            privacy=privacy,
             training=TrainingBlock(
                 template=rules.template,
                 max_length=rules.max_length,
@@ -155,13 +164,7 @@ def make_config(options: RecipeOptions, base: BaseDescription) -> ServerConfig:
                 learning_rate=rules.learning_rate,
                 schedule=rules.schedule,
             ),
-            rounds=RoundsBlock(
-                n_rounds=rules.n_rounds,
-                cohort_target=rules.cohort_target,
-                min_cohort=_min_cohort(rules, masked=masked),
-                deadline_s=rules.deadline_s,
-                cap_s=rules.deadline_s + max(60.0, rules.deadline_s / 12),
-            ),
+            rounds=rounds,
             server=ServerSection(
                 enrolment=Enrolment.OPEN if rules.open_enrolment else Enrolment.INVITE,
                 database_url=SecretStr(rules.database_url),
@@ -183,23 +186,28 @@ def default_modules(base: BaseDescription) -> tuple[str, ...]:
 def _min_cohort(options: RecipeOptions, *, masked: bool) -> int:
     if options.min_cohort is not None:
         return options.min_cohort
+    if options.privacy.is_on and options.privacy.profile is Profile.AGENT:
+        return max(MIN_CELL, options.cohort_target)  # noise is made for the smallest cohort
     return MIN_CELL if masked else min(2, options.cohort_target)
 
 
-def _masking(
-    options: RecipeOptions, base: BaseDescription, lora: LoraBlock, steps: int | None
-) -> CellMasking | HelperMasking:
-    """Masks whose range holds what Adam can change in a round.
+def _max_change(options: RecipeOptions, steps: int | None) -> float:
+    """How far a round can move one value.
 
     Adam moves a value by about its learning rate in a step, so the steps of a round times the peak
-    rate are a bound that is rarely reached; the norm allows half of it in every value.
+    rate are a bound that is rarely reached.
     """
     if steps is None:
         steps = (options.local_epochs or 1) * math.ceil(_ASSUMED_RECORDS / options.batch_size)
-    max_change = options.learning_rate * steps
-    layout = sent_layout(adapter_shapes(base, lora), lora.sent)
+    return options.learning_rate * steps
+
+
+def _masking(
+    options: RecipeOptions, n_values: int, max_change: float
+) -> CellMasking | HelperMasking:
+    """Masks whose range holds what a round can change; their norm, half of it in every value."""
     target = options.cell_target or min(_CELL_TARGET, max(MIN_CELL, options.cohort_target))
-    clip_norm = 0.5 * max_change * math.sqrt(layout.n_values)
+    clip_norm = 0.5 * max_change * math.sqrt(n_values)
     if options.masking is Masking.HELPER:
         if options.helper is None:
             msg = "helper masks need the helper's description; give --helper helper.json"

@@ -21,6 +21,7 @@ from protocol.manifest import (
     CellRef,
     FederationManifest,
     FilterReport,
+    NoisyAggregationReport,
     Release,
     Verdict,
 )
@@ -76,7 +77,7 @@ class RoundResult:
     number: int
     digest: bytes
     accepted: tuple[CellRef, ...]
-    aggregation: AggregationReport
+    aggregation: AggregationReport | NoisyAggregationReport
     filter: FilterReport
     verdict: Verdict
 

@@ -13,7 +13,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final, Protocol
 
+import numpy as np
 import structlog
+from numpy.typing import NDArray
 
 from aggregator_server.aggregation.fedavg import apply_mean, average
 from aggregator_server.blobs import Blobs
@@ -38,6 +40,9 @@ from aggregator_server.store.rounds import TERMINAL
 from aggregator_server.store.rows import CellRow, RoundRow
 from aggregator_server.store.store import Store
 from aggregator_server.uploads import Uploads
+from privacy.central import noisy_mean
+from privacy.errors import PrivacyError
+from privacy.noise import SecureStream
 from privacy.updates import CellSum
 from protocol.clock import Clock
 from protocol.errors import ProtocolError
@@ -47,17 +52,20 @@ from protocol.manifest import (
     CellMasking,
     FilterReport,
     HelperMasking,
+    NoisyAggregationReport,
+    Release,
     RoundManifest,
     Verdict,
 )
 from protocol.phases import ROUND_TRANSITIONS, RoundEvent, RoundPhase, advance
+from protocol.privacy import CentralPrivacy
 from protocol.signing import Signed, sign
 from protocol.wire import parse
 from quant.errors import QuantError
 
 _SEED_BYTES: Final = 32
 _TRANSIENT: Final = (StoreBusyError, NoSpaceError)
-_OURS: Final = (ServerError, ProtocolError, QuantError)
+_OURS: Final = (ServerError, ProtocolError, QuantError, PrivacyError)
 """Errors whose message is written for people; any other may name what is not for everyone."""
 _log = structlog.get_logger(__name__)
 
@@ -241,26 +249,53 @@ class Gated:
         """Average the accepted updates and publish, in one transaction with the round's end."""
         base = self._releases.get(round_manifest(row).release)
         cells = self._store.uploads.cells(row.number)
-        # One at a time, as `average` asks for them.
-        mean = average(self._sums(cells), n_values=self._charter.layout.n_values)
+        mean, report = self._mean(self._sums(cells), base)  # one cell at a time in memory
         arrays = self._releases.arrays(base)
-        moved = apply_mean(self._releases.vector(base), mean.mean)
+        moved = apply_mean(self._releases.vector(base), mean)
         result = RoundResult(
             number=row.number,
             digest=row.digest,
             accepted=cell_refs([(cell.transcript, cell.members_digest) for cell in cells]),
-            aggregation=AggregationReport(
-                rule="fedavg",
-                n_cells=mean.n_cells,
-                n_agents=mean.n_agents,
-                update_norm=mean.norm,
-            ),
+            aggregation=report,
             filter=parse(FilterReport, row.filter_report or ""),
             verdict=parse(Verdict, row.verdict or ""),
         )
         release = self._releases.publish(result, with_vector(arrays, moved, self._charter))
-        _log.info("release published", release=release.number, n_agents=mean.n_agents)
+        _log.info("release published", release=release.number, n_agents=report.n_agents)
         return Found(event=RoundEvent.RELEASE_JOURNALLED, journalled=True)
+
+    def _mean(
+        self, sums: Iterator[CellSum], base: Release
+    ) -> tuple[NDArray[np.float64], AggregationReport | NoisyAggregationReport]:
+        privacy, n_values = self._charter.manifest.privacy, self._charter.layout.n_values
+        if not isinstance(privacy, CentralPrivacy):
+            plain = average(sums, n_values=n_values)
+            return plain.mean, AggregationReport(
+                rule="fedavg",
+                n_cells=plain.n_cells,
+                n_agents=plain.n_agents,
+                update_norm=plain.norm,
+            )
+        before, masked = base.aggregation, self._charter.masked
+        noisy = noisy_mean(
+            sums,
+            n_values=n_values,
+            privacy=privacy,
+            clip_norm=before.next_clip_norm
+            if isinstance(before, NoisyAggregationReport)
+            else privacy.clip_norm,
+            rounding_norm=0.0 if masked is None else masked.plan.rounding_norm,
+            # Fresh, also where a killed server does this again: the first was seen by nobody.
+            stream=SecureStream(),
+        )
+        return noisy.mean, NoisyAggregationReport(
+            n_cells=noisy.n_cells,
+            n_agents=noisy.n_agents,
+            update_norm=noisy.norm,
+            clip_norm=noisy.clip_norm,
+            noise_std=noisy.noise_std,
+            next_clip_norm=noisy.next_clip_norm,
+        )
 
     def _sums(self, cells: tuple[CellRow, ...]) -> Iterator[CellSum]:
         for cell in cells:

@@ -67,10 +67,15 @@ _EXPLAINED: Final[Mapping[str, Mapping[str, str]]] = {
         "helper_wait_s": "Seconds after a round's cap that the helper is waited for.",
     },
     "privacy": {
-        "profile": '"P0": no guarantee; "P1": DP-SGD on the agents, each example is protected.',
-        "epsilon": "What an agent may spend on each example in all rounds together.",
-        "delta": "With it: chance, about, that the bound fails; well below 1 / records.",
-        "clip_norm": "Largest L2 norm of one example's gradient.",
+        "profile": '"P0": no guarantee; "P1": each example, by DP-SGD on the agents; "P2": each '
+        'agent, by noise under masks; "P3": each agent, from the public, by noise on the server.',
+        "epsilon": "What an example (P1) or an agent may spend in all rounds together.",
+        "delta": "With it: chance, about, that the bound fails; well below 1 / records or agents.",
+        "clip_norm": "Largest L2 norm of one example's gradient (P1) or of an update.",
+        "steps_per_clip": "That norm in steps of the ring.",
+        "share_variance": "Of each agent's noise, in steps squared; it must keep epsilon.",
+        "noise_multiplier": "Standard deviation of the noise on the sum / clip_norm; the same.",
+        "adaptive": "The clip norm follows a quantile of the updates' norms, counted with noise.",
     },
     "rounds": {
         "n_rounds": "The federation is finished after this many successful rounds.",
@@ -136,11 +141,14 @@ def _line(key: str, value: object) -> str:
 
 def _toml(value: object) -> str:
     if isinstance(value, SecretStr):
-        return _toml(without_password(value.get_secret_value()))
-    if isinstance(value, Enum):
-        return _toml(value.value)
-    if isinstance(value, bytes):
-        return _toml(b64u_encode(value))
+        value = without_password(value.get_secret_value())
+    elif isinstance(value, Enum):
+        value = value.value
+    elif isinstance(value, bytes):
+        value = b64u_encode(value)
+    if isinstance(value, BaseModel):
+        pairs = (f"{key} = {_toml(getattr(value, key))}" for key in type(value).model_fields)
+        return "{ " + ", ".join(pairs) + " }"
     if isinstance(value, tuple):
         return "[" + ", ".join(_toml(item) for item in value) + "]"
     if isinstance(value, str):

@@ -41,13 +41,13 @@ from edge_agent.training.trainer import LocalTrainer, RoundRecipe, TrainerOption
 from edge_agent.transport import Transport, Upload
 from privacy.errors import AccountingError, LedgerError, PrivacyError
 from privacy.fixed_point import EncodingPlan
+from privacy.ledger import Quote
 from privacy.updates import PlainUpdate
 from protocol.checks import Check
 from protocol.clock import Clock
 from protocol.limits import LONG_POLL_S, PART_BYTES
 from protocol.manifest import (
     CellMasking,
-    ExamplePrivacy,
     HelperMasking,
     RoundManifest,
     Weighting,
@@ -64,6 +64,7 @@ from protocol.messages import (
     WithdrawalReason,
 )
 from protocol.phases import AgentEvent
+from protocol.privacy import AgentPrivacy, ExamplePrivacy
 from protocol.problems import Advice, ProblemType
 from protocol.signing import Signed, sign
 from protocol.wire import domain_hash, sha256
@@ -130,10 +131,14 @@ class Agent:
         self._home = member.home
         self._journal = member.journal
         self._manifest = member.membership.federation.body
-        if isinstance(self._manifest.privacy, ExamplePrivacy) and member.private is None:
+        profile = self._manifest.privacy
+        if (isinstance(profile, ExamplePrivacy) and member.private is None) or (
+            isinstance(profile, AgentPrivacy) and member.charges is None
+        ):
             msg = "the federation asks for differential privacy, and this agent was set up without"
             raise TrustError(msg)
         self._private = member.private
+        self._charges = member.charges
         self._signer = member.signer
         self._transport = transport
         self._data = data
@@ -156,7 +161,12 @@ class Agent:
         self._helped: HelpedRounds | None = None
         masking = self._manifest.masking
         if isinstance(masking, CellMasking | HelperMasking):
-            plan = EncodingPlan.of(self._layout, masking, max_weight=self._manifest.max_weight)
+            plan = EncodingPlan.of(
+                self._layout,
+                masking,
+                max_weight=self._manifest.max_weight,
+                privacy=self._manifest.privacy,
+            )
             self._update_n_bytes = plan.n_bytes
             if isinstance(masking, HelperMasking):
                 self._helped = HelpedRounds(member=member, masking=masking, plan=plan, clock=clock)
@@ -324,14 +334,21 @@ class Agent:
     def _drawing(self, part: Part) -> tuple[BatchSampler, GradientRule]:
         """Which examples a step has and what it makes of them; a private round is charged first."""
         block = self._manifest.training
+        if self._charges is not None:
+            self._say_charged(
+                part, self._charges.charge(part.round, part.attempt, now=self._clock.now())
+            )
         if self._private is None:
             seed = self._seed(part.manifest.body, "batches")
             n_examples = len(self._data.examples)
             sampler = ShuffledBatches(n_examples=n_examples, batch_size=block.batch_size, seed=seed)
             return sampler, MeanGradient()
         batches, rule, quote = self._private.begin(part.round, part.attempt, now=self._clock.now())
-        self._say("charged", f"round {part.round}: ε {quote.before:.3g} → {quote.after:.3g} spent")
+        self._say_charged(part, quote)
         return batches, rule
+
+    def _say_charged(self, part: Part, quote: Quote) -> None:
+        self._say("charged", f"round {part.round}: ε {quote.before:.3g} → {quote.after:.3g} spent")
 
     def _end_training(self) -> None:
         self._home.training_state.unlink(missing_ok=True)

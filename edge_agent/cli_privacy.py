@@ -12,7 +12,8 @@ from edge_agent.config import AgentSettings, load_settings
 from edge_agent.errors import JournalError
 from edge_agent.plain_text import escaped
 from protocol.clock import SystemClock
-from protocol.manifest import ExamplePrivacy, FederationManifest
+from protocol.manifest import FederationManifest
+from protocol.privacy import AgentPrivacy, ExamplePrivacy
 
 if TYPE_CHECKING:
     from edge_agent.spending import Spending
@@ -28,12 +29,19 @@ def register(app: typer.Typer) -> None:
 
 def agree(manifest: FederationManifest, settings: AgentSettings) -> None:
     """The owner has agreed to the federation's ε: it is the budget where there was none."""
+    from edge_agent.charging import example_epsilon, noise_of_agents
     from edge_agent.spending import agree_budget
 
-    asked = manifest.privacy
-    if not isinstance(asked, ExamplePrivacy):
-        return
-    epsilon = asked.epsilon if settings.epsilon is None else min(asked.epsilon, settings.epsilon)
+    asked, event = manifest.privacy, noise_of_agents(manifest)
+    if isinstance(asked, ExamplePrivacy):
+        epsilon = (
+            asked.epsilon if settings.epsilon is None else min(asked.epsilon, settings.epsilon)
+        )
+    elif isinstance(asked, AgentPrivacy) and event is not None:
+        n_rounds = manifest.rounds.n_rounds
+        epsilon = 1.001 * example_epsilon(event, n_rounds=n_rounds, delta=asked.delta)
+    else:
+        return  # no noise against the server: nothing that a ledger could count
     path = settings.ledger_path
     now = SystemClock().now()
     budget, is_new = agree_budget(path, epsilon=epsilon, delta=asked.delta, now=now)

@@ -9,10 +9,10 @@ from edge_agent.explaining import explain
 from protocol.manifest import (
     FederationManifest,
     HelperMasking,
-    NoPrivacy,
     SumMasking,
     Weighting,
 )
+from protocol.privacy import AgentPrivacy, CentralPrivacy, NoPrivacy
 from protocol.signing import format_fingerprint
 from quant.tiny import EMBEDDED_NAME
 
@@ -39,6 +39,17 @@ def _privacy(manifest: FederationManifest) -> str:
         return (
             "Differential privacy is off (profile P0): ε = ∞. An update can reveal parts of the "
             "data that it was trained on to whoever sees it."
+        )
+    if isinstance(manifest.privacy, CentralPrivacy):
+        return (
+            f"{explain(manifest).privacy} The server adds the noise, so you trust it with that: "
+            "against the server itself, and against any record of yours, ε = ∞."
+        )
+    if isinstance(manifest.privacy, AgentPrivacy):
+        return (
+            f"{explain(manifest).privacy} Each agent adds a share of the noise before anything "
+            "leaves, and only a sum with the shares of all can be read; smaller ε is stronger. For "
+            "each single record of yours, about twice that ε is counted in your own ledger."
         )
     return (
         f"{explain(manifest).privacy} It is kept by your own agent, which adds the noise before "

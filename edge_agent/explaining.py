@@ -12,10 +12,10 @@ from protocol.manifest import (
     CellMasking,
     FederationManifest,
     HelperMasking,
-    NoPrivacy,
     SumMasking,
     Weighting,
 )
+from protocol.privacy import AgentPrivacy, CentralPrivacy, NoPrivacy
 from protocol.signing import format_fingerprint
 
 _EVERY_MODE = (
@@ -195,6 +195,14 @@ def _of_helper(manifest: FederationManifest, masking: HelperMasking) -> Explanat
 
 def _of_noise(manifest: FederationManifest) -> tuple[str, ...]:
     """What differential privacy leaves unclaimed, on or off."""
+    if isinstance(manifest.privacy, AgentPrivacy | CentralPrivacy):
+        found = [
+            "That your taking part is hidden: who is in a round is known to the server.",
+            "More than agents one by one: several agents of one owner are protected less.",
+        ]
+        if isinstance(manifest.privacy, CentralPrivacy):
+            found.append("Any formal privacy against the server, which adds the noise: ε = ∞.")
+        return tuple(found)
     if not isinstance(manifest.privacy, NoPrivacy):
         return (
             (

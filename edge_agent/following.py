@@ -56,7 +56,7 @@ class ReleaseFollower:
         self._transport = transport
         self._shapes = adapter_shapes(base, manifest.lora)
         sent = sent_layout(self._shapes, manifest.lora.sent)
-        self.layout = agreed_layout(sent, manifest.masking)
+        self.layout = agreed_layout(sent, manifest.masking, manifest.privacy)
         if self.layout.digest() != manifest.layout:
             msg = "the manifest's layout is not the one of its base and adapter; nothing is trained"
             raise TrustError(msg, Check.OTHER_LAYOUT)

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from edge_agent.charging import RoundCharges
 from edge_agent.home import AgentHome
 from edge_agent.journal import Journal, Membership
 from edge_agent.private import PrivateRounds
@@ -30,4 +31,6 @@ class Member:
     signer: Signer
     owners_cell: OwnersCell = field(default_factory=OwnersCell)
     private: PrivateRounds | None = None
-    """How it trains where the federation asks for differential privacy."""
+    """How it trains where the federation asks for DP-SGD (P1), its charges included."""
+    charges: RoundCharges | None = None
+    """What rounds cost where noise comes after the training (P2)."""

@@ -200,7 +200,9 @@ def _check(
 ) -> None:
     shapes = {name: array.shape for name, array in newest.items()}
     same = shapes == {name: array.shape for name, array in first.items()}
-    layout = agreed_layout(sent_layout(shapes, manifest.lora.sent), manifest.masking)
+    layout = agreed_layout(
+        sent_layout(shapes, manifest.lora.sent), manifest.masking, manifest.privacy
+    )
     if not same or layout.digest() != manifest.layout:
         msg = f"release {release.number} has another layout than the federation's manifest"
         raise TrustError(msg, Check.OTHER_LAYOUT)

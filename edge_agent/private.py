@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from edge_agent.charging import RoundCharges, example_epsilon, noise_of_agents
 from edge_agent.data.records import Record
 from edge_agent.durable import write_durably
 from edge_agent.errors import JournalError, TrustError
@@ -18,8 +19,11 @@ from edge_agent.training.gradients import PrivateGradient
 from edge_agent.training.sampling import PoissonBatches
 from privacy.accounting import WEAK_MULTIPLIER, SampledGaussian, calibrate
 from privacy.dp_sgd.mechanism import Mechanism
-from privacy.ledger import DataSet, Ledger, Participation, Quote
-from protocol.manifest import ExamplePrivacy, FederationManifest
+from privacy.ledger import Quote
+from protocol.manifest import (
+    FederationManifest,
+)
+from protocol.privacy import AgentPrivacy, CentralPrivacy, ExamplePrivacy
 from protocol.wire import canonical_json
 
 _SECRET_BYTES: Final = 32
@@ -96,14 +100,27 @@ def require_owners_epsilon(manifest: FederationManifest, epsilon: float | None) 
         epsilon: The largest ε that the owner accepts; None: any, also ∞.
 
     Raises:
-        TrustError: The federation has no differential privacy, and the owner demands it.
+        TrustError: The federation does not protect the owner's examples so well, or not at all,
+            from the server.
     """
-    if epsilon is not None and not isinstance(manifest.privacy, ExamplePrivacy):
-        msg = (
-            f"you accept ε ≤ {epsilon:g}, and this federation has no differential privacy (profile "
-            f"{manifest.privacy.profile}, ε = ∞); take `epsilon` out of agent.toml to join it"
-        )
-        raise TrustError(msg)
+    if epsilon is None or isinstance(manifest.privacy, ExamplePrivacy):
+        return  # P1: the agent's own noise keeps the smaller ε
+    event, profile = noise_of_agents(manifest), manifest.privacy.profile
+    if event is not None and isinstance(manifest.privacy, AgentPrivacy):
+        delta = manifest.privacy.delta
+        found = example_epsilon(event, n_rounds=manifest.rounds.n_rounds, delta=delta)
+        if found <= epsilon:
+            return
+        has = f"keeps ε ≤ {found:.3g} for each example, at δ = {delta:g} (profile {profile})"
+    elif isinstance(manifest.privacy, CentralPrivacy):
+        has = f"protects nobody from the server (profile {profile}), against which its ε = ∞"
+    else:
+        has = f"has no differential privacy (profile {profile}, ε = ∞)"
+    msg = (
+        f"you accept ε ≤ {epsilon:g}, and this federation {has}; change `epsilon` in agent.toml, "
+        "or take it out, to join it"
+    )
+    raise TrustError(msg)
 
 
 def make_terms(
@@ -165,10 +182,7 @@ class PrivateRounds:
 
     Args:
         terms: Of this federation and these examples.
-        ledger: The owner's.
-        data_set: Every record that may be drawn.
-        agent: The agent's identity.
-        federation: The federation's id.
+        charges: To the owner's ledger, for what `terms` release.
         secret_path: Where the secret of a training is kept while it lasts.
         n_noise_threads: Threads that make noise while a GPU is at work; 0: none.
     """
@@ -177,19 +191,13 @@ class PrivateRounds:
         self,
         *,
         terms: PrivacyTerms,
-        ledger: Ledger,
-        data_set: DataSet,
-        agent: bytes,
-        federation: bytes,
+        charges: RoundCharges,
         secret_path: Path,
         n_noise_threads: int = 0,
     ) -> None:
         """Take the parts; nothing is charged yet."""
         self.terms = terms
-        self._ledger = ledger
-        self._data_set = data_set
-        self._agent = agent
-        self._federation = federation
+        self._charges = charges
         self._secret_path = secret_path
         self._n_noise_threads = n_noise_threads
 
@@ -204,20 +212,10 @@ class PrivateRounds:
             now: Seconds since the Unix epoch.
 
         Raises:
-            BudgetError: Some record would spend more than the owner allows; nothing was charged.
-            LedgerError: The ledger cannot be used, or this attempt was charged for other records or
-                on other terms.
-            AccountingError: So much was released already that it cannot be composed.
+            PrivacyError: See `RoundCharges.charge`.
             JournalError: The secret cannot be kept.
         """
-        quote = self._ledger.reserve(
-            Participation(
-                agent=self._agent, federation=self._federation, round=round_number, attempt=attempt
-            ),
-            data_set=self._data_set,
-            event=self.terms.event,
-            now=now,
-        )
+        quote = self._charges.charge(round_number, attempt, now=now)
         secret = self._secret(round_number, attempt)
         sampler = PoissonBatches(
             n_examples=self.terms.n_examples,

@@ -6,6 +6,7 @@ from types import TracebackType
 from typing import Final, Self
 
 from edge_agent.agent import Agent, AgentEventReport
+from edge_agent.charging import RoundCharges, noise_of_agents
 from edge_agent.config import AgentSettings
 from edge_agent.data.reading import read_records
 from edge_agent.data.records import ReadReport, Record
@@ -17,6 +18,7 @@ from edge_agent.member import Member, OwnersCell
 from edge_agent.membership import record_outgoing
 from edge_agent.politeness import OwnersWishes
 from edge_agent.private import (
+    PrivacyTerms,
     PrivateRounds,
     make_terms,
     record_bytes,
@@ -24,11 +26,17 @@ from edge_agent.private import (
 )
 from edge_agent.training.gradients import noise_threads
 from edge_agent.transport import Transport
+from privacy.agent_accounting import require_kept
 from privacy.ledger import Ledger
 from protocol.checks import Check
 from protocol.clock import Clock
-from protocol.manifest import ExamplePrivacy, FederationManifest
+from protocol.guarantee import describe_privacy
+from protocol.manifest import (
+    FederationManifest,
+)
+from protocol.privacy import ExamplePrivacy, NoPrivacy
 from protocol.wire import b64u_decode
+from quant.adapter import adapter_shapes, sent_layout
 from quant.base_model import (
     LoadedBase,
     limit_device_memory,
@@ -178,23 +186,37 @@ def prepare(
                 f"{data.report.n_truncated} cut to {manifest.training.max_length} tokens",
             )
         )
+        _require_noise(manifest, base)
         private: PrivateRounds | None = None
+        terms: PrivacyTerms | None = None
+        event = noise_of_agents(manifest)
         if isinstance(manifest.privacy, ExamplePrivacy):
-            ledger = Ledger(settings.ledger_path)
             on_event(AgentEventReport(kind="privacy", text="finding the noise that ε takes"))
             terms = make_terms(
                 manifest, n_examples=len(data.examples), owners_epsilon=settings.epsilon
             )
-            private = PrivateRounds(
-                terms=terms,
+            event = terms.event
+        charges: RoundCharges | None = None
+        if event is not None:
+            ledger = Ledger(settings.ledger_path)
+            charges = RoundCharges(
+                event=event,
                 ledger=ledger,
                 data_set=ledger.data_set(record_bytes(records)),
                 agent=signer.identity,
                 federation=manifest.federation,
+            )
+        if terms is not None and charges is not None:
+            private = PrivateRounds(
+                terms=terms,
+                charges=charges,
                 secret_path=home.privacy_secret,
                 n_noise_threads=noise_threads(base.device, allowed=settings.threads),
             )
             on_event(AgentEventReport(kind="privacy", text=terms.describe()))
+        elif not isinstance(manifest.privacy, NoPrivacy):
+            text = describe_privacy(manifest.privacy, n_rounds=manifest.rounds.n_rounds)
+            on_event(AgentEventReport(kind="privacy", text=text))
         agent = Agent(
             member=Member(
                 home=home,
@@ -207,6 +229,7 @@ def prepare(
                     min_friends=settings.min_friends,
                 ),
                 private=private,
+                charges=None if private is not None else charges,
             ),
             transport=transport,
             base=base,
@@ -227,6 +250,17 @@ def prepare(
         transport=transport,
         ledger=ledger,
         release_lock=lock.release,
+    )
+
+
+def _require_noise(manifest: FederationManifest, base: LoadedBase) -> None:
+    """Refuse a manifest that promises agents an ε that its noise does not keep (P2, P3)."""
+    shapes = adapter_shapes(base.description, manifest.lora)
+    require_kept(
+        manifest.privacy,
+        manifest.masking,
+        n_values=sent_layout(shapes, manifest.lora.sent).n_values,
+        n_rounds=manifest.rounds.n_rounds,
     )
 
 

@@ -9,6 +9,8 @@ PrivacyError
 ├── SumError              a sum that is not the one of the members that it should be of
 ├── ClippingError         a gradient that cannot be clipped example by example
 ├── AuditError            scores from which an audit can say nothing
+├── NoiseError            noise that cannot be drawn, or would not protect (a ValueError too)
+│   └── DrownedError      noise under which nothing of the updates would be left
 └── LedgerError           a ledger that cannot be read or written, or a charge that contradicts it
     └── BudgetError       a round that would spend more ε than the owner allows
 ```
@@ -59,3 +61,11 @@ class BudgetError(LedgerError):
 
 class AccountingError(PrivacyError):
     """A privacy budget that cannot be kept, or a composition whose ε cannot be trusted."""
+
+
+class NoiseError(PrivacyError, ValueError):
+    """Noise that cannot be drawn, would wrap a sum, or would not protect as it is accounted for."""
+
+
+class DrownedError(NoiseError):
+    """Noise under which nothing of the updates would be left: too many values for the agents."""

@@ -11,6 +11,7 @@ Nothing wraps: m_max·(A + 1) ≤ 2^(k−1) − 1 for the signed values, m_max·
 Source: PROTOCOL, "Encoding"; stochastic rounding as in Bonawitz et al., MLSys 2019.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Final, Literal
@@ -18,13 +19,15 @@ from typing import Any, Final, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from privacy.distributed_noise import AgentNoise, agent_noise, noisy_update
 from privacy.errors import EncodingPlanError, SumError, UpdateRangeError
 from privacy.masking import Words, word_dtype
 from privacy.noise import SecureStream
-from privacy.updates import Float32Array
+from privacy.updates import Float32Array, l2_norm
 from protocol.layout import VectorLayout
 from protocol.limits import MAX_UPDATE_BYTES
-from protocol.manifest import MaskingBlock, SumMasking
+from protocol.manifest import CellMasking, HelperMasking, MaskingBlock, SumMasking
+from protocol.privacy import PrivacyBlock
 
 N_CHECK_WORDS: Final = 16
 N_TAIL_WORDS: Final = 3
@@ -48,20 +51,28 @@ def amplitude_of(*, word_bits: Literal[16, 32], max_members: int) -> int:
     return amplitude
 
 
-def agreed_layout(layout: VectorLayout, masking: MaskingBlock) -> VectorLayout:
+def agreed_layout(
+    layout: VectorLayout, masking: MaskingBlock, privacy: PrivacyBlock | None = None
+) -> VectorLayout:
     """The layout of a federation: with the step and amplitude of every tensor where it masks.
 
     Args:
         layout: Names, shapes and offsets.
         masking: The manifest's block.
+        privacy: The manifest's block; under P2 one step holds for all tensors, and noise has room.
 
     Raises:
         EncodingPlanError: A sum could wrap.
+        NoiseError: The same with noise, or its shares are too small.
     """
     if not isinstance(masking, SumMasking):
         return layout
-    amplitude = amplitude_of(word_bits=masking.word_bits, max_members=masking.max_cell)
-    step = masking.max_change / amplitude
+    noise = None if privacy is None else agent_noise(privacy, masking, n_values=layout.n_values)
+    if noise is None:
+        amplitude = amplitude_of(word_bits=masking.word_bits, max_members=masking.max_cell)
+        step = masking.max_change / amplitude
+    else:
+        amplitude, step = noise.amplitude, noise.step
     shapes = {slot.name: slot.shape for slot in layout.slots}
     return VectorLayout.of_shapes(shapes, step=step, clip_amplitude=amplitude)
 
@@ -85,6 +96,8 @@ class EncodingPlan:
     """W, the largest weight."""
     clip_norm: float
     """C, the largest L2 norm of an update."""
+    noise: AgentNoise | None = None
+    """What each agent adds, under profile P2."""
 
     def __post_init__(self) -> None:
         """Refuse what could wrap."""
@@ -110,15 +123,25 @@ class EncodingPlan:
             raise EncodingPlanError(msg)
 
     @classmethod
-    def of(cls, layout: VectorLayout, masking: SumMasking, *, max_weight: int) -> "EncodingPlan":
+    def of(
+        cls,
+        layout: VectorLayout,
+        masking: CellMasking | HelperMasking,
+        *,
+        max_weight: int,
+        privacy: PrivacyBlock | None = None,
+    ) -> "EncodingPlan":
         """The plan of a manifest.
 
         Args:
             layout: With step and amplitude; see `agreed_layout`.
             masking: The manifest's block.
             max_weight: W.
+            privacy: The manifest's block.
         """
+        n_values = layout.n_values
         return cls(
+            noise=None if privacy is None else agent_noise(privacy, masking, n_values=n_values),
             layout=layout,
             word_bits=masking.word_bits,
             max_members=masking.max_cell,
@@ -146,6 +169,12 @@ class EncodingPlan:
         """Size of a masked vector, the body of an upload."""
         return self.n_words * (self.word_bits // 8)
 
+    @property
+    def rounding_norm(self) -> float:
+        """√(Σ d_l Δ_l²): what rounding adds to the norm of an update, at most."""
+        squares = (slot.n_values * float(slot.step or 0.0) ** 2 for slot in self.layout.slots)
+        return math.sqrt(math.fsum(squares))
+
     def check_positions(self) -> tuple[int, ...]:
         """Where the check words stand in a masked vector; the last word is one."""
         return tuple((j + 1) * self.n_words // N_CHECK_WORDS - 1 for j in range(N_CHECK_WORDS))
@@ -160,6 +189,7 @@ def encode(vector: Float32Array, *, weight: int, plan: EncodingPlan, stream: Sec
     Guarantees:
         1. On average over `stream`, a value that is not clipped is unchanged.
         2. ‖Δ·e‖ ≤ (w/W)·C + √(Σ d_l Δ_l²), checked (PROTOCOL, check 15).
+        3. Under profile P2, the words hold the agent's share of the noise, and no flag.
 
     Args:
         vector: [n_values] float32 in the layout's order; unchanged.
@@ -177,6 +207,11 @@ def encode(vector: Float32Array, *, weight: int, plan: EncodingPlan, stream: Sec
     if vector.shape != (plan.layout.n_values,):
         msg = f"an update of {vector.shape}, the layout has {plan.layout.n_values} values"
         raise UpdateRangeError(msg)
+    if plan.noise is not None:
+        words = np.empty(plan.n_payload, plan.dtype)
+        words[: plan.layout.n_values] = noisy_update(vector, plan.noise, stream).view(np.uint32)
+        words[-N_TAIL_WORDS:] = (1, 1, 0)
+        return words
     if not 1 <= weight <= plan.max_weight:
         msg = f"weight {weight} is not from 1 to {plan.max_weight}"
         raise UpdateRangeError(msg)
@@ -192,7 +227,6 @@ def encode(vector: Float32Array, *, weight: int, plan: EncodingPlan, stream: Sec
     values, draws = np.empty(_CHUNK_VALUES), np.empty(_CHUNK_VALUES)
     clipped = shrink < 1.0
     squares = 0.0
-    slack = 0.0
     for slot, where in plan.layout.slices():
         step, amplitude = float(slot.step or 0.0), int(slot.clip_amplitude or 0)
         n_squares = 0.0
@@ -211,25 +245,12 @@ def encode(vector: Float32Array, *, weight: int, plan: EncodingPlan, stream: Sec
             n_squares += float(square.sum())
             signed[run] = value
         squares += n_squares * step * step
-        slack += slot.n_values * step * step
     words[-N_TAIL_WORDS:] = (weight, 1, int(clipped))
-    longest = share * plan.clip_norm + np.sqrt(slack)
+    longest = share * plan.clip_norm + plan.rounding_norm
     if np.sqrt(squares) > longest * (1.0 + 1e-9):
         msg = f"the encoded update has norm {np.sqrt(squares):.6g}; at most {longest:.6g} is agreed"
         raise UpdateRangeError(msg)
     return words
-
-
-def l2_norm(vector: Float32Array) -> float:
-    """The L2 norm of a vector, in float64 and without a copy of it; NaN where it is not finite."""
-    total = 0.0
-    buffer = np.empty(_CHUNK_VALUES)
-    for run in _runs(slice(0, len(vector))):
-        part = buffer[: run.stop - run.start]
-        np.copyto(part, vector[run])
-        np.multiply(part, part, out=part)  # not BLAS, whose threads wait for each other
-        total += float(part.sum())
-    return float(np.sqrt(total)) if np.isfinite(total) else float("nan")
 
 
 def _runs(where: slice) -> Iterator[slice]:
@@ -336,7 +357,8 @@ def split_sum(words: Words, checks: Words, plan: EncodingPlan, *, n_members: int
 def checked_sum(words: Words, checks: Words, plan: EncodingPlan, *, n_members: int) -> Words:
     """As `split_sum`, and the mean is no longer than an honest one can be.
 
-    Every honest update has a norm of at most C, so has their weighted mean, but for the rounding. A
+    Every honest update has a norm of at most C, so has their weighted mean, but for the rounding
+    and, under P2, noise. A
     weight that lies, or words that are no update, can make it as long as this and no longer.
 
     Raises:
@@ -345,8 +367,9 @@ def checked_sum(words: Words, checks: Words, plan: EncodingPlan, *, n_members: i
     payload = split_sum(words, checks, plan, n_members=n_members)
     found = decode(payload, plan)
     per_weight = plan.max_weight / found.weight_sum
-    slack = sum(slot.n_values * float(slot.step or 0.0) ** 2 for slot in plan.layout.slots)
-    longest = plan.clip_norm + n_members * per_weight * float(np.sqrt(slack))
+    longest = plan.clip_norm + n_members * per_weight * plan.rounding_norm
+    if plan.noise is not None:
+        longest += plan.noise.longest_of_mean(n_members)
     norm = l2_norm(found.values) * per_weight
     if not norm <= longest * (1.0 + 1e-6):
         msg = f"the mean of the cell has norm {norm:.6g}; at most {longest:.6g} is agreed"

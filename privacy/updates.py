@@ -7,11 +7,14 @@ an update is a cell of one (`CellSum.of_plain`), so all modes share the code fro
 """
 
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 Float32Array = NDArray[np.float32]
+
+_CHUNK_VALUES: Final = 1 << 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,3 +48,16 @@ class CellSum:
         """
         weighted_sum = update.vector * np.float32(update.weight)
         return cls(weighted_sum=weighted_sum, weight_sum=update.weight, n_members=1)
+
+
+def l2_norm(vector: Float32Array) -> float:
+    """The L2 norm of a vector, in float64 and without a copy of it; NaN where it is not finite."""
+    total = 0.0
+    buffer = np.empty(_CHUNK_VALUES)
+    for start in range(0, len(vector), _CHUNK_VALUES):
+        run = vector[start : start + _CHUNK_VALUES]
+        part = buffer[: len(run)]
+        np.copyto(part, run)
+        np.multiply(part, part, out=part)  # not BLAS, whose threads wait for each other
+        total += float(part.sum())
+    return float(np.sqrt(total)) if np.isfinite(total) else float("nan")

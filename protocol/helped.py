@@ -16,9 +16,14 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from protocol import limits
-from protocol.manifest import BlobRef, Count, FederationManifest, RoundManifest, RoundNumber
+from protocol.manifest import (
+    BlobRef,
+    FederationManifest,
+    RoundManifest,
+)
 from protocol.masked import Entries, ReadyAttempt, ReadyList
 from protocol.messages import BodyHead, Credential
+from protocol.numbers import Count, RoundNumber
 from protocol.signing import Signed
 from protocol.wire import Bytes16, Bytes1168, Bytes1216, Digest, Identity, WireModel, domain_hash
 

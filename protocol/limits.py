@@ -42,7 +42,7 @@ MAX_WEIGHT: Final = 1_000_000
 MIN_CELL: Final = 5
 """Fewest members of a masked cell: below that a sum hides too little."""
 
-MAX_CELL: Final = 32
+MAX_CELL: Final = 64
 """Most members of a masked cell: what each is sent grows with the square of their number."""
 
 MAX_WAVE: Final = 10_000

@@ -8,24 +8,25 @@ The three documents form a chain: a `RoundManifest` names the federation manifes
 that it starts from, a `Release` names its predecessor and the round that made it.
 """
 
+import math
 from enum import StrEnum
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
 from protocol import limits
+from protocol.numbers import (
+    Count,
+    Fraction,
+    PositiveFloat,
+    PositiveInt,
+    RoundNumber,
+    Seconds,
+    Text,
+    UnixTime,
+)
+from protocol.privacy import CentralPrivacy, ExamplePrivacy, NoPrivacy, PrivacyBlock
 from protocol.wire import Bytes16, Bytes1216, Digest, Identity, WireModel, domain_hash
-
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-Count = Annotated[int, Field(ge=0, le=limits.MAX_COUNT)]
-PositiveInt = Annotated[int, Field(ge=1, le=limits.MAX_COUNT)]
-RoundNumber = Annotated[int, Field(ge=1, le=2**31 - 1)]
-PositiveFloat = Annotated[float, Field(gt=0.0)]
-Text = Annotated[str, Field(max_length=limits.MAX_TEXT_CHARS)]
-Seconds = Annotated[float, Field(gt=0.0, le=30 * 24 * 3600)]
-UnixSeconds = Annotated[int, Field(ge=10**9, lt=10**10)]
-"""Whole seconds since the Unix epoch, always of ten digits: its size tells nothing."""
-UnixTime = Annotated[float, Field(ge=0.0, lt=253_402_300_800.0)]  # up to the year 9999
 
 
 class Factor(StrEnum):
@@ -208,34 +209,6 @@ MaskingBlock = Annotated[NoMasking | CellMasking | HelperMasking, Field(discrimi
 """Whether the server sees single updates, and what it sees instead."""
 
 
-class NoPrivacy(WireModel):
-    """P0: no formal guarantee, ε = ∞."""
-
-    version: Literal[1] = 1
-    profile: Literal["P0"] = "P0"
-
-
-class ExamplePrivacy(WireModel):
-    """P1: each example is protected from server, members and public, by DP-SGD on the agent.
-
-    In all rounds of the federation together, an agent spends at most (`epsilon`, `delta`) on each
-    of its examples; neighbouring data sets differ in one example, added or removed. It finds the
-    noise multiplier that this takes for the number of its examples by itself.
-
-    `clip_norm` is the largest L2 norm of an example's gradient, over all tensors that are trained.
-    """
-
-    version: Literal[1] = 1
-    profile: Literal["P1"] = "P1"
-    epsilon: Annotated[float, Field(gt=0.0, le=limits.MAX_EPSILON)]
-    delta: Annotated[float, Field(gt=0.0, le=limits.MAX_DELTA)]
-    clip_norm: PositiveFloat
-
-
-PrivacyBlock = Annotated[NoPrivacy | ExamplePrivacy, Field(discriminator="profile")]
-"""What of the training data is protected by differential privacy, and from whom."""
-
-
 class AggregationBlock(WireModel):
     """How updates become one. `max_weight` caps an agent's weight (W of PROTOCOL, "Encoding")."""
 
@@ -325,24 +298,54 @@ class FederationManifest(WireModel):
             raise ValueError(msg)
         if isinstance(self.masking, SumMasking):
             self._check_masking(self.masking)
-        if isinstance(self.privacy, ExamplePrivacy):
-            self._check_example_privacy()
+        for rule, is_broken in self._rules_of_privacy().items():
+            if is_broken:
+                msg = f"privacy.profile is {self.privacy.profile}, so {rule}"
+                raise ValueError(msg)
         return self
 
-    def _check_example_privacy(self) -> None:
-        wrong = {
+    def _rules_of_privacy(self) -> dict[str, bool]:
+        """What the profile asks of the other blocks, and whether it is broken."""
+        privacy, masking = self.privacy, self.masking
+        if isinstance(privacy, NoPrivacy):
+            return {}
+        rules = {
             'aggregation.weighting must be "uniform": a weight tells the number of examples': (
                 self.aggregation.weighting is not Weighting.UNIFORM
-            ),
-            "training.local_steps must be set: passes over the data tell how much there is": (
-                self.training.local_steps is None
-            ),
-            "lora.dropout must be 0: noise is enough": self.lora.dropout > 0.0,
+            )
         }
-        for rule, broken in wrong.items():
-            if broken:
-                msg = f"privacy.profile is P1, so {rule}"
-                raise ValueError(msg)
+        if isinstance(privacy, ExamplePrivacy):
+            return rules | {
+                "training.local_steps must be set: passes over the data tell how much there is": (
+                    self.training.local_steps is None
+                ),
+                "lora.dropout must be 0: noise is enough": self.lora.dropout > 0.0,
+            }
+        if isinstance(masking, SumMasking):
+            rules["masking.clip_norm must equal privacy.clip_norm: both limit an update"] = (
+                masking.clip_norm != privacy.clip_norm
+            )
+        if isinstance(privacy, CentralPrivacy):
+            return rules | {
+                'privacy.adaptive needs masking.mode = "off": under masks agents clip, to the norm '
+                "of this manifest": privacy.adaptive is not None and isinstance(masking, SumMasking)
+            }
+        most_ready = math.ceil(self.rounds.over_selection * self.rounds.cohort_target)
+        is_cells = isinstance(masking, CellMasking)
+        return rules | {
+            'masking.mode must be "cells": each agent adds a share of the noise, and only their '
+            "sum may be seen": not is_cells,
+            "masking.word_bits must be 32, to hold the noise": (
+                isinstance(masking, SumMasking) and masking.word_bits != 32
+            ),
+            "masking.max_change must equal privacy.clip_norm: no value of an update is larger": (
+                isinstance(masking, SumMasking) and masking.max_change != privacy.clip_norm
+            ),
+            f"masking.cell_target must be above {most_ready // 2}: the {most_ready} agents that a "
+            "round may select must be one cell, as each cell has noise of its own": (
+                isinstance(masking, SumMasking) and most_ready >= 2 * masking.cell_target
+            ),
+        }
 
     def _check_masking(self, masking: SumMasking) -> None:
         if self.rounds.min_cohort < masking.min_cell:
@@ -432,6 +435,22 @@ class AggregationReport(WireModel):
     """L2 norm of the mean update."""
 
 
+class NoisyAggregationReport(WireModel):
+    """The same under profile P3: nothing here was seen without noise."""
+
+    rule: Literal["noisy-fedavg"] = "noisy-fedavg"
+    n_cells: Count
+    n_agents: Count
+    update_norm: Annotated[float, Field(ge=0.0)]
+    """L2 norm of the noisy mean update."""
+    clip_norm: PositiveFloat
+    """Of this round."""
+    noise_std: PositiveFloat
+    """Of each value of the mean."""
+    next_clip_norm: PositiveFloat
+    """Of the next round: another one where the norm is adaptive."""
+
+
 class FilterReport(WireModel):
     """What the filter did; `n_rejected` counts cells."""
 
@@ -466,7 +485,7 @@ class Release(WireModel):
     config: BlobRef
     accepted: tuple[CellRef, ...]
     rejected: tuple[CellRef, ...]
-    aggregation: AggregationReport
+    aggregation: Annotated[AggregationReport | NoisyAggregationReport, Field(discriminator="rule")]
     filter: FilterReport
     verdict: Verdict
     rolled_back_to: Count | None = None

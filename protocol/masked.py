@@ -26,8 +26,8 @@ from typing import Annotated, Final, Literal, TypeAlias
 from pydantic import Field
 
 from protocol import limits
-from protocol.manifest import Count, PositiveInt, RoundNumber, UnixSeconds
 from protocol.messages import BodyHead, Credential, RetryAfter
+from protocol.numbers import Count, PositiveInt, RoundNumber, UnixSeconds
 from protocol.phases import AgentPhase
 from protocol.signing import Signed
 from protocol.wire import (

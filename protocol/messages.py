@@ -27,14 +27,11 @@ from pydantic import Field
 
 from protocol import limits
 from protocol.manifest import (
-    Count,
     FederationManifest,
     Release,
     RoundManifest,
-    RoundNumber,
-    UnixSeconds,
-    UnixTime,
 )
+from protocol.numbers import Count, RoundNumber, UnixSeconds, UnixTime
 from protocol.phases import RoundPhase
 from protocol.signing import InviteProof, Signed
 from protocol.wire import Bytes16, Digest, Identity, WireModel, domain_hash

@@ -10,7 +10,7 @@ from typing import Annotated, Final, Literal
 from pydantic import Field
 
 from protocol.limits import MAX_TEXT_CHARS
-from protocol.manifest import UnixTime
+from protocol.numbers import UnixTime
 from protocol.wire import WireModel
 
 CONTENT_TYPE: Final = "application/problem+json"

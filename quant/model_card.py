@@ -20,16 +20,14 @@ from protocol.limits import MAX_JSON_BYTES
 from protocol.manifest import (
     AggregationBlock,
     BaseBlock,
-    Count,
     FederationManifest,
     LoraBlock,
     MaskingBlock,
-    PositiveInt,
-    PrivacyBlock,
     Release,
-    Text,
     TrainingBlock,
 )
+from protocol.numbers import Count, PositiveInt, Text
+from protocol.privacy import PrivacyBlock
 from protocol.signing import format_fingerprint
 from protocol.wire import Bytes16, Digest, Identity, WireModel, parse
 from quant.adapter import write_folder

@@ -1,6 +1,8 @@
 """A federation with differential privacy in processes, and a ledger that holds its owner's line."""
 
 import json
+import math
+import tomllib
 from pathlib import Path
 
 import numpy as np
@@ -39,13 +41,13 @@ def processes() -> list[Process]:
 def found(tmp_path: Path, processes: list[Process]):
     """Found a private federation under a name, and serve it; its address."""
 
-    def found_it(name: str) -> str:
+    def found_it(name: str, *options: str, epsilon: float = EPSILON, cohort: int = N_AGENTS) -> str:
         folder = tmp_path / name
         run_command(
             "aggregator_server.cli",
-            *("init", str(folder), "--embedded", "--open-enrolment", "--epsilon", str(EPSILON)),
-            *("--rounds", str(N_ROUNDS), "--cohort", str(N_AGENTS), "--min-cohort", "2"),
-            *("--local-steps", "3", "--batch-size", "10", "--learning-rate", "0.01"),
+            *("init", str(folder), "--embedded", "--open-enrolment", "--epsilon", str(epsilon)),
+            *("--rounds", str(N_ROUNDS), "--cohort", str(cohort), "--min-cohort", str(cohort)),
+            *("--local-steps", "3", "--batch-size", "10", "--learning-rate", "0.01", *options),
         )
         server, url = start_server(folder, tmp_path / f"{name}.log")
         processes.append(server)
@@ -128,3 +130,70 @@ def test_a_private_federation_spends_its_budget_and_a_second_one_on_the_same_rec
         )
     )
     assert len(told["rounds"]) == N_ROUNDS, "the refused round was charged"
+
+
+def releases_of(folder: Path) -> list[dict[str, object]]:
+    text = run_command("aggregator_server.cli", "releases", "list", str(folder), "--json", "-")
+    return json.loads(text)
+
+
+def exported(home: Path, folder: Path) -> tuple[dict[str, np.ndarray], str]:
+    """The newest release's tensors, and its card."""
+    run_command("edge_agent.cli", "export", str(folder), "--home", str(home))
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    return load_file(folder / "adapter_model.safetensors"), card
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_agents_add_noise_under_masks_and_it_is_in_what_the_server_sees(
+    tmp_path: Path, found, start_agent, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """P2: the sum of five has the noise that the manifest says, and the ledgers count it."""
+    small = ("--profile", "P2", "--rank", "1", "--target-modules", "v_proj", "--sent", "B")
+    cells = ("--masking", "cells", "--ready-delay-s", "0.1", "--clip-norm", "0.5")
+    url = found("agents", *small, *cells, epsilon=12.0, cohort=5)
+    agents = [start_agent(url, "agents", number) for number in range(5)]
+    wait_for_end(agents)
+    home = tmp_path / "agents-home-0"
+    tensors, card = exported(home, tmp_path / "out")
+    assert "profile P2: ε ≤ 12 at δ = 1e-05 for each agent" in card
+    settings = tomllib.loads((tmp_path / "agents/federation.toml").read_text(encoding="utf-8"))
+    privacy = settings["privacy"]
+    share = math.sqrt(privacy["share_variance"]) / privacy["steps_per_clip"] * 0.5
+    moved = np.concatenate([array.ravel() for name, array in tensors.items() if "lora_B" in name])
+    expected = share * math.sqrt(N_ROUNDS / 5)
+    signal = N_ROUNDS * 0.5 / math.sqrt(moved.size)  # at most, in every value alike
+    n_sigmas = 5 / math.sqrt(2 * moved.size)
+    assert expected * (1 - n_sigmas) < moved.std() < math.hypot(expected, signal) * (1 + n_sigmas)
+    assert signal < 0.5 * expected, "the case must show the noise"
+    monkeypatch.setenv("SHEEPFOLD_AGENT_LEDGER", str(tmp_path / "ledger-0.sqlite"))
+    told = json.loads(run_command("edge_agent.cli", "privacy", "--home", str(home), "--json", "-"))
+    assert [row["round"] for row in told["rounds"]] == [1, 2]
+    assert 2 * 12.0 < told["spent"] <= told["budget"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_server_adds_noise_and_says_whom_it_protects(
+    tmp_path: Path, found, start_agent, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """P3: every release has noise; an owner who wants none of the server's word does not join."""
+    url = found("central", "--profile", "P3", "--adaptive-clip", "--masking", "off", epsilon=20.0)
+    agents = [start_agent(url, "central", number) for number in range(N_AGENTS)]
+    wait_for_end(agents)
+    reports = [release["aggregation"] for release in releases_of(tmp_path / "central")[1:]]
+    assert [report["rule"] for report in reports] == ["noisy-fedavg"] * N_ROUNDS
+    assert reports[0]["next_clip_norm"] == reports[1]["clip_norm"] != reports[0]["clip_norm"]
+    tensors, card = exported(tmp_path / "central-home-0", tmp_path / "out")
+    assert "against the public only, not the server" in card
+    moved = np.concatenate([array.ravel() for name, array in tensors.items() if "lora_B" in name])
+    expected = math.hypot(*(report["noise_std"] for report in reports))
+    assert abs(moved.std() / expected - 1) < 0.1
+    log = (tmp_path / "central-agent-0.log").read_text(encoding="utf-8")
+    assert "against the public only" in " ".join(log.replace("│", " ").split())
+    monkeypatch.setenv("SHEEPFOLD_AGENT_EPSILON", "8")
+    refused = start_agent(url, "central", 2)
+    assert refused.popen.wait(WITHIN_S) == 1
+    log = (tmp_path / "central-agent-2.log").read_text(encoding="utf-8")
+    assert "you accept ε ≤ 8, and this federation protects nobody from the server" in log

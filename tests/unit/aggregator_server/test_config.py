@@ -16,16 +16,22 @@ from aggregator_server.config import (
     without_password,
 )
 from aggregator_server.errors import ConfigError
-from aggregator_server.recipes import RecipeOptions, make_config
+from aggregator_server.founding import build_manifest, check_recipe
+from aggregator_server.keys import Keys
+from aggregator_server.private_recipes import PrivacyOptions, Profile
+from aggregator_server.recipes import Masking, RecipeOptions, make_config
 from aggregator_server.template import _EXPLAINED, render
+from privacy.accounting import SampledGaussian, spent
+from privacy.errors import AccountingError, PrivacyError
 from protocol.manifest import (
     CellMasking,
-    ExamplePrivacy,
     Factor,
     HelperMasking,
     NoMasking,
     Weighting,
 )
+from protocol.privacy import AgentPrivacy, CentralPrivacy, ExamplePrivacy
+from protocol.signing import Signer
 
 OPTIONS = RecipeOptions(name="Test")
 
@@ -111,7 +117,10 @@ def test_every_setting_is_explained(config):
             modes = (NoMasking, CellMasking, HelperMasking)
             fields = {field for mode in modes for field in mode.model_fields} - {"version"}
         if section == "privacy":
-            fields |= set(ExamplePrivacy.model_fields) - {"version"}
+            profiles = (ExamplePrivacy, AgentPrivacy, CentralPrivacy)
+            fields |= {field for profile in profiles for field in profile.model_fields} - {
+                "version"
+            }
         assert fields == set(_EXPLAINED[section]), section
 
 
@@ -193,7 +202,7 @@ def test_a_recipe_out_of_range_is_one_sentence(base):
 
 
 def test_a_recipe_with_epsilon_is_one_that_the_protocol_takes(base):
-    config = make_config(dataclasses.replace(OPTIONS, epsilon=3.0, delta=1e-6, clip_norm=0.5), base)
+    config = make_config(with_privacy(epsilon=3.0, delta=1e-6, clip_norm=0.5), base)
     assert config.privacy == ExamplePrivacy(epsilon=3.0, delta=1e-6, clip_norm=0.5)
     assert config.aggregation.weighting is Weighting.UNIFORM
     assert (config.lora.dropout, config.training.local_epochs) == (0.0, None)
@@ -204,4 +213,73 @@ def test_a_recipe_with_epsilon_is_one_that_the_protocol_takes(base):
 @pytest.mark.parametrize("epsilon", [0.0, -1.0, 1e9, float("nan")])
 def test_an_epsilon_that_is_none_is_refused(base, epsilon):
     with pytest.raises(ConfigError, match="epsilon"):
-        make_config(dataclasses.replace(OPTIONS, epsilon=epsilon), base)
+        make_config(with_privacy(epsilon=epsilon), base)
+    for profile in (Profile.AGENT, Profile.CENTRAL):
+        with pytest.raises((PrivacyError, ConfigError), match=r"ε|epsilon"):
+            make_config(with_privacy(epsilon=epsilon, profile=profile), base)
+
+
+@pytest.mark.parametrize("cohort", [10, 20, 32])
+def test_a_recipe_for_agents_has_the_noise_and_the_masks_that_its_epsilon_takes(base, cohort):
+    options = with_privacy(cohort_target=cohort, n_rounds=5, epsilon=8.0, profile=Profile.AGENT)
+    config = make_config(options, base)
+    privacy, masking = config.privacy, config.masking
+    assert isinstance(privacy, AgentPrivacy)
+    assert (masking.mode, masking.word_bits) == ("cells", 32)
+    assert masking.clip_norm == masking.max_change == privacy.clip_norm
+    assert masking.min_cell == config.rounds.min_cohort == cohort
+    assert masking.max_cell >= config.rounds.over_selection * cohort
+    check_recipe(config, base)  # which accounts for it
+    weaker = privacy.model_copy(update={"share_variance": privacy.share_variance / 2})
+    with pytest.raises(AccountingError, match="P2 promises ε ≤ 8 over 5 rounds"):
+        check_recipe(config.model_copy(update={"privacy": weaker}), base)
+    assert parse_text(render(config)) == config
+
+
+@pytest.mark.parametrize("masking", [Masking.CELLS, Masking.OFF])
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_a_recipe_with_noise_on_the_server(base, masking, adaptive):
+    options = with_privacy(
+        cohort_target=10,
+        masking=masking,
+        epsilon=2.0,
+        profile=Profile.CENTRAL,
+        adaptive_clip=adaptive,
+    )
+    if adaptive and masking is Masking.CELLS:
+        with pytest.raises(ConfigError, match=r"adaptive needs masking\.mode"):
+            check_manifest(make_config(options, base), base)
+        return
+    config = make_config(options, base)
+    check_manifest(config, base)
+    assert isinstance(config.privacy, CentralPrivacy)
+    assert (config.privacy.adaptive is not None) is adaptive
+    event = SampledGaussian(
+        noise_multiplier=config.privacy.noise_multiplier, sampling_probability=1.0, n_steps=20
+    )
+    assert 1.99 < spent([event], delta=1e-5).epsilon <= 2.0
+    assert parse_text(render(config)) == config
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"profile": Profile.AGENT, "masking": Masking.OFF}, "P2 needs masked cells"),
+        ({"profile": Profile.EXAMPLE, "adaptive_clip": True}, "--adaptive-clip is for"),
+        ({"epsilon": None, "adaptive_clip": True}, "--adaptive-clip is for"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(base, options, said):
+    with pytest.raises(ConfigError, match=said):
+        make_config(with_privacy(**{"epsilon": 8.0, "cohort_target": 20, **options}), base)
+
+
+def with_privacy(**options):
+    names = {field.name for field in dataclasses.fields(PrivacyOptions)}
+    privacy = PrivacyOptions(**{key: options.pop(key) for key in names & options.keys()})
+    return dataclasses.replace(OPTIONS, privacy=privacy, **options)
+
+
+def check_manifest(config, base):
+    keys = Keys(server=Signer.generate(), registrar=Signer.generate())
+    build_manifest(config, base, keys, federation=bytes(16), created_at=1.8e9)

@@ -5,6 +5,7 @@ import pytest
 
 from aggregator_server.config import Retention
 from aggregator_server.errors import NoSpaceError, StoreBusyError
+from aggregator_server.private_recipes import PrivacyOptions, Profile
 from aggregator_server.selection import rank
 from aggregator_server.store.store import Store
 from protocol.manifest import Factor, RoundManifest
@@ -253,6 +254,51 @@ class TestAggregation:
         assert after.aggregation.update_norm == pytest.approx(np.linalg.norm(expected), rel=1e-5)
         assert len(after.accepted) == after.aggregation.n_cells == 3
         assert after.round_digest == manifest.digest()
+
+    def test_under_p3_updates_are_clipped_and_only_the_noisy_mean_is_told(
+        self, make_case, start_round
+    ):
+        options = PrivacyOptions(epsilon=8.0, profile=Profile.CENTRAL, clip_norm=0.5)
+        case = make_case(cohort_target=4, privacy=options)
+        agents, manifest = start_round(case, 4)
+        n_values = case.federation.charter.layout.n_values
+        rng = np.random.default_rng(1)
+        vectors = [rng.standard_normal(n_values).astype(np.float32) * 100 for _ in agents]
+        for agent, vector in zip(agents, vectors, strict=True):
+            agent.upload(manifest, vector, weight=1)
+        case.advance()
+        releases = case.federation.releases
+        before, after = (releases.get(n) for n in (0, 1))
+        moved = np.float64(releases.vector(after)) - releases.vector(before)
+        report = after.aggregation
+        std = case.manifest.privacy.noise_multiplier * 0.5 / len(vectors)
+        assert (report.rule, report.clip_norm, report.next_clip_norm) == ("noisy-fedavg", 0.5, 0.5)
+        assert report.noise_std == pytest.approx(std)
+        assert report.update_norm == pytest.approx(np.linalg.norm(moved), rel=1e-5)
+        clipped = np.mean([v / np.linalg.norm(v) * 0.5 for v in np.float64(vectors)], axis=0)
+        noise = moved - clipped
+        assert abs(noise.std() / std - 1) < 5 / np.sqrt(2 * n_values)
+        assert "noisy-fedavg" in after.canonical().decode()
+
+    def test_under_p3_an_adaptive_clip_norm_goes_on_from_release_to_release(
+        self, make_case, start_round
+    ):
+        options = PrivacyOptions(
+            epsilon=8.0, profile=Profile.CENTRAL, clip_norm=0.5, adaptive_clip=True
+        )
+        case = make_case(cohort_target=2, privacy=options)
+        agents, _ = start_round(case, 2)
+        norms = []
+        for _ in range(3):
+            manifest = agents[0].round()
+            for agent in agents:
+                agent.upload(manifest, agent.constant(1), weight=1)
+            case.advance()
+            report = case.federation.releases.newest().aggregation
+            norms.append((report.clip_norm, report.next_clip_norm))
+        assert norms[0][0] == 0.5
+        assert [norm for norm, _ in norms[1:]] == [after for _, after in norms[:-1]]
+        assert all(before != after for before, after in norms)
 
     def test_with_b_only_the_frozen_a_completes_the_adapter(self, make_case, start_round):
         case = make_case(cohort_target=2, sent=(Factor.B,))

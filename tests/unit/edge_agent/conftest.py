@@ -496,7 +496,7 @@ class MaskedHost:
         masking = CellMasking(max_change=1.0, clip_norm=20.0, cell_target=5, ready_delay_s=0.0)
         self.masking: CellMasking = changes.pop("masking", masking)
         plain = changes.pop("layout", sent_layout(adapter_shapes(base, lora), lora.sent))
-        layout: VectorLayout = agreed_layout(plain, self.masking)
+        layout: VectorLayout = agreed_layout(plain, self.masking, changes.get("privacy"))
         values: dict[str, Any] = {
             "federation": bytes(range(16)),
             "name": "Masked",
@@ -514,7 +514,12 @@ class MaskedHost:
         }
         self.manifest = FederationManifest(**{**values, **changes})
         self.federation = sign(key, "federation", self.manifest).signed
-        self.plan = EncodingPlan.of(layout, self.masking, max_weight=self.manifest.max_weight)
+        self.plan = EncodingPlan.of(
+            layout,
+            self.masking,
+            max_weight=self.manifest.max_weight,
+            privacy=self.manifest.privacy,
+        )
         self.base = base
         self.start = initial_adapter(base, lora)
         self.blobs: dict[bytes, bytes] = {}

@@ -34,7 +34,6 @@ from protocol.manifest import (
     AggregationReport,
     BlobRef,
     ChangeLimitsBlock,
-    ExamplePrivacy,
     Factor,
     FederationManifest,
     LoraBlock,
@@ -59,6 +58,7 @@ from protocol.messages import (
     WithdrawalReason,
 )
 from protocol.phases import AgentPhase
+from protocol.privacy import ExamplePrivacy
 from protocol.problems import ProblemType, problem_document
 from protocol.signing import Signed, Signer, sign, verify
 from protocol.wire import sha256

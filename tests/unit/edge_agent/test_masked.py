@@ -31,9 +31,10 @@ from privacy.fixed_point import with_checks
 from privacy.masking import Mask, MaskAdder
 from privacy.secagg.agent import AttemptState, SecAggAgent
 from privacy.updates import PlainUpdate
+from protocol.checks import Check
 from protocol.layout import VectorLayout
 from protocol.limits import MIB
-from protocol.manifest import CellMasking
+from protocol.manifest import AggregationBlock, CellMasking, Weighting
 from protocol.masked import (
     MISSING_SHARE,
     BundleNews,
@@ -49,6 +50,7 @@ from protocol.masked import (
 )
 from protocol.messages import Acknowledged, UploadStatus
 from protocol.phases import AgentPhase
+from protocol.privacy import AgentPrivacy
 from protocol.problems import ProblemType, problem_document
 from protocol.signing import Signed, Signer, sign
 from protocol.wire import b64u_encode, parse, sha256
@@ -718,6 +720,36 @@ def test_failed_after_upload_is_tried_again_once(world: World) -> None:
     assert world.phases() == [AgentPhase.ABANDONED]
     assert "its cell failed" in world.notes()[0]
     assert_nothing_was_made_twice(world)
+
+
+def test_an_update_with_noise_is_uploaded_once_and_never_again(
+    make_world: Callable[..., World],
+) -> None:
+    """P2: the same noise in two sums would be averaged out. Failures before count as ever."""
+    world = make_world(
+        masking=CellMasking(
+            word_bits=32, max_change=1.0, clip_norm=1.0, cell_target=5, ready_delay_s=0.0
+        ),
+        privacy=AgentPrivacy(
+            epsilon=8.0, delta=1e-5, clip_norm=1.0, steps_per_clip=2**16, share_variance=1e6
+        ),
+        aggregation=AggregationBlock(weighting=Weighting.UNIFORM),
+    )
+    failing_at = {1: AgentPhase.SHARED, 2: AgentPhase.UPLOADED}
+
+    def say(phase: AgentPhase) -> Callable[[Any], Any]:
+        return lambda cell: (
+            cell.failed()
+            if failing_at.get(cell.ready.body.attempt) is phase
+            else cell.honest_news(phase)
+        )
+
+    for phase in (AgentPhase.SHARED, AgentPhase.UPLOADED):
+        world.host.says[phase] = say(phase)
+    world.work()
+    assert sorted(world.host.cells) == [1, 2]
+    assert world.phases() == [AgentPhase.ABANDONED]
+    assert Check.NO_RETRY.sentence in world.notes()[0]
 
 
 def test_an_upload_that_was_only_announced_counts_as_one(world: World) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from edge_agent.charging import RoundCharges, example_epsilon, noise_of_agents
 from edge_agent.data.records import ChatMessage, Record, Role
 from edge_agent.errors import TrustError
 from edge_agent.private import (
@@ -16,16 +17,19 @@ from edge_agent.private import (
 )
 from edge_agent.spending import agree_budget, set_budget, spending
 from privacy.accounting import SampledGaussian, spent
+from privacy.agent_accounting import calibrate_noise
+from privacy.distributed_noise import Cohort
 from privacy.errors import BudgetError
 from privacy.ledger import Ledger
 from protocol.manifest import (
     AggregationBlock,
-    ExamplePrivacy,
+    CellMasking,
     FederationManifest,
     RoundsBlock,
     TrainingBlock,
     Weighting,
 )
+from protocol.privacy import AgentPrivacy, CentralPrivacy, ExamplePrivacy
 
 AGENT, FEDERATION = bytes(32), bytes(16)
 PRIVACY = ExamplePrivacy(epsilon=4.0, delta=1e-5, clip_norm=0.5)
@@ -62,13 +66,20 @@ def ledger(tmp_path: Path) -> Iterator[Ledger]:
     opened.close()
 
 
-def make_rounds(ledger: Ledger, tmp_path: Path, terms: PrivacyTerms) -> PrivateRounds:
-    return PrivateRounds(
-        terms=terms,
+def make_charges(ledger: Ledger, event: SampledGaussian) -> RoundCharges:
+    return RoundCharges(
+        event=event,
         ledger=ledger,
         data_set=ledger.data_set(record_bytes(RECORDS)),
         agent=AGENT,
         federation=FEDERATION,
+    )
+
+
+def make_rounds(ledger: Ledger, tmp_path: Path, terms: PrivacyTerms) -> PrivateRounds:
+    return PrivateRounds(
+        terms=terms,
+        charges=make_charges(ledger, terms.event),
         secret_path=tmp_path / "privacy.secret",
     )
 
@@ -111,6 +122,70 @@ def test_an_owner_who_demands_privacy_joins_no_federation_without(
         require_owners_epsilon(make_manifest(), 3.0)
     require_owners_epsilon(make_manifest(), None)
     require_owners_epsilon(private, 3.0)
+
+
+@pytest.fixture
+def of_agents(make_manifest: Callable[..., FederationManifest]) -> FederationManifest:
+    """Profile P2 with the noise that ε = 4 takes."""
+    cohort = Cohort.of_cells(10, 19)
+    noise = calibrate_noise(
+        epsilon=4.0, delta=1e-5, n_rounds=3, n_values=100, clip_norm=0.5, cohort=cohort
+    )
+    return make_manifest(
+        masking=CellMasking(
+            word_bits=32, max_change=0.5, clip_norm=0.5, cell_target=10, min_cell=10, max_cell=19
+        ),
+        privacy=AgentPrivacy(
+            epsilon=4.0,
+            delta=1e-5,
+            clip_norm=0.5,
+            steps_per_clip=noise.steps_per_clip,
+            share_variance=noise.share_variance,
+        ),
+        aggregation=AggregationBlock(weighting=Weighting.UNIFORM),
+        rounds=RoundsBlock(n_rounds=3, cohort_target=10, min_cohort=10),
+    )
+
+
+def test_an_owner_who_demands_privacy_counts_what_p2_keeps_for_each_example(
+    of_agents: FederationManifest,
+) -> None:
+    event = noise_of_agents(of_agents)
+    assert event is not None
+    kept = example_epsilon(event, n_rounds=3, delta=1e-5)
+    assert 2 * 4.0 < kept < 3 * 4.0  # twice as far moves the sum, and more than twice ε
+    require_owners_epsilon(of_agents, kept + 0.01)
+    with pytest.raises(TrustError, match=r"you accept ε ≤ 4, .* keeps ε ≤ .* for each example"):
+        require_owners_epsilon(of_agents, 4.0)
+
+
+def test_an_owner_who_demands_privacy_from_the_server_joins_no_p3(
+    make_manifest: Callable[..., FederationManifest],
+) -> None:
+    central = make_manifest(
+        privacy=CentralPrivacy(epsilon=1.0, delta=1e-5, clip_norm=0.5, noise_multiplier=9.0),
+        aggregation=AggregationBlock(weighting=Weighting.UNIFORM),
+    )
+    with pytest.raises(TrustError, match="protects nobody from the server"):
+        require_owners_epsilon(central, 8.0)
+    require_owners_epsilon(central, None)
+    assert noise_of_agents(central) is None
+
+
+def test_a_round_of_p2_is_charged_once_and_refused_beyond_the_budget(
+    of_agents: FederationManifest, ledger: Ledger
+) -> None:
+    event = noise_of_agents(of_agents)
+    assert event is not None
+    budget = example_epsilon(event, n_rounds=2, delta=1e-5)
+    ledger.set_budget(epsilon=1.001 * budget, delta=1e-5, now=0.0)
+    charges = make_charges(ledger, event)
+    first = charges.charge(1, 1, now=1.0)
+    assert charges.charge(1, 1, now=2.0).after == first.after
+    second = charges.charge(2, 1, now=3.0)
+    assert first.after < second.after == pytest.approx(budget, rel=1e-3)
+    with pytest.raises(BudgetError):
+        charges.charge(3, 1, now=4.0)
 
 
 def test_the_terms_say_all_that_an_epsilon_means(private: FederationManifest) -> None:

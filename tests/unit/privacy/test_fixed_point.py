@@ -9,21 +9,24 @@ import pytest
 from privacy.errors import EncodingPlanError, SumError, UpdateRangeError
 from privacy.fixed_point import (
     N_CHECK_WORDS,
+    N_TAIL_WORDS,
     EncodingPlan,
     agreed_layout,
     amplitude_of,
+    checked_sum,
     decode,
     encode,
-    l2_norm,
     split_sum,
     with_checks,
 )
 from privacy.masking import Mask, MaskAdder, expand
 from privacy.noise import SecureStream
 from privacy.secagg.derive import check_words
+from privacy.updates import l2_norm
 from protocol.layout import VectorLayout
 from protocol.limits import MAX_CELL, MAX_UPDATE_BYTES
 from protocol.manifest import CellMasking, NoMasking
+from protocol.privacy import AgentPrivacy
 
 WORD_BITS: list[Any] = [16, 32]
 KEY = bytes(range(32))
@@ -318,6 +321,52 @@ def test_an_encoding_that_is_longer_than_it_may_be_is_refused(number: float) -> 
     plan = make_plan(500, clip_norm=1e-3)
     with pytest.raises(UpdateRangeError, match="agreed"):
         encoded(np.zeros(500, np.float32), plan, stream=FakeStream(number))
+
+
+def make_noisy_plan(n_values: int = 400, *, share_variance: float = 1e9) -> EncodingPlan:
+    masking = CellMasking(
+        word_bits=32, max_change=2.0, clip_norm=2.0, cell_target=10, min_cell=10, max_cell=19
+    )
+    privacy = AgentPrivacy(
+        epsilon=8.0, delta=1e-5, clip_norm=2.0, steps_per_clip=2**16, share_variance=share_variance
+    )
+    layout = agreed_layout(VectorLayout.of_shapes({"a": (n_values,)}), masking, privacy)
+    return EncodingPlan.of(layout, masking, max_weight=1, privacy=privacy)
+
+
+@pytest.mark.parametrize("share_variance", [16.0, 1e9])
+def test_under_p2_the_words_hold_a_share_of_the_noise_and_no_flag(share_variance: float) -> None:
+    # Guarantee 3
+    plan = make_noisy_plan(20_000, share_variance=share_variance)
+    vector = np.full(20_000, 1.0, np.float32)  # far longer than C
+    words = encoded(vector, plan)
+    assert words.dtype == np.uint32
+    assert words[-N_TAIL_WORDS:].tolist() == [1, 1, 0]
+    clipped = 2.0 / math.sqrt(20_000)
+    noise = decode(words, plan).values / step(plan) - clipped / step(plan)
+    rounding = 0.25  # at most, of the variance
+    spread = 5 / math.sqrt(2 * 20_000)
+    assert share_variance * (1 - 2 * spread) < noise.var()
+    assert noise.var() < (share_variance + rounding) * (1 + 2 * spread)
+
+
+def test_a_noisy_sum_of_the_largest_cell_neither_wraps_nor_seems_too_long() -> None:
+    plan = make_noisy_plan()
+    vectors = np.random.default_rng(0).normal(size=(19, 400)).astype(np.float32)
+    payloads = [
+        encoded(vector, plan, stream=SecureStream(bytes([number]) * 32))
+        for number, vector in enumerate(vectors)
+    ]
+    checks = np.arange(N_CHECK_WORDS, dtype=np.uint32)
+    words = sum(with_checks(p, checks, plan, 0, plan.n_words) for p in payloads)
+    found = decode(checked_sum(words, checks, plan, n_members=19), plan)
+    exact = sum(v / np.linalg.norm(v) * 2.0 for v in vectors.astype(np.float64))
+    std = step(plan) * math.sqrt(19 * 1e9)
+    assert np.abs(found.values - exact).max() < 5 * std
+    spoilt = words.copy()
+    spoilt[[n for n in range(300) if n not in plan.check_positions()]] += np.uint32(2**28)
+    with pytest.raises(SumError, match=r"at most .* is agreed"):
+        checked_sum(spoilt, checks, plan, n_members=19)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])

@@ -8,8 +8,13 @@ import pytest
 from pydantic import BaseModel
 
 from protocol.errors import ManifestError
-from protocol.guarantee import privacy_json
-from protocol.manifest import ExamplePrivacy, FederationManifest, Release, RoundManifest
+from protocol.guarantee import describe_privacy, privacy_json
+from protocol.manifest import (
+    FederationManifest,
+    Release,
+    RoundManifest,
+)
+from protocol.privacy import ExamplePrivacy
 from protocol.signing import Signer
 from protocol.wire import b64u_encode, domain_hash, parse
 
@@ -219,7 +224,7 @@ def test_a_round_that_contradicts_itself_is_refused(
         ("verdict.rule", "evaluator", "verdict.rule"),
         ("filter.rule", "norm", "filter.rule"),
         ("aggregation.rule", "median", "aggregation.rule"),
-        ("aggregation.update_norm", -1.0, "aggregation.update_norm"),
+        ("aggregation.update_norm", -1.0, "aggregation.none.update_norm"),
         ("adapter.n_bytes", 2**31 + 1, "adapter.n_bytes"),
         ("adapter.url", "http://x", "adapter.url"),
         ("version", 2, "version"),
@@ -303,3 +308,87 @@ def test_a_bound_that_means_nothing_is_refused(
 ) -> None:
     data = with_noise(make_manifest(), **{key: value})
     assert key in refusal(FederationManifest, json.dumps(data).encode())
+
+
+AGENTS = {
+    "version": 1,
+    "profile": "P2",
+    "epsilon": 8.0,
+    "delta": 1e-5,
+    "clip_norm": 0.5,
+    "steps_per_clip": 65536,
+    "share_variance": 1e9,
+}
+CENTRAL = {
+    "version": 1,
+    "profile": "P3",
+    "epsilon": 8.0,
+    "delta": 1e-5,
+    "clip_norm": 0.5,
+    "noise_multiplier": 1.9,
+    "adaptive": None,
+}
+CELLS = {"mode": "cells", "word_bits": 32, "max_change": 0.5, "clip_norm": 0.5}
+
+
+def with_agents_noise(
+    manifest: FederationManifest, privacy: dict[str, object], masking: dict[str, object] | None
+) -> dict[str, object]:
+    data = copy.deepcopy(manifest.as_json())
+    data |= {"privacy": privacy}
+    if masking is not None:
+        data["masking"] = masking
+    data["aggregation"]["weighting"] = "uniform"
+    data["rounds"] |= {"cohort_target": 10, "min_cohort": 10, "over_selection": 1.3}
+    return data
+
+
+def read(data: dict[str, object]) -> FederationManifest:
+    return parse(FederationManifest, json.dumps(data).encode())
+
+
+@pytest.mark.parametrize(
+    ("privacy", "masking", "said"),
+    [
+        (AGENTS, CELLS, ("P2: ε ≤ 8 at δ = 1e-05 for each agent", "within what masking promises")),
+        (CENTRAL, None, ("P3: ε ≤ 8 at δ = 1e-05 for each agent", "not the server", "1.9")),
+        (CENTRAL, CELLS, ("public only",)),
+        (CENTRAL | {"adaptive": {"count_std": 4.0}}, None, ("adaptive",)),
+    ],
+)
+def test_noise_of_agents_is_read_and_described(
+    make_manifest: MakeManifest, privacy, masking, said: tuple[str, ...]
+) -> None:
+    found = read(with_agents_noise(make_manifest(), privacy, masking))
+    text = describe_privacy(found.privacy, n_rounds=found.rounds.n_rounds)
+    for part in (*said, "PLD", "no sampling", "clip norm 0.5"):
+        assert part in text
+    told = privacy_json(found)
+    wanted = {"epsilon", "delta", "unit", "neighbouring", "adversary", "sampling", "accountant"}
+    assert wanted <= told.keys()
+    assert told["unit"] == "agent"
+
+
+@pytest.mark.parametrize(
+    ("privacy", "masking", "changes", "said"),
+    [
+        (AGENTS, CELLS, {"aggregation.weighting": "n_examples"}, "weighting must be"),
+        (CENTRAL, None, {"aggregation.weighting": "n_examples"}, "weighting must be"),
+        (AGENTS, None, {}, 'masking.mode must be "cells"'),
+        (AGENTS, CELLS | {"word_bits": 16}, {}, "word_bits must be 32"),
+        (AGENTS, CELLS | {"max_change": 0.1}, {}, "max_change must equal privacy.clip_norm"),
+        (AGENTS, CELLS | {"clip_norm": 0.6}, {}, "masking.clip_norm must equal privacy.clip_norm"),
+        (CENTRAL, CELLS | {"clip_norm": 0.6}, {}, "clip_norm must equal privacy.clip_norm"),
+        (AGENTS, CELLS, {"rounds.over_selection": 2.0}, "cell_target must be above 10"),
+        (CENTRAL | {"adaptive": {"count_std": 4.0}}, CELLS, {}, 'needs masking.mode = "off"'),
+        (CENTRAL | {"adaptive": {"count_std": 0.9}}, None, {}, "would spend it all"),
+    ],
+)
+def test_blocks_that_break_the_noise_of_agents_are_refused(
+    make_manifest: MakeManifest, privacy, masking, changes, said: str
+) -> None:
+    data = with_agents_noise(make_manifest(), privacy, masking)
+    for path, value in changes.items():
+        section, key = path.split(".")
+        data[section][key] = value
+    assert said in refusal(FederationManifest, json.dumps(data).encode())
