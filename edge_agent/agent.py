@@ -153,7 +153,8 @@ class Agent:
             transport=transport,
         )
         self._layout = self._releases.layout
-        self._adapted = AdaptedModel(base, self._manifest.lora)
+        adapt = AdaptedModel if self._private is None else self._private.adapt
+        self._adapted = adapt(base, self._manifest.lora)
         self._max_vram_bytes = max_vram_bytes
         self._chosen: Chosen | None = None
         self._update_n_bytes = self._layout.n_bytes

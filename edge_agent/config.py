@@ -8,6 +8,7 @@ import difflib
 import json
 import re
 import tomllib
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Final, Self
 
@@ -57,6 +58,14 @@ class Hours(str):
         return moment.hour >= first or moment.hour < last
 
 
+class DpEngine(StrEnum):
+    """What makes the gradients of single examples under DP-SGD."""
+
+    SHEEPFOLD = "sheepfold"
+    OPACUS = "opacus"
+    """The field's reference, to compare: slower, and without recomputed activations."""
+
+
 class AgentSettings(BaseSettings):
     """What the owner allows. Nothing here makes more leave the machine."""
 
@@ -80,6 +89,8 @@ class AgentSettings(BaseSettings):
     """The largest ε of differential privacy that the owner accepts; None: the federation's, ∞."""
     ledger: str | None = None
     """Another file for the privacy ledger than the machine's own."""
+    dp_engine: DpEngine = DpEngine.SHEEPFOLD
+    """What makes the gradients of single examples; clipping, noise and account are the same."""
 
     @field_validator("base")
     @classmethod

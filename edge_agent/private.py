@@ -25,6 +25,7 @@ from protocol.manifest import (
 )
 from protocol.privacy import AgentPrivacy, CentralPrivacy, ExamplePrivacy
 from protocol.wire import canonical_json
+from quant.lora import AdaptedModel
 
 _SECRET_BYTES: Final = 32
 
@@ -185,6 +186,7 @@ class PrivateRounds:
         charges: To the owner's ledger, for what `terms` release.
         secret_path: Where the secret of a training is kept while it lasts.
         n_noise_threads: Threads that make noise while a GPU is at work; 0: none.
+        adapt: What makes gradients of single examples.
     """
 
     def __init__(
@@ -194,9 +196,11 @@ class PrivateRounds:
         charges: RoundCharges,
         secret_path: Path,
         n_noise_threads: int = 0,
+        adapt: type[AdaptedModel] = AdaptedModel,
     ) -> None:
         """Take the parts; nothing is charged yet."""
         self.terms = terms
+        self.adapt = adapt
         self._charges = charges
         self._secret_path = secret_path
         self._n_noise_threads = n_noise_threads

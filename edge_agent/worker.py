@@ -7,7 +7,7 @@ from typing import Final, Self
 
 from edge_agent.agent import Agent, AgentEventReport
 from edge_agent.charging import RoundCharges, noise_of_agents
-from edge_agent.config import AgentSettings
+from edge_agent.config import AgentSettings, DpEngine
 from edge_agent.data.reading import read_records
 from edge_agent.data.records import ReadReport, Record
 from edge_agent.data.tokens import TokenizedData, tokenize
@@ -45,6 +45,7 @@ from quant.base_model import (
     set_threads,
 )
 from quant.errors import FingerprintError
+from quant.lora import AdaptedModel
 
 _GB: Final = 1_000_000_000
 
@@ -212,6 +213,7 @@ def prepare(
                 charges=charges,
                 secret_path=home.privacy_secret,
                 n_noise_threads=noise_threads(base.device, allowed=settings.threads),
+                adapt=_engine(settings),
             )
             on_event(AgentEventReport(kind="privacy", text=terms.describe()))
         elif not isinstance(manifest.privacy, NoPrivacy):
@@ -251,6 +253,15 @@ def prepare(
         ledger=ledger,
         release_lock=lock.release,
     )
+
+
+def _engine(settings: AgentSettings) -> type[AdaptedModel]:
+    """What makes gradients of single examples."""
+    if settings.dp_engine is DpEngine.SHEEPFOLD:
+        return AdaptedModel
+    from quant.opacus_model import OpacusModel  # noqa: PLC0415 - slow to import, rarely asked for
+
+    return OpacusModel
 
 
 def _require_noise(manifest: FederationManifest, base: LoadedBase) -> None:

@@ -54,7 +54,7 @@ class LoraState:
 
 
 @dataclass
-class _Layer:
+class AdaptedLayer:
     """One adapted layer."""
 
     name: str
@@ -76,7 +76,7 @@ class _LoraFunction(torch.autograd.Function):
         x: torch.Tensor,  # [B, T, d_in]
         a: torch.Tensor,  # [r, d_in] float32
         b: torch.Tensor,  # [d_out, r] float32
-        layer: _Layer,
+        layer: AdaptedLayer,
         streams: torch.Tensor | None,
     ) -> torch.Tensor:
         ctx.save_for_backward(x, a, b)
@@ -93,7 +93,7 @@ class _LoraFunction(torch.autograd.Function):
         g: torch.Tensor,  # [B, T, d_out]
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, None, None]:
         x, a, b = ctx.saved_tensors
-        layer: _Layer = ctx.layer
+        layer: AdaptedLayer = ctx.layer
         need_x, need_a, need_b = ctx.needs_input_grad[:3]
         places, scale = _places(x, layer, ctx.streams), _scale(layer, ctx.streams)
         v = (g @ b.to(g.dtype)) * scale  # [B, T, r]
@@ -148,12 +148,14 @@ def _add_product(
     total.view(-1, total.shape[-1]).addmm_(rows, right, alpha=scale)
 
 
-def _scale(layer: _Layer, streams: torch.Tensor | None) -> float:
+def _scale(layer: AdaptedLayer, streams: torch.Tensor | None) -> float:
     """The adapter's scale; with dropout, times what keeps the mean."""
     return layer.scale if streams is None else layer.scale / (1.0 - layer.dropout)
 
 
-def _places(x: torch.Tensor, layer: _Layer, streams: torch.Tensor | None) -> torch.Tensor | None:
+def _places(
+    x: torch.Tensor, layer: AdaptedLayer, streams: torch.Tensor | None
+) -> torch.Tensor | None:
     if streams is None:
         return None
     return dropped_places(x, streams=streams, probability=layer.dropout)
@@ -225,12 +227,12 @@ class AdaptedModel:
             parameter.requires_grad_(factor_of(name) in lora.sent)
         self.model.train()
 
-    def _adapted_layers(self) -> Iterator[_Layer]:
+    def _adapted_layers(self) -> Iterator[AdaptedLayer]:
         index = 0
         for name, module in self.model.named_modules():
             if not isinstance(module, LoraLayer) or not isinstance(module, torch.nn.Module):
                 continue
-            layer = _Layer(
+            layer = AdaptedLayer(
                 name=name.removeprefix(_PEFT_PREFIX),
                 index=index,
                 scale=float(module.scaling[_ADAPTER]),
@@ -240,10 +242,14 @@ class AdaptedModel:
                 b=cast("torch.nn.Parameter", module.lora_B[_ADAPTER].weight),
                 state=self.state,
             )
-            # An attribute of the instance, so that `unload` gives the plain base back.
-            module.forward = _forward_of(layer, module)
+            self._take_over(module, layer)
             index += 1
             yield layer
+
+    def _take_over(self, module: torch.nn.Module, layer: AdaptedLayer) -> None:
+        """Compute a layer by our function."""
+        # An attribute of the instance, so that `unload` gives the plain base back.
+        module.forward = _forward_of(layer, module)
 
     @property
     def trainable(self) -> dict[str, torch.nn.Parameter]:
@@ -352,7 +358,7 @@ class AdaptedModel:
         self.model.unload()
 
 
-def _forward_of(layer: _Layer, module: torch.nn.Module) -> Any:  # noqa: ANN401 - assigned to Module.forward
+def _forward_of(layer: AdaptedLayer, module: torch.nn.Module) -> Any:  # noqa: ANN401 - assigned to Module.forward
     def forward(x: torch.Tensor) -> torch.Tensor:
         if not layer.state.enabled:
             return cast("torch.Tensor", layer.base(x))

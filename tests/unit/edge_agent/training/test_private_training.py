@@ -29,10 +29,11 @@ from privacy.dp_sgd.mechanism import Mechanism, release
 from protocol.clock import SystemClock
 from protocol.manifest import Factor, LoraBlock, TrainingBlock
 from quant.adapter import adapter_shapes, initial_adapter, sent_layout
-from quant.base_model import LoadedBase
+from quant.base_model import LoadedBase, load_base
 from quant.lora import AdaptedModel
 from quant.loss import example_losses
 from quant.memory import StepSettings
+from quant.opacus_model import OpacusModel
 
 N_EXAMPLES = 12
 N_STEPS = 6
@@ -77,7 +78,12 @@ class Keep:
 class Bench:
     """An adapter on a base, trained privately."""
 
-    def __init__(self, base: LoadedBase, sent: tuple[Factor, ...] = (Factor.A, Factor.B)) -> None:
+    def __init__(
+        self,
+        base: LoadedBase,
+        sent: tuple[Factor, ...] = (Factor.A, Factor.B),
+        adapt: type[AdaptedModel] = AdaptedModel,
+    ) -> None:
         lora = LoraBlock(
             rank=4,
             alpha=8.0,
@@ -85,7 +91,7 @@ class Bench:
             sent=sent,
             init_seed=7,
         )
-        self.adapted = AdaptedModel(base, lora)
+        self.adapted = adapt(base, lora)
         self.start = initial_adapter(base.description, lora)
         rng = np.random.default_rng(5)
         for name, array in self.start.items():  # B = 0 leaves A without a gradient
@@ -305,6 +311,15 @@ def test_a_batch_of_nobody_is_a_step_of_noise_alone(random_base: LoadedBase) -> 
     assert len(progress) == 2
     assert all(math.isnan(event.loss) and event.n_tokens == 0 for event in progress)
     assert np.count_nonzero(update) == len(update)
+
+
+def test_a_training_with_opacus_hooks_has_the_same_noise_and_the_same_account(
+    random_base: LoadedBase, random_base_dir: Path
+) -> None:
+    ours = Bench(random_base).update(noise_multiplier=1.0)
+    other = load_base(random_base_dir, device=torch.device("cpu"))
+    theirs = Bench(other, adapt=OpacusModel).update(noise_multiplier=1.0)
+    np.testing.assert_allclose(theirs, ours, rtol=1e-2, atol=1e-4)
 
 
 def test_what_is_trained_as_a_whole_is_refused_by_name(random_base: LoadedBase) -> None:
