@@ -21,92 +21,23 @@ import hashlib
 import hmac
 import itertools
 import math
-import os
 import sqlite3
-import time
-import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Final, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
 from privacy.accounting import SampledGaussian, spent
 from privacy.errors import BudgetError, LedgerError
+from privacy.ledger_file import LedgerFile, RecordNumbers, packed, unpacked
 
-SCHEMA_VERSION: Final = 1
-APPLICATION_ID: Final = 0x53485044  # "SHPD" in the header of the file
-KEY_BYTES: Final = 32
 DIGEST_BYTES: Final = 32
-_RETRY_S: Final = 0.01
-
-# Table -> when a row that is to be added would take the place of another. SQLite's `REPLACE`
-# deletes without asking the triggers on DELETE, so it is stopped before it begins.
-_TABLES: Final = {
-    "secrets": "one = NEW.one",
-    "records": "number = NEW.number OR digest = NEW.digest",
-    "data_sets": "number = NEW.number OR id = NEW.id",
-    "events": (
-        "number = NEW.number OR (agent = NEW.agent AND federation = NEW.federation "
-        "AND round = NEW.round AND attempt = NEW.attempt)"
-    ),
-    "budgets": "number = NEW.number",
-}
-_SCHEMA: Final = """
-CREATE TABLE secrets (
-    one INTEGER PRIMARY KEY CHECK (one = 1),
-    key BLOB NOT NULL
-) STRICT;
-CREATE TABLE records (
-    number INTEGER PRIMARY KEY CHECK (number > 0),
-    digest BLOB NOT NULL UNIQUE CHECK (length(digest) = 32)
-) STRICT;
-CREATE TABLE data_sets (
-    number INTEGER PRIMARY KEY CHECK (number > 0),
-    id BLOB NOT NULL UNIQUE CHECK (length(id) = 32),
-    members BLOB NOT NULL,
-    at REAL NOT NULL
-) STRICT;
-CREATE TABLE events (
-    number INTEGER PRIMARY KEY CHECK (number > 0),
-    agent BLOB NOT NULL,
-    federation BLOB NOT NULL,
-    round INTEGER NOT NULL,
-    attempt INTEGER NOT NULL,
-    data_set INTEGER NOT NULL,
-    noise_multiplier REAL NOT NULL,
-    sampling_probability REAL NOT NULL,
-    n_steps INTEGER NOT NULL CHECK (n_steps >= 0),
-    at REAL NOT NULL,
-    epsilon REAL NOT NULL,
-    delta REAL NOT NULL,
-    UNIQUE (agent, federation, round, attempt)
-) STRICT;
-CREATE TABLE budgets (
-    number INTEGER PRIMARY KEY CHECK (number > 0),
-    epsilon REAL NOT NULL,
-    delta REAL NOT NULL,
-    at REAL NOT NULL
-) STRICT;
-"""
-_GUARDS: Final = """
-CREATE TRIGGER {table}_stay BEFORE UPDATE ON {table}
-BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END
-CREATE TRIGGER {table}_remain BEFORE DELETE ON {table}
-BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END
-CREATE TRIGGER {table}_are_not_replaced BEFORE INSERT ON {table}
-WHEN EXISTS (SELECT 1 FROM {table} WHERE {taken})
-BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END
-"""
 
 _Tally = Counter[tuple[float, float]]
 """(noise multiplier, sampling probability) -> steps: what some records have been through."""
-_Numbers = NDArray[np.int64]
-"""Numbers of records, ascending, none twice."""
 
 
 class Composed(Protocol):
@@ -232,28 +163,15 @@ class Ledger:
 
     def __init__(self, path: Path, *, spent: Compose = spent, busy_timeout_s: float = 30.0) -> None:
         """Open or make the ledger."""
-        self._path = path.resolve()
+        self._file = LedgerFile(path, busy_timeout_s=busy_timeout_s)
         self._spent = spent
         self._composed: dict[tuple[tuple[SampledGaussian, ...], float], float] = {}
-        try:
-            _make_private(self._path)
-        except OSError as error:
-            msg = f"the ledger {self._path} cannot be made or kept private: {error}"
-            raise LedgerError(msg) from error
-        with _explained(self._path):
-            self._db = sqlite3.connect(self._path, isolation_level=None, timeout=busy_timeout_s)
-            self._db.row_factory = sqlite3.Row
-        try:
-            self._inode = _inode(self._path)
-            self._key = self._prepare(busy_timeout_s)
-        except BaseException:
-            self._db.close()
-            raise
+        self._key = self._file.key
         self._id = hmac.digest(self._key, b"ledger", "sha256")
 
     def close(self) -> None:
         """Close the file."""
-        self._db.close()
+        self._file.close()
 
     # Data sets
 
@@ -315,8 +233,8 @@ class Ledger:
             msg = f"epsilon = {epsilon}; a budget is finite and at least 0"
             raise LedgerError(msg)
         _check_delta(delta)
-        with self._transaction():
-            self._db.execute(
+        with self._file.transaction():
+            self._file.db.execute(
                 "INSERT INTO budgets (epsilon, delta, at) VALUES (?, ?, ?)",
                 (float(epsilon), float(delta), float(now)),
             )
@@ -324,13 +242,13 @@ class Ledger:
 
     def budget(self) -> Budget | None:
         """What counts now, or None before the owner set any."""
-        with self._snapshot():
+        with self._file.snapshot():
             return self._newest_budget()
 
     def budgets(self) -> list[Budget]:
         """All that the owner ever set, oldest first."""
-        with self._snapshot():
-            rows = self._db.execute("SELECT epsilon, delta, at FROM budgets ORDER BY number")
+        with self._file.snapshot():
+            rows = self._file.db.execute("SELECT epsilon, delta, at FROM budgets ORDER BY number")
             return [Budget(**dict(row)) for row in rows]
 
     # Spending
@@ -359,9 +277,9 @@ class Ledger:
         self._require_own(data_set)
         # The accounting may take seconds. Once it is done before the file is locked, its results
         # are at hand when everything is checked under the lock, so other agents hardly wait.
-        with self._snapshot():
+        with self._file.snapshot():
             self._answer(participation, data_set, event)
-        with self._transaction():
+        with self._file.transaction():
             quote = self._answer(participation, data_set, event)
             if not quote.was_charged:
                 self._append(participation, data_set, event, now=now, quote=quote)
@@ -382,7 +300,7 @@ class Ledger:
             AccountingError: The events cannot be composed at this δ.
         """
         self._require_own(data_set)
-        with self._snapshot():
+        with self._file.snapshot():
             return self._quote(data_set, event, delta=self._delta(delta))
 
     def total(self, data_set: DataSet, *, delta: float | None = None) -> float:
@@ -397,7 +315,7 @@ class Ledger:
             AccountingError: The events cannot be composed at this δ.
         """
         self._require_own(data_set)
-        with self._snapshot():
+        with self._file.snapshot():
             return self._quote(data_set, None, delta=self._delta(delta)).before
 
     def history(self, data_set: DataSet, *, delta: float | None = None) -> list[HistoryRow]:
@@ -418,9 +336,9 @@ class Ledger:
             AccountingError: The events cannot be composed at this δ.
         """
         self._require_own(data_set)
-        with self._snapshot():
+        with self._file.snapshot():
             delta = self._delta(delta)
-            ids = {row["number"]: row["id"] for row in self._rows("SELECT * FROM data_sets")}
+            ids = {row["number"]: row["id"] for row in self._file.rows("SELECT * FROM data_sets")}
             n_shared, groups = self._exposure(data_set)
             tallies: list[_Tally] = [Counter() for _ in groups]
             found = []
@@ -446,15 +364,15 @@ class Ledger:
             LedgerError: `data_set` is of another ledger.
         """
         self._require_own(data_set)
-        with self._snapshot():
+        with self._file.snapshot():
             n_shared, _ = self._exposure(data_set)
             return [
                 Overlap(
                     data_set=row["id"],
-                    n_records=len(_unpacked(row["members"])),
+                    n_records=len(unpacked(row["members"])),
                     n_shared=n_shared[row["number"]],
                 )
-                for row in self._rows("SELECT * FROM data_sets ORDER BY number")
+                for row in self._file.rows("SELECT * FROM data_sets ORDER BY number")
                 if row["number"] in n_shared and row["id"] != data_set.id
             ]
 
@@ -506,8 +424,8 @@ class Ledger:
         numbers = self._known(data_set)
         labels = np.zeros(len(numbers), np.int64)
         n_shared, groups = {}, [0]
-        for row in self._db.execute("SELECT number, members FROM data_sets"):
-            inside = np.isin(numbers, _unpacked(row["members"]), assume_unique=True)
+        for row in self._file.db.execute("SELECT number, members FROM data_sets"):
+            inside = np.isin(numbers, unpacked(row["members"]), assume_unique=True)
             if inside.any():
                 n_shared[row["number"]] = int(inside.sum())
                 pairs, labels = np.unique(2 * labels + inside, return_inverse=True)
@@ -520,21 +438,21 @@ class Ledger:
                 largest.append(group)
         return n_shared, largest
 
-    def _known(self, data_set: DataSet) -> _Numbers:
-        row = self._one("SELECT members FROM data_sets WHERE id = ?", data_set.id)
+    def _known(self, data_set: DataSet) -> RecordNumbers:
+        row = self._file.one("SELECT members FROM data_sets WHERE id = ?", data_set.id)
         if row is not None:
-            return _unpacked(row["members"])
+            return unpacked(row["members"])
         known = self._all_records()
         found = [known[digest] for digest in data_set.digests if digest in known]
         return np.sort(np.array(found, np.int64))
 
     def _all_records(self) -> dict[bytes, int]:
         # All at once: a query for each of 100,000 records takes ten times as long.
-        return dict(self._db.execute("SELECT digest, number FROM records").fetchall())
+        return dict(self._file.db.execute("SELECT digest, number FROM records").fetchall())
 
     def _events(self, data_sets: Iterable[int]) -> Iterator[sqlite3.Row]:
         wanted = set(data_sets)
-        rows = self._rows("SELECT * FROM events ORDER BY number")
+        rows = self._file.rows("SELECT * FROM events ORDER BY number")
         return (row for row in rows if row["data_set"] in wanted)
 
     def _worst(self, tallies: Iterable[_Tally], delta: float) -> float:
@@ -565,7 +483,7 @@ class Ledger:
     def _charged(
         self, participation: Participation, data_set: DataSet, event: SampledGaussian
     ) -> bool:
-        row = self._one(
+        row = self._file.one(
             "SELECT events.*, data_sets.id FROM events "
             "JOIN data_sets ON data_sets.number = events.data_set "
             "WHERE agent = ? AND federation = ? AND round = ? AND attempt = ?",
@@ -593,9 +511,9 @@ class Ledger:
         now: float,
         quote: Quote,
     ) -> None:
-        row = self._one("SELECT number FROM data_sets WHERE id = ?", data_set.id)
+        row = self._file.one("SELECT number FROM data_sets WHERE id = ?", data_set.id)
         number = self._add_data_set(data_set, now=now) if row is None else row["number"]
-        self._db.execute(
+        self._file.db.execute(
             "INSERT INTO events (agent, federation, round, attempt, data_set, noise_multiplier, "
             "sampling_probability, n_steps, at, epsilon, delta) "
             "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
@@ -615,18 +533,18 @@ class Ledger:
         known = self._all_records()  # 1, 2, ...: none is ever removed
         new = [digest for digest in data_set.digests if digest not in known]
         known.update(zip(new, itertools.count(len(known) + 1), strict=False))
-        self._db.executemany(
+        self._file.db.executemany(
             "INSERT INTO records VALUES (?, ?)", ((known[digest], digest) for digest in new)
         )
         numbers = [known[digest] for digest in data_set.digests]
-        added = self._db.execute(
+        added = self._file.db.execute(
             "INSERT INTO data_sets (id, members, at) VALUES (?, ?, ?)",
-            (data_set.id, _packed(np.sort(np.array(numbers, np.int64))), float(now)),
+            (data_set.id, packed(np.sort(np.array(numbers, np.int64))), float(now)),
         )
         return added.lastrowid
 
     def _newest_budget(self) -> Budget | None:
-        row = self._one("SELECT epsilon, delta, at FROM budgets ORDER BY number DESC LIMIT 1")
+        row = self._file.one("SELECT epsilon, delta, at FROM budgets ORDER BY number DESC LIMIT 1")
         return None if row is None else Budget(**dict(row))
 
     def _delta(self, delta: float | None) -> float:
@@ -641,95 +559,8 @@ class Ledger:
 
     def _require_own(self, data_set: DataSet) -> None:
         if data_set.ledger != self._id:
-            msg = f"the data set was made by another ledger than {self._path}; make it anew"
+            msg = f"the data set was made by another ledger than {self._file.path}; make it anew"
             raise LedgerError(msg)
-
-    # The file
-
-    def _prepare(self, busy_timeout_s: float) -> bytes:
-        """Make what is missing, check the rest, and return the key."""
-        with self._snapshot():
-            is_new = self._version() == 0  # before anything is changed in a file of somebody else's
-        with _explained(self._path):
-            self._use_write_ahead_log(busy_timeout_s)
-            self._db.execute("PRAGMA synchronous = FULL")
-            if not is_new:
-                (found,) = self._db.execute("PRAGMA quick_check(1)").fetchone()
-                if found != "ok":
-                    msg = f"the ledger {self._path} {_REASONS[sqlite3.SQLITE_CORRUPT]} ({found})"
-                    raise LedgerError(msg)
-        with self._transaction():
-            if self._version() == 0:
-                self._make_tables()
-            (key,) = self._db.execute("SELECT key FROM secrets").fetchone()
-        return bytes(key)
-
-    def _use_write_ahead_log(self, busy_timeout_s: float) -> None:
-        # SQLite does not wait here by itself when two processes make the ledger at once.
-        give_up_at = time.monotonic() + busy_timeout_s
-        while True:
-            try:
-                self._db.execute("PRAGMA journal_mode = WAL")
-            except sqlite3.OperationalError as error:
-                if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or time.monotonic() > give_up_at:
-                    raise
-                time.sleep(_RETRY_S)
-            else:
-                return
-
-    def _version(self) -> int:
-        (application,) = self._db.execute("PRAGMA application_id").fetchone()
-        (version,) = self._db.execute("PRAGMA user_version").fetchone()
-        (n_things,) = self._db.execute("SELECT count(*) FROM sqlite_schema").fetchone()
-        if (application, version, n_things) == (0, 0, 0):
-            return 0
-        if application != APPLICATION_ID:
-            msg = f"{self._path} is another program's SQLite file, not a ledger of privacy"
-            raise LedgerError(msg)
-        if version != SCHEMA_VERSION:
-            msg = (
-                f"the ledger {self._path} has version {version}; this agent knows "
-                f"{SCHEMA_VERSION}. Use the agent that wrote it"
-            )
-            raise LedgerError(msg)
-        return int(version)
-
-    def _make_tables(self) -> None:
-        for statement in _SCHEMA.split(";"):
-            self._db.execute(statement)
-        for table, taken in _TABLES.items():
-            for guard in _GUARDS.split("CREATE ")[1:]:
-                self._db.execute("CREATE " + guard.format(table=table, taken=taken))
-        self._db.execute("INSERT INTO secrets VALUES (1, ?)", (os.urandom(KEY_BYTES),))
-        self._db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
-        self._db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
-
-    @contextmanager
-    def _transaction(self, begin: str = "BEGIN IMMEDIATE") -> Iterator[None]:
-        if _inode(self._path) != self._inode:  # else what is written would vanish with the old file
-            msg = f"the ledger {self._path} was moved or deleted while in use; open it again"
-            raise LedgerError(msg)
-        with _explained(self._path):
-            self._db.execute(begin)
-            try:
-                yield
-                self._db.execute("COMMIT")
-            except BaseException:
-                if self._db.in_transaction:  # SQLite undoes it itself after some errors
-                    self._db.execute("ROLLBACK")
-                raise
-
-    @contextmanager
-    def _snapshot(self) -> Iterator[None]:
-        with self._transaction("BEGIN"):
-            yield
-
-    def _rows(self, query: str) -> list[sqlite3.Row]:
-        return self._db.execute(query).fetchall()
-
-    def _one(self, query: str, *values: Any) -> sqlite3.Row | None:  # noqa: ANN401 - SQL values
-        row: sqlite3.Row | None = self._db.execute(query, values).fetchone()
-        return row
 
 
 def _key(participation: Participation) -> tuple[bytes, bytes, int, int]:
@@ -765,20 +596,6 @@ def _count(row: sqlite3.Row, groups: Sequence[int], tallies: Sequence[_Tally]) -
             tally[row["noise_multiplier"], row["sampling_probability"]] += row["n_steps"]
 
 
-def _packed(numbers: _Numbers) -> bytes:
-    """Numbers of records in a few bytes where they follow each other, as new records do."""
-    return zlib.compress(np.diff(numbers, prepend=0).astype("<u4").tobytes())
-
-
-def _unpacked(members: bytes) -> _Numbers:
-    try:
-        gaps = np.frombuffer(zlib.decompress(members), "<u4")
-    except (zlib.error, ValueError) as error:
-        msg = f"the ledger is damaged: a data set's list of records cannot be read ({error})"
-        raise LedgerError(msg) from error
-    return np.cumsum(gaps, dtype=np.int64)
-
-
 def _check_delta(delta: float) -> None:
     if not 0.0 < delta < 1.0:
         msg = f"delta = {delta}; it must lie between 0 and 1"
@@ -797,43 +614,3 @@ def _over_budget(quote: Quote, budget: Budget) -> str:
         f"have spent ε = {_figure(quote.before)} so far. Raise the budget with "
         "`sheepfold-agent privacy --budget`, or stop"
     )
-
-
-def _make_private(path: Path) -> None:
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with suppress(FileExistsError):
-        # Only a file that nobody has yet: closing another descriptor of an SQLite file would drop
-        # the locks that this process holds on it.
-        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
-    if path.is_file():
-        path.chmod(0o600)
-
-
-def _inode(path: Path) -> tuple[int, int]:
-    try:
-        found = path.stat()
-    except OSError:
-        return (0, 0)
-    return found.st_dev, found.st_ino
-
-
-_REASONS: Final = {
-    sqlite3.SQLITE_BUSY: "is in use by another process that does not finish; is one hanging?",
-    sqlite3.SQLITE_NOTADB: "is not a ledger of privacy",
-    sqlite3.SQLITE_CORRUPT: "is damaged; a fresh one, or an older copy, forgets what was spent",
-    sqlite3.SQLITE_READONLY: "cannot be written",
-    sqlite3.SQLITE_CANTOPEN: "cannot be opened",
-    sqlite3.SQLITE_IOERR: "cannot be read or written",
-    sqlite3.SQLITE_FULL: "cannot grow: the disk is full",
-}
-
-
-@contextmanager
-def _explained(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except sqlite3.Error as error:
-        code = getattr(error, "sqlite_errorcode", None)  # missing where sqlite3 itself complains
-        reason = _REASONS.get(-1 if code is None else code & 0xFF, "refused what was asked")
-        msg = f"the ledger {path} {reason} ({error})"
-        raise LedgerError(msg) from error

@@ -25,7 +25,6 @@ import privacy
 from privacy.accounting import SampledGaussian
 from privacy.errors import AccountingError, BudgetError, LedgerError
 from privacy.ledger import (
-    SCHEMA_VERSION,
     Budget,
     DataSet,
     HistoryRow,
@@ -34,6 +33,7 @@ from privacy.ledger import (
     Participation,
     Quote,
 )
+from privacy.ledger_file import SCHEMA_VERSION
 
 DELTA, NOW = 1e-5, 1_800_000_000.0
 TABLES = ("secrets", "records", "data_sets", "events", "budgets")
@@ -216,8 +216,8 @@ def test_a_process_that_dies_inside_a_write_leaves_the_state_before_it(path: Pat
 
 
 def test_guarantee_1_writes_are_forced_to_the_disk(ledger: Ledger) -> None:
-    assert ledger._one("PRAGMA synchronous")[0] == 2  # type: ignore[index]
-    assert ledger._one("PRAGMA journal_mode")[0] == "wal"  # type: ignore[index]
+    assert ledger._file.one("PRAGMA synchronous")[0] == 2  # type: ignore[index]
+    assert ledger._file.one("PRAGMA journal_mode")[0] == "wal"  # type: ignore[index]
 
 
 # Append-only
@@ -607,7 +607,7 @@ def test_guarantee_5_a_record_has_spent_what_its_events_compose_to(
         tempfile.TemporaryDirectory() as folder,
         closing(Ledger(Path(folder) / "ledger", spent=fake_spent)) as ledger,
     ):
-        ledger._db.execute("PRAGMA synchronous = OFF")  # for speed; here nothing is killed
+        ledger._file.db.execute("PRAGMA synchronous = OFF")  # for speed; here nothing is killed
         ledger.set_budget(epsilon=budget, delta=DELTA, now=NOW)
         asked_set = ledger.data_set(make_records(*asked))
         for i, (numbers, event) in enumerate(rounds):
@@ -845,7 +845,7 @@ def test_another_programs_database_is_left_as_it_is(path: Path) -> None:
 
 
 def test_a_ledger_of_a_newer_version_is_refused(ledger: Ledger, path: Path) -> None:
-    ledger._db.execute(f"PRAGMA user_version = {SCHEMA_VERSION + 1}")
+    ledger._file.db.execute(f"PRAGMA user_version = {SCHEMA_VERSION + 1}")
     refused_file(path, f"has version {SCHEMA_VERSION + 1}; this agent knows {SCHEMA_VERSION}")
 
 
@@ -873,26 +873,26 @@ def test_a_ledger_that_stays_locked_is_an_error(ledger: Ledger, path: Path) -> N
         db.execute("BEGIN IMMEDIATE")
         refused_file(path, "in use by another process")
     with closing(Ledger(path, spent=fake_spent, busy_timeout_s=0.05)) as other:
-        other._db.execute("BEGIN IMMEDIATE")
-        ledger._db.execute("PRAGMA busy_timeout = 50")
+        other._file.db.execute("BEGIN IMMEDIATE")
+        ledger._file.db.execute("PRAGMA busy_timeout = 50")
         with pytest.raises(LedgerError, match="in use by another process"):
             charge(ledger, 1, make_records(1))
-        other._db.execute("ROLLBACK")
+        other._file.db.execute("ROLLBACK")
     assert charge(ledger, 1, make_records(1)).before == 0.0
 
 
 def test_a_full_disk_leaves_the_ledger_as_it_was(ledger: Ledger, path: Path) -> None:
     before = dump(path)
-    ledger._db.execute("PRAGMA max_page_count = 1")
+    ledger._file.db.execute("PRAGMA max_page_count = 1")
     with pytest.raises(LedgerError, match="disk is full"):
         charge(ledger, 1, make_records(*range(5000)))
     assert dump(path) == before
-    ledger._db.execute("PRAGMA max_page_count = 100000")
+    ledger._file.db.execute("PRAGMA max_page_count = 100000")
     assert charge(ledger, 1, make_records(*range(5000))).before == 0.0
 
 
 def test_a_ledger_that_cannot_be_written_is_an_error(ledger: Ledger) -> None:
-    ledger._db.execute("PRAGMA query_only = ON")
+    ledger._file.db.execute("PRAGMA query_only = ON")
     with pytest.raises(LedgerError, match="cannot be written"):
         charge(ledger, 1, make_records(1))
 
