@@ -3,19 +3,21 @@
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import Annotated
 
 import typer
 from rich.console import Console
 
 from aggregator_server.recipes import Masking
 from edge_agent.errors import AgentError
+from privacy.errors import PrivacyError
 from protocol.errors import ProtocolError
 from protocol.guarantee import describe_privacy
-from protocol.manifest import Factor
 from quant.errors import QuantError
 from quant.quiet import quiet_libraries
-from simulations.errors import OutputError, SimulationError
+from simulations import cli_audit
+from simulations.cli_shared import console, parse_factors, write_json
+from simulations.errors import SimulationError
 from simulations.partition.schemes import DRAWN_SCHEMES, Scheme
 
 app = typer.Typer(
@@ -27,7 +29,6 @@ app = typer.Typer(
 **Begin with** `sheepfold-sim demo`: a server and five agents, from base model to adapter.
 """,
 )
-console: Final = Console(stderr=True)
 
 
 def main() -> None:
@@ -35,7 +36,7 @@ def main() -> None:
     quiet_libraries()
     try:
         app()
-    except (SimulationError, AgentError, QuantError, ProtocolError) as error:
+    except (SimulationError, AgentError, PrivacyError, QuantError, ProtocolError) as error:
         text = str(error).replace("[", r"\[")
         console.print(f"[bold red]Error:[/] {text}", highlight=False)
         sys.exit(1)
@@ -67,12 +68,7 @@ def demo(
     from simulations import demo_report
     from simulations.demo import DemoFolder, DemoRecipe, run_demo
 
-    default = "A,B" if masking is Masking.OFF else "B"
-    try:
-        factors = tuple(Factor(part.strip()) for part in (sent or default).split(","))
-    except ValueError as error:
-        msg = f"--sent must be A,B or B, not {sent!r}"
-        raise typer.BadParameter(msg) from error
+    factors = parse_factors(sent or ("A,B" if masking is Masking.OFF else "B"))
     folder = DemoFolder.create(out, force=force)
     with demo_report.DemoDisplay(console) as display:
         result = run_demo(folder, DemoRecipe(sent=factors, masking=masking), display)
@@ -167,7 +163,7 @@ def partition(
     if json_path is not None:
         found = partition_figure.as_json(split, source.categories)
         found |= {"digest": digest, "sha256": source.file.sha256.hex(), "manifest": str(out)}
-        _write_json(found, json_path)
+        write_json(found, json_path)
 
 
 @app.command("make-tiny-base")
@@ -183,17 +179,7 @@ def make_tiny_base(
     console.print(report, highlight=False)
 
 
-def _write_json(found: dict[str, Any], target: str) -> None:
-    text = json.dumps(found, indent=2, allow_nan=False) + "\n"
-    if target == "-":
-        sys.stdout.write(text)
-        return
-    try:
-        Path(target).write_text(text, encoding="utf-8")
-    except OSError as error:
-        msg = f"cannot write {target}: {error.strerror}"
-        raise OutputError(msg) from error
-
+cli_audit.register(app)
 
 if __name__ == "__main__":
     main()

@@ -2,15 +2,25 @@
 
 ```
 SimulationError
-├── OutputError     a place for results that cannot be used
-├── PartitionError  records that cannot be split so, or a manifest that does not fit
-└── ProcessError    a server or agent process that did not do its part
+├── AuditInputError    an audit that cannot be made of this
+├── ClaimRefutedError  an audit that found more than what is claimed
+├── OutputError        a place for results that cannot be used
+├── PartitionError     records that cannot be split so, or a manifest that does not fit
+└── ProcessError       a server or agent process that did not do its part
 ```
 """
 
 
 class SimulationError(Exception):
     """Root of everything that `simulations` raises."""
+
+
+class AuditInputError(SimulationError):
+    """An audit that cannot be made: of these settings, these records or this release."""
+
+
+class ClaimRefutedError(SimulationError):
+    """A lower bound that exceeds the ε that is claimed: the claim is wrong, or the code is."""
 
 
 class OutputError(SimulationError):

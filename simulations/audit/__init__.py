@@ -1,0 +1,1 @@
+"""Audits: what a training, an update or a release betrays, found by attacking it."""
