@@ -175,6 +175,29 @@ def test_agents_add_noise_under_masks_and_it_is_in_what_the_server_sees(
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
+def test_examples_are_protected_under_masks_too(
+    tmp_path: Path, found, start_agent, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """P1 in a masked cell: sums only, with every agent's own noise in them."""
+    url = found("masked", "--masking", "cells", "--ready-delay-s", "0.1", cohort=5)
+    agents = [start_agent(url, "masked", number) for number in range(5)]
+    wait_for_end(agents)
+    releases = releases_of(tmp_path / "masked")
+    assert [release["aggregation"]["n_agents"] for release in releases] == [0, 5, 5]
+    assert [release["aggregation"]["n_cells"] for release in releases] == [0, 1, 1]
+    for number in range(5):
+        monkeypatch.setenv("SHEEPFOLD_AGENT_LEDGER", str(tmp_path / f"ledger-{number}.sqlite"))
+        home = str(tmp_path / f"masked-home-{number}")
+        told = json.loads(run_command("edge_agent.cli", "privacy", "--home", home, "--json", "-"))
+        assert 0.98 * EPSILON < told["spent"] <= EPSILON
+    tensors, card = exported(tmp_path / "masked-home-0", tmp_path / "out")
+    assert "profile P1: ε ≤ 8 at δ = 1e-05 for each example" in card
+    moved = [array for name, array in tensors.items() if "lora_B" in name]
+    assert all(np.count_nonzero(array) > 0.9 * array.size for array in moved)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_the_server_adds_noise_and_says_whom_it_protects(
     tmp_path: Path, found, start_agent, monkeypatch: pytest.MonkeyPatch
 ) -> None:

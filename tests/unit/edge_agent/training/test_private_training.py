@@ -262,6 +262,31 @@ def test_guarantee_1_an_example_that_is_not_finite_adds_zero(
     assert_near(bench.gradient(), bench.by_hand(0.5, frozenset({spoilt})))
 
 
+def test_a_loss_scale_leaves_no_trace_in_the_clipped_gradients(random_base: LoadedBase) -> None:
+    """TRAINING, trap 6: gradients are unscaled, in float32, before they are clipped; an example
+    that overflows adds zero, and no step is done again at another scale."""
+    bench = Bench(random_base)
+    mechanism = Mechanism(clip_norm=0.5, noise_multiplier=1.0, expected_batch=4.0)
+    rule = PrivateGradient(mechanism=mechanism, secret=SECRET)
+    examples = make_examples()[:4]
+    bench.adapted.load(bench.start)
+
+    def total(loss_scale: float, factors: list[float]) -> Gradients:
+        sums = {name: torch.zeros_like(f) for name, f in bench.adapted.trainable.items()}
+        for example, factor in zip(examples, factors, strict=True):  # their lengths differ
+            losses = example_losses(
+                bench.adapted.model,
+                input_ids=torch.from_numpy(example.input_ids.astype(np.int64))[None],
+                loss_mask=torch.from_numpy(example.loss_mask)[None],
+            )
+            assert rule.add(bench.adapted, losses * factor, sums, loss_scale=loss_scale)
+        return sums
+
+    wanted = total(1.0, [1.0] * 4)
+    assert_near(total(2.0**12, [1.0] * 4), wanted)
+    assert_near(total(2.0**12, [1.0, 1.0, math.inf, 1.0]), total(1.0, [1.0, 1.0, 0.0, 1.0]))
+
+
 def test_guarantee_2_a_killed_run_that_starts_again_equals_an_uninterrupted_one(
     random_base: LoadedBase, tmp_path: Path
 ) -> None:
