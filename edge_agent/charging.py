@@ -2,6 +2,7 @@
 
 from privacy.accounting import SampledGaussian, spent
 from privacy.agent_accounting import event_of_example
+from privacy.errors import BudgetError
 from privacy.ledger import DataSet, Ledger, Participation, Quote
 from protocol.manifest import CellMasking, FederationManifest
 from protocol.privacy import AgentPrivacy
@@ -36,9 +37,11 @@ class RoundCharges:
     Guarantees:
         1. A round that would break the owner's budget is refused, and nothing is charged.
         2. One attempt at a round is charged once, however often it is begun.
+        3. No more rounds than `max_rounds` are charged, also where some of them came to nothing.
 
     Args:
         event: What a round releases.
+        max_rounds: As many as the federation's ε counts; None: the budget alone limits them.
         ledger: The owner's.
         data_set: Every record that may be drawn.
         agent: The agent's identity.
@@ -53,6 +56,7 @@ class RoundCharges:
         data_set: DataSet,
         agent: bytes,
         federation: bytes,
+        max_rounds: int | None = None,
     ) -> None:
         """Take the parts; nothing is charged yet."""
         self.event = event
@@ -60,6 +64,7 @@ class RoundCharges:
         self._data_set = data_set
         self._agent = agent
         self._federation = federation
+        self._max_rounds = max_rounds
 
     def charge(self, round_number: int, attempt: int, *, now: float) -> Quote:
         """Charge a round, before it is trained; it stays charged whatever becomes of it.
@@ -70,11 +75,19 @@ class RoundCharges:
             now: Seconds since the Unix epoch.
 
         Raises:
-            BudgetError: Some record would spend more than the owner allows; nothing was charged.
+            BudgetError: Some record would spend more than the owner allows, or more rounds than
+                the federation's ε counts; nothing was charged.
             LedgerError: The ledger cannot be used, or this attempt was charged for other records or
                 on other terms.
             AccountingError: So much was released already that it cannot be composed.
         """
+        charged = self._ledger.rounds(agent=self._agent, federation=self._federation)
+        if self._max_rounds is not None and len(charged - {round_number}) >= self._max_rounds:
+            msg = (
+                f"this agent took part in {self._max_rounds} rounds, as many as the federation's ε "
+                f"counts; round {round_number} would be one more, so nothing is trained"
+            )
+            raise BudgetError(msg)
         return self._ledger.reserve(
             Participation(
                 agent=self._agent, federation=self._federation, round=round_number, attempt=attempt

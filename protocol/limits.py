@@ -66,6 +66,6 @@ INVITE_CODE_BYTES: Final = 16
 CREDENTIAL_LIFETIME_S: Final = 365 * 24 * 3600
 
 # Differential privacy
-MAX_EPSILON: Final = 1000.0
+MAX_EPSILON: Final = 500.0
 """Above it a bound says nothing that anyone could use."""
 MAX_DELTA: Final = 1e-3

@@ -66,8 +66,11 @@ def ledger(tmp_path: Path) -> Iterator[Ledger]:
     opened.close()
 
 
-def make_charges(ledger: Ledger, event: SampledGaussian) -> RoundCharges:
+def make_charges(
+    ledger: Ledger, event: SampledGaussian, *, max_rounds: int | None = None
+) -> RoundCharges:
     return RoundCharges(
+        max_rounds=max_rounds,
         event=event,
         ledger=ledger,
         data_set=ledger.data_set(record_bytes(RECORDS)),
@@ -186,6 +189,23 @@ def test_a_round_of_p2_is_charged_once_and_refused_beyond_the_budget(
     assert first.after < second.after == pytest.approx(budget, rel=1e-3)
     with pytest.raises(BudgetError):
         charges.charge(3, 1, now=4.0)
+
+
+def test_an_agent_takes_part_in_no_more_rounds_than_its_epsilon_counts(
+    of_agents: FederationManifest, ledger: Ledger
+) -> None:
+    """Rounds that fail after their sum was seen make no release, and the federation goes on."""
+    event = noise_of_agents(of_agents)
+    assert event is not None
+    ledger.set_budget(epsilon=400.0, delta=1e-5, now=0.0)
+    charges = make_charges(ledger, event, max_rounds=2)
+    for number in (1, 4, 4):
+        charges.charge(number, 1, now=1.0)
+    with pytest.raises(BudgetError, match=r"took part in 2 rounds, .* round 5 would be one more"):
+        charges.charge(5, 1, now=2.0)
+    charges.charge(4, 2, now=3.0)  # another attempt at a round that is counted
+    assert ledger.rounds(agent=AGENT, federation=FEDERATION) == {1, 4}
+    assert ledger.rounds(agent=bytes([1]) * 32, federation=FEDERATION) == frozenset()
 
 
 def test_the_terms_say_all_that_an_epsilon_means(private: FederationManifest) -> None:
