@@ -52,7 +52,7 @@ class Masking(StrEnum):
     """Whether `init` asks for masks."""
 
     AUTO = "auto"
-    """Where enough agents are expected for one cell."""
+    """Where enough agents are expected for one cell; not where the server adds noise (P3)."""
     CELLS = "cells"
     HELPER = "helper"
     """A second operator, whose `helper.json` is given."""
@@ -113,8 +113,11 @@ def make_config(options: RecipeOptions, base: BaseDescription) -> ServerConfig:
     """
     rules = options
     fewest = rules.cohort_target if rules.min_cohort is None else rules.min_cohort
+    by_server = rules.privacy.is_on and rules.privacy.profile is Profile.CENTRAL
     masked = rules.masking in {Masking.CELLS, Masking.HELPER} or (
-        rules.masking is Masking.AUTO and min(fewest, rules.cohort_target) >= MIN_CELL
+        rules.masking is Masking.AUTO
+        and min(fewest, rules.cohort_target) >= MIN_CELL
+        and not by_server  # whose guarantee takes honest members under masks
     )
     private, dp_sgd = rules.privacy.is_on, rules.privacy.is_of_examples
     epochs, steps = rules.local_epochs, rules.local_steps

@@ -276,14 +276,12 @@ class Gated:
                 n_agents=plain.n_agents,
                 update_norm=plain.norm,
             )
-        before, masked = base.aggregation, self._charter.masked
+        masked = self._charter.masked
         noisy = noisy_mean(
             sums,
             n_values=n_values,
             privacy=privacy,
-            clip_norm=before.next_clip_norm
-            if isinstance(before, NoisyAggregationReport)
-            else privacy.clip_norm,
+            clip_norm=self._clip_norm(base, privacy),
             rounding_norm=0.0 if masked is None else masked.plan.rounding_norm,
             # Fresh, also where a killed server does this again: the first was seen by nobody.
             stream=SecureStream(),
@@ -296,6 +294,15 @@ class Gated:
             noise_std=noisy.noise_std,
             next_clip_norm=noisy.next_clip_norm,
         )
+
+    def _clip_norm(self, base: Release, privacy: CentralPrivacy) -> float:
+        """Of this round: what the last noisy release says, also behind a rollback."""
+        release = base
+        while not isinstance(release.aggregation, NoisyAggregationReport):
+            if release.number == 0:
+                return privacy.clip_norm
+            release = self._releases.get(release.number - 1)
+        return release.aggregation.next_clip_norm
 
     def _sums(self, cells: tuple[CellRow, ...]) -> Iterator[CellSum]:
         for cell in cells:

@@ -456,7 +456,9 @@ def _part_key(part: PartRow) -> str:
 
 def _cell_of_one(upload: UploadRow) -> CellRow:
     header = parse(Signed[UploadHeader], upload.header).body
-    member = [b64u_encode(upload.agent), b64u_encode(upload.digest)]
+    # Of the signed header: nobody without the agent's key can compute it from a guessed update, and
+    # everybody sees it, in the release (under P3, too, where the update itself is protected).
+    member = [b64u_encode(upload.agent), b64u_encode(sha256(upload.header))]
     return CellRow(
         transcript=domain_hash("roster", b64u_encode(header.round_digest), member),
         round=upload.round,

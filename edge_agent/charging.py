@@ -37,11 +37,12 @@ class RoundCharges:
     Guarantees:
         1. A round that would break the owner's budget is refused, and nothing is charged.
         2. One attempt at a round is charged once, however often it is begun.
-        3. No more rounds than `max_rounds` are charged, also where some of them came to nothing.
+        3. No more trainings than the federation's ε counts rounds are charged, also where some of
+           them came to nothing.
 
     Args:
         event: What a round releases.
-        max_rounds: As many as the federation's ε counts; None: the budget alone limits them.
+        n_rounds: How many the federation's ε counts.
         ledger: The owner's.
         data_set: Every record that may be drawn.
         agent: The agent's identity.
@@ -56,7 +57,7 @@ class RoundCharges:
         data_set: DataSet,
         agent: bytes,
         federation: bytes,
-        max_rounds: int | None = None,
+        n_rounds: int,
     ) -> None:
         """Take the parts; nothing is charged yet."""
         self.event = event
@@ -64,7 +65,12 @@ class RoundCharges:
         self._data_set = data_set
         self._agent = agent
         self._federation = federation
-        self._max_rounds = max_rounds
+        self._n_rounds = n_rounds
+
+    @property
+    def name(self) -> str:
+        """Agent and federation, for files that belong to them."""
+        return f"{self._agent.hex()} {self._federation.hex()}"
 
     def charge(self, round_number: int, attempt: int, *, now: float) -> Quote:
         """Charge a round, before it is trained; it stays charged whatever becomes of it.
@@ -81,11 +87,11 @@ class RoundCharges:
                 on other terms.
             AccountingError: So much was released already that it cannot be composed.
         """
-        charged = self._ledger.rounds(agent=self._agent, federation=self._federation)
-        if self._max_rounds is not None and len(charged - {round_number}) >= self._max_rounds:
+        charged = self._ledger.attempts(agent=self._agent, federation=self._federation)
+        if len(charged - {(round_number, attempt)}) >= self._n_rounds:
             msg = (
-                f"this agent took part in {self._max_rounds} rounds, as many as the federation's ε "
-                f"counts; round {round_number} would be one more, so nothing is trained"
+                f"this agent trained {self._n_rounds} times, as often as the federation's ε counts "
+                f"rounds; round {round_number} would be once more, so nothing is trained"
             )
             raise BudgetError(msg)
         return self._ledger.reserve(

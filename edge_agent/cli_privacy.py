@@ -51,6 +51,12 @@ def agree(manifest: FederationManifest, settings: AgentSettings) -> None:
         f"{escaped(str(path))}. `sheepfold-agent privacy` shows and changes it.",
         highlight=False,
     )
+    if is_new and isinstance(asked, AgentPrivacy):
+        console.print(
+            f"That is what this federation's ε = {asked.epsilon:g} for you as a whole comes to for "
+            "a single record. Lower it if you mean to join others that protect records.",
+            highlight=False,
+        )
 
 
 def privacy(
@@ -100,6 +106,8 @@ def privacy(
 
 
 def _show(found: "Spending") -> None:
+    from edge_agent.spending import ADVERSARY, UNIT
+
     out = Console()
     if found.budget is None:
         out.print(
@@ -112,7 +120,7 @@ def _show(found: "Spending") -> None:
     out.print(
         f"Spent ε = {found.spent:.3g} of {budget.epsilon:g} at δ = {budget.delta:g}, by the record "
         f"that spent most of {found.n_records}; {found.left:.3g} is left.\n"
-        "Unit: one example, add or remove. Against server, members and public. PLD accountant.",
+        f"Unit: {UNIT}. Against {ADVERSARY}. PLD accountant.",
         highlight=False,
     )
     if found.n_duplicates:

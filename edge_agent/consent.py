@@ -48,8 +48,8 @@ def _privacy(manifest: FederationManifest) -> str:
     if isinstance(manifest.privacy, AgentPrivacy):
         return (
             f"{explain(manifest).privacy} Each agent adds a share of the noise before anything "
-            "leaves, and only a sum with the shares of all can be read; smaller ε is stronger. For "
-            "each single record of yours, about twice that ε is counted in your own ledger."
+            "leaves, and only a sum with enough other shares can be read; smaller ε is stronger. "
+            "For each single record of yours, more than twice that ε is counted in your ledger."
         )
     return (
         f"{explain(manifest).privacy} It is kept by your own agent, which adds the noise before "

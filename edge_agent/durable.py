@@ -29,6 +29,23 @@ def write_durably(path: Path, *pieces: bytes | memoryview) -> None:
             file.write(piece)
 
 
+def remove_durably(path: Path) -> None:
+    """Remove a file, if it is there, so that a power cut does not bring it back.
+
+    Args:
+        path: The file.
+
+    Raises:
+        OSError: It cannot be removed.
+    """
+    path.unlink(missing_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
 def write_hashed(path: Path, pieces: Iterable[memoryview]) -> bytes:
     """Write a file durably, a piece at a time.
 

@@ -87,6 +87,16 @@ def _of_open_mode(manifest: FederationManifest) -> Explanation:
     )
 
 
+def _tail_words(manifest: FederationManifest) -> str:
+    """What travels beside the values of a sum."""
+    if isinstance(manifest.privacy, AgentPrivacy | CentralPrivacy):
+        return "The number of agents in a sum; all weigh alike."
+    return (
+        "The number of agents in a sum, the sum of their weights, and how many of them cut their "
+        "update to the agreed range."
+    )
+
+
 def _of_cells(manifest: FederationManifest, masking: CellMasking) -> Explanation:
     smallest = masking.min_cell
     colluders = cells.colluders(smallest, wanted=masking.colluders)
@@ -98,10 +108,7 @@ def _of_cells(manifest: FederationManifest, masking: CellMasking) -> Explanation
             f"which at least {honest} are honest if no more than the tolerated members collude "
             "with it. A sum still tells something of what is in it."
         ),
-        (
-            "The number of agents in a sum, the sum of their weights, and how many of them cut "
-            "their update to the agreed range."
-        ),
+        _tail_words(manifest),
         (
             "Who takes part, when, and who drops out at which step. READY is sent after a random "
             f"delay of up to {masking.ready_delay_s:g} s, so its time hints only roughly at how "
@@ -202,6 +209,8 @@ def _of_noise(manifest: FederationManifest) -> tuple[str, ...]:
         ]
         if isinstance(manifest.privacy, CentralPrivacy):
             found.append("Any formal privacy against the server, which adds the noise: ε = ∞.")
+            if isinstance(manifest.masking, SumMasking):
+                found.append("Its ε where a member of your cell cheats: all must be honest.")
         return tuple(found)
     if not isinstance(manifest.privacy, NoPrivacy):
         return (

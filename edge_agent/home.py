@@ -147,6 +147,8 @@ class AgentHome:
             *(journal.with_name(journal.name + suffix) for suffix in ("", "-wal", "-shm")),
             self.training_state,
             self.training_state.with_name(self.training_state.name + ".partial"),
+            self.privacy_secret,
+            self.privacy_secret.with_name(self.privacy_secret.name + ".partial"),
             self.root / SETTINGS_NAME,
             self.root / "agent.lock",
         ]

@@ -13,7 +13,7 @@ from typing import Final
 
 from edge_agent.charging import RoundCharges, example_epsilon, noise_of_agents
 from edge_agent.data.records import Record
-from edge_agent.durable import write_durably
+from edge_agent.durable import remove_durably, write_durably
 from edge_agent.errors import JournalError, TrustError
 from edge_agent.training.gradients import PrivateGradient
 from edge_agent.training.sampling import PoissonBatches
@@ -232,11 +232,11 @@ class PrivateRounds:
         return sampler, rule, quote
 
     def end(self) -> None:
-        """Forget the secret of a training that is over."""
-        self._secret_path.unlink(missing_ok=True)
+        """Forget the secret of a training that is over, also if power is cut now."""
+        remove_durably(self._secret_path)
 
     def _secret(self, round_number: int, attempt: int) -> bytes:
-        name = f"{round_number} {attempt} "
+        name = f"{self._charges.name} {round_number} {attempt} "
         try:
             if self._secret_path.exists():
                 kept = self._secret_path.read_text(encoding="ascii")

@@ -9,8 +9,11 @@ from edge_agent.data.records import Record
 from edge_agent.private import record_bytes
 from privacy.ledger import Budget, HistoryRow, Ledger
 
-_UNIT = "one example, add or remove"
-_ADVERSARY = "server, members, public"
+UNIT = "one example, add or remove"
+ADVERSARY = (
+    "server, members and public; for rounds of profile P2 (q = 1, one step) within what masking "
+    "promises, and against members that do not collude"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,8 +40,8 @@ class Spending:
             "delta": None if self.budget is None else self.budget.delta,
             "spent": self.spent,
             "left": self.left,
-            "unit": _UNIT,
-            "adversary": _ADVERSARY,
+            "unit": UNIT,
+            "adversary": ADVERSARY,
             "accountant": "PLD",
             "records": self.n_records,
             "duplicates": self.n_duplicates,
@@ -48,7 +51,7 @@ class Spending:
                     "federation": row.participation.federation.hex(),
                     "round": row.participation.round,
                     "attempt": row.participation.attempt,
-                    "sampling": "Poisson",
+                    "sampling": "Poisson" if row.event.sampling_probability < 1.0 else "all",
                     "sampling_probability": row.event.sampling_probability,
                     "noise_multiplier": row.event.noise_multiplier,
                     "steps": row.event.n_steps,

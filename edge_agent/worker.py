@@ -206,8 +206,7 @@ def prepare(
                 data_set=ledger.data_set(record_bytes(records)),
                 agent=signer.identity,
                 federation=manifest.federation,
-                # Its own ε of P1 is kept by the budget; that of P2 is the agent's, not a record's.
-                max_rounds=None if terms is not None else manifest.rounds.n_rounds,
+                n_rounds=manifest.rounds.n_rounds,
             )
         if terms is not None and charges is not None:
             private = PrivateRounds(

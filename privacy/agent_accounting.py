@@ -259,6 +259,10 @@ def require_kept(
     """
     noise = agent_noise(privacy, masking, n_values=n_values)
     if isinstance(privacy, AgentPrivacy) and noise is not None:
+        if n_values > _MOST_VALUES:
+            raise AccountingError(
+                f"profile P2 with an update of {n_values} values; at most {_MOST_VALUES} can be"
+            )
         found = spent_by_agent(noise, n_rounds=n_rounds, delta=privacy.delta).epsilon
     elif isinstance(privacy, CentralPrivacy):
         event = SampledGaussian(

@@ -6,9 +6,11 @@ and noise multiplier z,
 
     mean = (Σ_j m_j · x_j · min(1, C / ‖x_j‖) + N(0, (z S)² I)) / n
 
-Without masks a cell is one agent, and the sum moves by S = C at most. Under masks each agent clips
-itself, so m_j · x_j moves by S = C and what rounding adds; projecting onto a ball moves no two
-points apart, so clipping the cell's mean as well keeps that, and holds what dishonest members add.
+Without masks a cell is one agent, and the sum moves by S = C at most, whatever anybody sends. Under
+masks each agent clips itself, so m_j · x_j moves by S = C and what rounding adds; projecting onto a
+ball moves no two points apart, so clipping the cell's mean as well keeps that. There, all members
+must be honest: one that sends values near the end of the ring makes those of others wrap, and then
+the sum moves farther than is counted.
 
 With an adaptive clip norm, a second sum is released with noise of deviation σ_b: that of b − ½ over
 the agents, b = 1 where ‖x‖ ≤ C. One agent moves it by ½. Both together are one Gaussian mechanism
@@ -78,7 +80,8 @@ def noisy_mean(
 
     Guarantees:
         1. One agent moves the sum before noise by at most `clip_norm` + `rounding_norm`, and the
-           count of short updates by at most ½, whatever it sends (under masks: if it is honest).
+           count of short updates by at most ½, whatever it sends (under masks: if all members of
+           its cell are honest).
         2. Memory does not depend on the number of cells.
         3. A cell that is not finite counts as zero; it stays in the divisor.
 

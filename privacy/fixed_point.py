@@ -27,7 +27,7 @@ from privacy.updates import Float32Array, l2_norm
 from protocol.layout import VectorLayout
 from protocol.limits import MAX_UPDATE_BYTES
 from protocol.manifest import CellMasking, HelperMasking, MaskingBlock, SumMasking
-from protocol.privacy import PrivacyBlock
+from protocol.privacy import CentralPrivacy, PrivacyBlock
 
 N_CHECK_WORDS: Final = 16
 N_TAIL_WORDS: Final = 3
@@ -98,6 +98,8 @@ class EncodingPlan:
     """C, the largest L2 norm of an update."""
     noise: AgentNoise | None = None
     """What each agent adds, under profile P2."""
+    is_noised_later: bool = False
+    """Profile P3: the server adds noise to a sum, and before that nothing of it may show."""
 
     def __post_init__(self) -> None:
         """Refuse what could wrap."""
@@ -142,6 +144,7 @@ class EncodingPlan:
         n_values = layout.n_values
         return cls(
             noise=None if privacy is None else agent_noise(privacy, masking, n_values=n_values),
+            is_noised_later=isinstance(privacy, CentralPrivacy),
             layout=layout,
             word_bits=masking.word_bits,
             max_members=masking.max_cell,
@@ -189,7 +192,8 @@ def encode(vector: Float32Array, *, weight: int, plan: EncodingPlan, stream: Sec
     Guarantees:
         1. On average over `stream`, a value that is not clipped is unchanged.
         2. ‖Δ·e‖ ≤ (w/W)·C + √(Σ d_l Δ_l²), checked (PROTOCOL, check 15).
-        3. Under profile P2, the words hold the agent's share of the noise, and no flag.
+        3. Under profile P2, the words hold the agent's share of the noise; under P2 and P3, no
+           flag.
 
     Args:
         vector: [n_values] float32 in the layout's order; unchanged.
@@ -245,7 +249,7 @@ def encode(vector: Float32Array, *, weight: int, plan: EncodingPlan, stream: Sec
             n_squares += float(square.sum())
             signed[run] = value
         squares += n_squares * step * step
-    words[-N_TAIL_WORDS:] = (weight, 1, int(clipped))
+    words[-N_TAIL_WORDS:] = (weight, 1, int(clipped and not plan.is_noised_later))
     longest = share * plan.clip_norm + plan.rounding_norm
     if np.sqrt(squares) > longest * (1.0 + 1e-9):
         msg = f"the encoded update has norm {np.sqrt(squares):.6g}; at most {longest:.6g} is agreed"
@@ -348,7 +352,7 @@ def split_sum(words: Words, checks: Words, plan: EncodingPlan, *, n_members: int
     if not n_members <= weight_sum <= n_members * plan.max_weight:
         msg = f"weights add up to {weight_sum}; {n_members} members have at most {plan.max_weight}"
         raise SumError(msg)
-    if n_clipped > n_members:
+    if n_clipped > n_members and not plan.is_noised_later:
         msg = f"{n_clipped} of {n_members} members say that they clipped"
         raise SumError(msg)
     return payload
@@ -359,12 +363,16 @@ def checked_sum(words: Words, checks: Words, plan: EncodingPlan, *, n_members: i
 
     Every honest update has a norm of at most C, so has their weighted mean, but for the rounding
     and, under P2, noise. A
-    weight that lies, or words that are no update, can make it as long as this and no longer.
+    weight that lies, or words that are no update, can make it as long as this and no longer. Under
+    P3 that is not looked at, since whether it fails would tell of a sum without noise; such a mean
+    is clipped anyway.
 
     Raises:
         SumError: See `split_sum`; or the mean is longer than C allows (LEARNING, "Filtering").
     """
     payload = split_sum(words, checks, plan, n_members=n_members)
+    if plan.is_noised_later:
+        return payload
     found = decode(payload, plan)
     per_weight = plan.max_weight / found.weight_sum
     longest = plan.clip_norm + n_members * per_weight * plan.rounding_norm

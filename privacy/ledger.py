@@ -357,17 +357,17 @@ class Ledger:
                 )
             return found
 
-    def rounds(self, *, agent: bytes, federation: bytes) -> frozenset[int]:
-        """The rounds of a federation that an agent was charged for, on whatever records.
+    def attempts(self, *, agent: bytes, federation: bytes) -> frozenset[tuple[int, int]]:
+        """The rounds and attempts of a federation that an agent was charged for, on any records.
 
         Args:
             agent: The agent's identity.
             federation: The federation's id.
         """
-        query = "SELECT DISTINCT round FROM events WHERE agent = ? AND federation = ?"
+        query = "SELECT round, attempt FROM events WHERE agent = ? AND federation = ?"
         with self._file.snapshot():
             rows = self._file.db.execute(query, (agent, federation)).fetchall()
-        return frozenset(row["round"] for row in rows)
+        return frozenset((row["round"], row["attempt"]) for row in rows)
 
     def overlaps(self, data_set: DataSet) -> list[Overlap]:
         """The other data sets that were trained on and share records with one, oldest first.

@@ -261,6 +261,13 @@ def test_a_recipe_with_noise_on_the_server(base, masking, adaptive):
     assert parse_text(render(config)) == config
 
 
+def test_masks_stay_off_under_p3_unless_asked_for(base):
+    """Its guarantee takes honest members under masks."""
+    for profile, mode in ((Profile.CENTRAL, "off"), (Profile.EXAMPLE, "cells")):
+        config = make_config(with_privacy(cohort_target=10, epsilon=2.0, profile=profile), base)
+        assert config.masking.mode == mode
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [

@@ -13,6 +13,7 @@ from protocol.messages import TrainTask, WaitReason, WithdrawalReason
 from protocol.phases import RoundPhase
 from protocol.problems import ProblemType
 from protocol.signing import verify
+from protocol.wire import b64u_encode, domain_hash
 from quant.adapter import factor_of
 
 
@@ -280,6 +281,27 @@ class TestAggregation:
         assert abs(noise.std() / std - 1) < 5 / np.sqrt(2 * n_values)
         assert "noisy-fedavg" in after.canonical().decode()
 
+    def test_a_guessed_update_is_not_confirmed_by_what_a_release_shows(
+        self, make_case, start_round
+    ):
+        """Under P3 a hash of the update in the clear would tell a right guess from a wrong one."""
+        case = make_case(cohort_target=2)
+        agents, manifest = start_round(case, 2)
+        guessed = agents[0].constant(1)
+        for agent in agents:
+            agent.upload(manifest, guessed, weight=1)
+        case.advance()
+        accepted = case.federation.releases.newest().accepted
+        for agent in agents:
+            header = agent.header(manifest, guessed.astype("<f4").tobytes())
+            member = [b64u_encode(agent.identity), b64u_encode(header.digest())]
+            known = {
+                domain_hash("survivors", [member]),
+                domain_hash("roster", b64u_encode(header.round_digest), member),
+            }
+            shown = {ref.members for ref in accepted} | {ref.transcript for ref in accepted}
+            assert not known & shown
+
     def test_under_p3_an_adaptive_clip_norm_goes_on_from_release_to_release(
         self, make_case, start_round
     ):
@@ -299,6 +321,23 @@ class TestAggregation:
         assert norms[0][0] == 0.5
         assert [norm for norm, _ in norms[1:]] == [after for _, after in norms[:-1]]
         assert all(before != after for before, after in norms)
+
+    def test_under_p3_a_rollback_leaves_the_adaptive_clip_norm(self, make_case, start_round):
+        options = PrivacyOptions(
+            epsilon=8.0, profile=Profile.CENTRAL, clip_norm=0.5, adaptive_clip=True
+        )
+        case = make_case(cohort_target=2, privacy=options)
+        agents, _ = start_round(case, 2)
+        for number in range(2):
+            manifest = agents[0].round()
+            for agent in agents:
+                agent.upload(manifest, agent.constant(1), weight=1)
+            case.advance()
+            if number == 0:
+                first = case.federation.releases.newest().aggregation
+                case.federation.releases.roll_back(0)
+                case.advance()
+        assert case.federation.releases.newest().aggregation.clip_norm == first.next_clip_norm
 
     def test_with_b_only_the_frozen_a_completes_the_adapter(self, make_case, start_round):
         case = make_case(cohort_target=2, sent=(Factor.B,))

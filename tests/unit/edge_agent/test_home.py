@@ -100,6 +100,8 @@ def fill(home: AgentHome) -> None:
         "cache/" + "cd" * 32 + ".partial",
         "updates/3-1.f32",
         "updates/4-1.f32.partial",
+        "privacy.secret",
+        "privacy.secret.partial",
     ]
     for name in names:
         (home.root / name).write_bytes(b"x")

@@ -66,11 +66,9 @@ def ledger(tmp_path: Path) -> Iterator[Ledger]:
     opened.close()
 
 
-def make_charges(
-    ledger: Ledger, event: SampledGaussian, *, max_rounds: int | None = None
-) -> RoundCharges:
+def make_charges(ledger: Ledger, event: SampledGaussian, *, n_rounds: int = 9) -> RoundCharges:
     return RoundCharges(
-        max_rounds=max_rounds,
+        n_rounds=n_rounds,
         event=event,
         ledger=ledger,
         data_set=ledger.data_set(record_bytes(RECORDS)),
@@ -198,14 +196,13 @@ def test_an_agent_takes_part_in_no_more_rounds_than_its_epsilon_counts(
     event = noise_of_agents(of_agents)
     assert event is not None
     ledger.set_budget(epsilon=400.0, delta=1e-5, now=0.0)
-    charges = make_charges(ledger, event, max_rounds=2)
-    for number in (1, 4, 4):
-        charges.charge(number, 1, now=1.0)
-    with pytest.raises(BudgetError, match=r"took part in 2 rounds, .* round 5 would be one more"):
+    charges = make_charges(ledger, event, n_rounds=3)
+    for number, attempt in ((1, 1), (4, 1), (4, 2), (4, 1)):  # the last goes on
+        charges.charge(number, attempt, now=1.0)
+    with pytest.raises(BudgetError, match=r"trained 3 times, .* round 5 would be once more"):
         charges.charge(5, 1, now=2.0)
-    charges.charge(4, 2, now=3.0)  # another attempt at a round that is counted
-    assert ledger.rounds(agent=AGENT, federation=FEDERATION) == {1, 4}
-    assert ledger.rounds(agent=bytes([1]) * 32, federation=FEDERATION) == frozenset()
+    assert ledger.attempts(agent=AGENT, federation=FEDERATION) == {(1, 1), (4, 1), (4, 2)}
+    assert ledger.attempts(agent=bytes([1]) * 32, federation=FEDERATION) == frozenset()
 
 
 def test_the_terms_say_all_that_an_epsilon_means(private: FederationManifest) -> None:

@@ -457,6 +457,8 @@ def test_a_manifest_whose_noise_does_not_keep_its_promise_is_refused() -> None:
     with pytest.raises(AccountingError, match="P3 promises"):
         require_kept(central.model_copy(update={"noise_multiplier": 1.8}), NoMasking(), **kept)
     require_kept(NoPrivacy(), NoMasking(), **kept)
+    with pytest.raises(AccountingError, match="at most 16777216 can be"):
+        require_kept(*make_blocks(noise, 8.0), n_values=2**24 + 1, n_rounds=1)
 
 
 def test_an_example_moves_the_sum_twice_as_far_as_zero() -> None:

@@ -1,6 +1,7 @@
 """Encoding: unbiased, bounded, and without a wrap at the largest values that a cell can have."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -367,6 +368,27 @@ def test_a_noisy_sum_of_the_largest_cell_neither_wraps_nor_seems_too_long() -> N
     spoilt[[n for n in range(300) if n not in plan.check_positions()]] += np.uint32(2**28)
     with pytest.raises(SumError, match=r"at most .* is agreed"):
         checked_sum(spoilt, checks, plan, n_members=19)
+
+
+def test_under_p3_nothing_of_a_sum_shows_before_the_noise() -> None:
+    """Neither who clipped, nor whether the sum is longer than it should be: a member could ask."""
+    plain = make_plan(clip_norm=1.0)
+    central = replace(plain, is_noised_later=True)
+    long = np.full(20, 1.0, np.float32)
+    assert encoded(long, plain)[-1] == 1
+    assert encoded(long, central)[-1] == 0
+    checks = np.arange(N_CHECK_WORDS, dtype=np.uint16)
+    payload = encoded(long, central).copy()
+    payload[:20] = amplitude(plain)  # no honest sum is so long
+    payload[-1] = 9
+    words = with_checks(payload, checks, central, 0, central.n_words)
+    with pytest.raises(SumError, match="say that they clipped"):
+        checked_sum(words, checks, plain, n_members=1)
+    checked_sum(words, checks, central, n_members=1)
+    payload[-1] = 0
+    words = with_checks(payload, checks, central, 0, central.n_words)
+    with pytest.raises(SumError, match=r"at most .* is agreed"):
+        checked_sum(words, checks, plain, n_members=1)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
