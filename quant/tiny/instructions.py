@@ -41,6 +41,17 @@ _N_SENTENCES: Final = 4
 
 _TRIES_PER_RECORD: Final = 200
 
+_OPENINGS: Final = (
+    *("", "Hello.", "Good day.", "Good morning.", "Well then.", "A small task."),
+    *("Here is a task.", "This one is for you.", "Now listen.", "One more.", "If you can."),
+    *("I am back.", "It is me again."),
+)
+_CLOSINGS: Final = (
+    *("", "Thank you.", "Many thanks.", "Take your time.", "Be kind.", "Good luck."),
+    *("That is all.", "I will wait.", "We all want to know.", "It would help me.", "I am curious."),
+    *("Then we are done.", "I count on you."),
+)
+
 
 class Category(StrEnum):
     """Dolly's categories by Dolly's identifiers."""
@@ -76,6 +87,7 @@ def make_records(
     split: Split,
     rng: np.random.Generator,
     categories: Sequence[Category] = tuple(Category),
+    courteous: bool = False,
 ) -> list[InstructionRecord]:
     """Draw instruction records about `world`, category by category.
 
@@ -93,6 +105,8 @@ def make_records(
         split: Which subjects the records are about.
         rng: Draws subjects, facts and wordings.
         categories: Which categories, in which order.
+        courteous: Put words around each request that change nothing of what is asked. Without them
+            a category has 288 different records or more, with them tens of thousands.
 
     Returns:
         `n_per_category` records for each of `categories`, in their order.
@@ -106,18 +120,26 @@ def make_records(
     return [
         record
         for category in categories
-        for record in _records_of(category, world, n_per_category, split, rng)
+        for record in _records_of(category, world, n_per_category, split, rng, courteous=courteous)
     ]
 
 
 def _records_of(
-    category: Category, world: World, n: int, split: Split, rng: np.random.Generator
+    category: Category,
+    world: World,
+    n: int,
+    split: Split,
+    rng: np.random.Generator,
+    *,
+    courteous: bool,
 ) -> list[InstructionRecord]:
     drawn: dict[tuple[str, str], InstructionRecord] = {}
     for _ in range(n * _TRIES_PER_RECORD):
         if len(drawn) == n:
             break
         instruction, context, response = _MAKERS[category](world, split, rng)
+        if courteous:
+            instruction = f"{pick(_OPENINGS, rng)} {instruction} {pick(_CLOSINGS, rng)}".strip()
         drawn[instruction, context] = InstructionRecord(
             instruction=instruction, context=context, response=response, category=category.value
         )

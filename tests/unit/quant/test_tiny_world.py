@@ -317,6 +317,32 @@ def test_more_records_than_the_world_has_are_refused_with_a_hint(world: World) -
     assert isinstance(caught.value, QuantError)
 
 
+@pytest.mark.parametrize("category", [Category.BRAINSTORMING, Category.GENERAL_QA])
+def test_courteous_requests_give_thousands_of_records_and_change_no_answer(
+    world: World, category: Category
+) -> None:
+    def ask(n: int, *, courteous: bool) -> list[InstructionRecord]:
+        return make_records(
+            world,
+            n_per_category=n,
+            split=Split.TRAIN,
+            rng=np.random.default_rng(5),
+            categories=(category,),
+            courteous=courteous,
+        )
+
+    plain = {row["instruction"]: row["response"] for row in ask(280, courteous=False)}
+    rows = ask(3000, courteous=True)
+    assert len({row["instruction"] for row in rows}) == 3000
+    known = 0
+    for row in rows:
+        assert row["instruction"] == row["instruction"].strip()
+        inside = [request for request in plain if request in row["instruction"]]
+        known += len(inside)
+        assert all(plain[request] == row["response"] for request in inside)
+    assert known > 1000
+
+
 def test_facts_are_drawn_from_all_words(world: World) -> None:
     # A constant where a draw was meant would make a category trivial.
     for column in list(zip(*map(astuple, world.residents), strict=True))[1:]:
