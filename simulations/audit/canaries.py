@@ -13,14 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_agent.data.tokens import Example
-from privacy.auditing import (
-    Audit,
-    auc,
-    cosine_scores,
-    loss_ratio_scores,
-    one_run_bound,
-    one_run_epsilon,
-)
+from privacy.auditing.membership import auc, loss_ratio_scores
+from privacy.auditing.one_run import Audit, one_run_bound, one_run_epsilon
+from privacy.auditing.probes import cosine_scores
 from simulations.audit.recipe import AuditRecipe, Claim
 from simulations.audit.records import as_examples, canary_records, ordinary_records
 from simulations.audit.scores import (

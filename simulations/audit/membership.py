@@ -17,7 +17,7 @@ from edge_agent.answering import load_base_of
 from edge_agent.data.reading import read_records
 from edge_agent.data.records import Record
 from edge_agent.data.tokens import Example, tokenize
-from privacy.auditing import (
+from privacy.auditing.membership import (
     Membership,
     auc,
     clopper_pearson,

@@ -18,7 +18,8 @@ from typing import Final
 import numpy as np
 
 from edge_agent.data.tokens import Example
-from privacy.auditing import auc, subspace_distance
+from privacy.auditing.membership import auc
+from privacy.auditing.probes import subspace_distance
 from protocol.manifest import Factor, Schedule
 from quant.adapter import AdapterArrays, Float32Array, factor_of, module_of, unflatten
 from simulations.audit.recipe import AuditRecipe, Claim

@@ -10,7 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from privacy.auditing import Audit
+from privacy.auditing.one_run import Audit
 from simulations.audit.canaries import HEADLINE, CanaryAudit, View, ViewAudit
 from simulations.audit.membership import MembershipAudit, Score, ScoreAudit
 from simulations.audit.probe import Probe, Seen

@@ -9,22 +9,23 @@ from typing import Any
 import numpy as np
 import pytest
 
-from privacy.auditing import (
-    Audit,
+from privacy.auditing.membership import (
     Membership,
     auc,
     balanced_accuracy,
     clopper_pearson,
-    cosine_scores,
-    largest_one_run_bound,
     loss_ratio_scores,
     membership_inference,
+    tpr_at_fpr,
+)
+from privacy.auditing.one_run import (
+    Audit,
+    largest_one_run_bound,
     one_run_bound,
     one_run_epsilon,
     one_run_p_value,
-    subspace_distance,
-    tpr_at_fpr,
 )
+from privacy.auditing.probes import cosine_scores, subspace_distance
 from privacy.errors import AuditError, PrivacyError
 
 N_AUDITS = 400

@@ -18,7 +18,7 @@ from edge_agent.training import gradients as gradients_module
 from edge_agent.training.gradients import PrivateGradient
 from edge_agent.training.sampling import PoissonBatches
 from edge_agent.training.trainer import LocalTrainer, RoundRecipe, TrainerOptions
-from privacy.auditing import one_run_epsilon
+from privacy.auditing.one_run import one_run_epsilon
 from privacy.dp_sgd import mechanism as mechanism_module
 from privacy.errors import AccountingError
 from protocol.clock import SystemClock
