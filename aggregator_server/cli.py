@@ -11,11 +11,12 @@ import typer
 from aggregator_server import cli_helper
 from aggregator_server.cli_shared import JsonPath, answer, sentences, write_json
 from aggregator_server.private_recipes import Profile
-from aggregator_server.recipes import Masking
+from aggregator_server.recipes import Masking, Optimizer
 from protocol.guarantee import describe_privacy
 from protocol.manifest import (
     CellMasking,
     Factor,
+    FilterRule,
     HelperMasking,
     MaskingBlock,
     Schedule,
@@ -129,6 +130,16 @@ def init(  # noqa: PLR0917 - one parameter for each option
     adaptive_clip: Annotated[
         bool, typer.Option("--adaptive-clip", help="P3: let it follow the updates' norms.")
     ] = False,
+    filtering: Annotated[
+        FilterRule,
+        typer.Option(
+            "--filter",
+            help="robust: cut updates, or means of cells, to the median norm, and remove outliers.",
+        ),
+    ] = FilterRule.NONE,
+    optimizer: Annotated[
+        Optimizer, typer.Option(help="What becomes of the mean update, at its usual settings.")
+    ] = Optimizer.FEDAVG,
     template: Annotated[
         Template, typer.Option(help="How a record becomes a prompt.")
     ] = Template.ALPACA,
@@ -179,7 +190,7 @@ def init(  # noqa: PLR0917 - one parameter for each option
     from aggregator_server.founding import CONFIG_NAME, found_federation, load_base
     from aggregator_server.helper.service import load_description
     from aggregator_server.private_recipes import PrivacyOptions
-    from aggregator_server.recipes import RecipeOptions, make_config
+    from aggregator_server.recipes import OPTIMIZERS, RecipeOptions, make_config
     from protocol.clock import SystemClock
     from protocol.signing import format_fingerprint
 
@@ -217,6 +228,8 @@ def init(  # noqa: PLR0917 - one parameter for each option
                 clip_norm=clip_norm,
                 adaptive_clip=adaptive_clip,
             ),
+            filter=filtering,
+            optimizer=OPTIMIZERS[optimizer],
             template=template,
             max_length=max_length,
             batch_size=batch_size,

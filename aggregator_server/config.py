@@ -22,6 +22,7 @@ from protocol.manifest import (
     AggregationBlock,
     CellMasking,
     ChangeLimitsBlock,
+    FilterBlock,
     HelperMasking,
     LoraBlock,
     MaskingBlock,
@@ -111,6 +112,7 @@ class ServerConfig(_Section):
     aggregation: AggregationBlock = AggregationBlock()
     masking: MaskingBlock = NoMasking()
     privacy: PrivacyBlock = NoPrivacy()
+    filter: FilterBlock = FilterBlock()
     rounds: RoundsBlock
     change_limits: ChangeLimitsBlock = ChangeLimitsBlock()
     server: ServerSection = ServerSection()

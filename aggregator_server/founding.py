@@ -191,6 +191,7 @@ def build_manifest(
             aggregation=config.aggregation,
             masking=config.masking,
             privacy=config.privacy,
+            filter=config.filter,
             rounds=config.rounds,
             change_limits=config.change_limits,
         )

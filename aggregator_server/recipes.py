@@ -2,6 +2,7 @@
 
 import math
 import secrets
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Final, Literal
@@ -23,9 +24,17 @@ from protocol.manifest import (
     AggregationBlock,
     CellMasking,
     Factor,
+    FedAdagradBlock,
+    FedAdamBlock,
+    FedAvgBlock,
+    FedAvgMBlock,
+    FedYogiBlock,
+    FilterBlock,
+    FilterRule,
     HelperMasking,
     LoraBlock,
     NoMasking,
+    OptimizerBlock,
     RoundsBlock,
     Schedule,
     Template,
@@ -59,6 +68,25 @@ class Masking(StrEnum):
     OFF = "off"
 
 
+class Optimizer(StrEnum):
+    """What `init` can make of a mean update."""
+
+    FEDAVG = "fedavg"
+    FEDAVGM = "fedavgm"
+    FEDADAGRAD = "fedadagrad"
+    FEDADAM = "fedadam"
+    FEDYOGI = "fedyogi"
+
+
+OPTIMIZERS: Final[Mapping[Optimizer, OptimizerBlock]] = {
+    Optimizer.FEDAVG: FedAvgBlock(),
+    Optimizer.FEDAVGM: FedAvgMBlock(),
+    Optimizer.FEDADAGRAD: FedAdagradBlock(),
+    Optimizer.FEDADAM: FedAdamBlock(),
+    Optimizer.FEDYOGI: FedYogiBlock(),
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class RecipeOptions:
     """What `init` can be told; None stands for the default."""
@@ -76,6 +104,8 @@ class RecipeOptions:
     sent: tuple[Factor, ...] | None = None
     """None: both factors in the open, B alone under masks or noise."""
     privacy: PrivacyOptions = field(default_factory=PrivacyOptions)
+    filter: FilterRule = FilterRule.NONE
+    optimizer: OptimizerBlock = field(default_factory=FedAvgBlock)
     masking: Masking = Masking.AUTO
     helper: HelperDescription | None = None
     helper_url: str = ""
@@ -155,7 +185,9 @@ def make_config(options: RecipeOptions, base: BaseDescription) -> ServerConfig:
             aggregation=AggregationBlock(
                 weighting=Weighting.UNIFORM if private else Weighting.N_EXAMPLES,
                 max_weight=_MASKED_MAX_WEIGHT if masked else AggregationBlock().max_weight,
+                optimizer=rules.optimizer,
             ),
+            filter=FilterBlock(rule=rules.filter),
             masking=masking,
             privacy=privacy,
             training=TrainingBlock(

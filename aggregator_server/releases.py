@@ -12,19 +12,19 @@ from aggregator_server.errors import ChainError, Refusal
 from aggregator_server.store.rows import BlobRole, BlobRow, ReleaseRow
 from aggregator_server.store.store import Store
 from privacy.updates import Float32Array
-from protocol.clock import Clock
-from protocol.errors import SignatureError
-from protocol.limits import MAX_JSON_BYTES, MAX_RELEASES_PER_REPLY
-from protocol.manifest import (
+from protocol.chain import (
     AggregationReport,
     BlobRef,
     CellRef,
-    FederationManifest,
     FilterReport,
     NoisyAggregationReport,
     Release,
     Verdict,
 )
+from protocol.clock import Clock
+from protocol.errors import SignatureError
+from protocol.limits import MAX_JSON_BYTES, MAX_RELEASES_PER_REPLY
+from protocol.manifest import FederationManifest, FilterRule
 from protocol.messages import ReleasePage
 from protocol.problems import ProblemType
 from protocol.signing import Signed, Signer, sign, verify
@@ -77,9 +77,12 @@ class RoundResult:
     number: int
     digest: bytes
     accepted: tuple[CellRef, ...]
+    rejected: tuple[CellRef, ...] = ()
     aggregation: AggregationReport | NoisyAggregationReport
     filter: FilterReport
     verdict: Verdict
+    optimizer_state: bytes | None = None
+    """Of the server's optimiser after this round."""
 
 
 class Releases:
@@ -222,15 +225,33 @@ class Releases:
             sent=files.sent,
             config=files.config,
             accepted=result.accepted,
-            rejected=(),
+            rejected=result.rejected,
             aggregation=result.aggregation,
             filter=result.filter,
             verdict=result.verdict,
             created_at=self._clock.now(),
         )
         row = sign_release(self._charter.keys.server, release, round_number=result.number)
-        self._store.publish(row, files.rows())
+        rows = files.rows()
+        if result.optimizer_state is not None:
+            state = _store(self._blobs, result.optimizer_state)
+            rows += (BlobRow(role=BlobRole.OPTIMIZER, sha256=state.sha256, n_bytes=state.n_bytes),)
+        self._store.publish(row, rows)
         return release
+
+    def optimizer_state(self, number: int) -> bytes | None:
+        """The state of the server's optimiser after a release; None where it has none.
+
+        Args:
+            number: The release.
+
+        Raises:
+            BlobError: It cannot be read.
+        """
+        row = self._store.releases.blob_of(number, BlobRole.OPTIMIZER)
+        if row is None:
+            return None
+        return self.file(BlobRef(sha256=row.sha256, n_bytes=row.n_bytes))
 
     def roll_back(self, number: int) -> Release:
         """Publish an older adapter again, as a new release; a round under way fails.
@@ -258,14 +279,16 @@ class Releases:
             accepted=(),
             rejected=(),
             aggregation=AggregationReport(rule="none", n_cells=0, n_agents=0, update_norm=0.0),
-            filter=FilterReport(rule="none", n_cells=0, n_rejected=0),
+            filter=FilterReport(rule=FilterRule.NONE, n_cells=0, n_rejected=0),
             verdict=Verdict(rule="none", accepted=True),
             rolled_back_to=number,
             created_at=self._clock.now(),
         )
         row = sign_release(self._charter.keys.server, release, round_number=None)
         reason = f"the operator rolled back to release {number}"
-        self._store.roll_back(row, files.rows(), reason=reason)
+        state = self._store.releases.blob_of(number, BlobRole.OPTIMIZER)
+        rows = files.rows() if state is None else (*files.rows(), state)
+        self._store.roll_back(row, rows, reason=reason)
         return release
 
     def export(self, number: int, folder: Path) -> Release:
@@ -335,7 +358,7 @@ def first_release(
         accepted=(),
         rejected=(),
         aggregation=AggregationReport(rule="none", n_cells=0, n_agents=0, update_norm=0.0),
-        filter=FilterReport(rule="none", n_cells=0, n_rejected=0),
+        filter=FilterReport(rule=FilterRule.NONE, n_cells=0, n_rejected=0),
         verdict=Verdict(rule="none", accepted=True),
         created_at=created_at,
     )

@@ -9,15 +9,13 @@ takes up the phase where it stood, and each phase's work can be done again.
 import dataclasses
 import secrets
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final, Protocol
 
-import numpy as np
 import structlog
-from numpy.typing import NDArray
 
-from aggregator_server.aggregation.fedavg import apply_mean, average
+from aggregator_server.aggregation.fedavg import apply_mean
 from aggregator_server.blobs import Blobs
 from aggregator_server.charter import Charter
 from aggregator_server.closing import Ending, decide
@@ -30,35 +28,28 @@ from aggregator_server.errors import (
     StaleWriteError,
     StoreBusyError,
 )
+from aggregator_server.filtering import FilterDecision
 from aggregator_server.masking.cells import Cells
 from aggregator_server.masking.gathering import FIRST_WAVE, Waves
 from aggregator_server.masking.helped import HelpedRounds
-from aggregator_server.masking.vectors import load_sum, sweep_sums
+from aggregator_server.masking.vectors import sweep_sums
+from aggregator_server.merging import Merger
 from aggregator_server.releases import Releases, RoundResult, cell_refs, with_vector
 from aggregator_server.selection import cohort_size, draw
 from aggregator_server.store.rounds import TERMINAL
-from aggregator_server.store.rows import CellRow, RoundRow
+from aggregator_server.store.rows import RoundRow
 from aggregator_server.store.store import Store
 from aggregator_server.uploads import Uploads
-from privacy.central import noisy_mean
 from privacy.errors import PrivacyError
-from privacy.noise import SecureStream
-from privacy.updates import CellSum
-from protocol.clock import Clock
-from protocol.errors import ProtocolError
-from protocol.limits import MAX_TEXT_CHARS
-from protocol.manifest import (
-    AggregationReport,
-    CellMasking,
-    FilterReport,
-    HelperMasking,
-    NoisyAggregationReport,
-    Release,
+from protocol.chain import (
     RoundManifest,
     Verdict,
 )
+from protocol.clock import Clock
+from protocol.errors import ProtocolError
+from protocol.limits import MAX_TEXT_CHARS
+from protocol.manifest import CellMasking, HelperMasking
 from protocol.phases import ROUND_TRANSITIONS, RoundEvent, RoundPhase, advance
-from protocol.privacy import CentralPrivacy
 from protocol.signing import Signed, sign
 from protocol.wire import parse
 from quant.errors import QuantError
@@ -204,19 +195,31 @@ class Gathering:
 
 
 class Unmasked:
-    """UNMASKED: every cell's sum is known; the filter reports. This version knows no filter."""
+    """UNMASKED: every cell's sum is known; the filter decides which of them count, and how much."""
 
     name = RoundPhase.UNMASKED
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, merger: Merger) -> None:
         """Read cells from the store."""
         self._store = store
+        self._merger = merger
 
     def work(self, row: RoundRow) -> Found | None:
-        """Report that no cell was rejected."""
-        n_cells = len(self._store.uploads.cells(row.number))
-        report = FilterReport(rule="none", n_cells=n_cells, n_rejected=0)
-        return Found(event=RoundEvent.FILTER_DONE, filter_report=report.canonical().decode("ascii"))
+        """Decide once: what is journalled here is what will be averaged."""
+        decision = self._merger.decide(self._store.uploads.cells(row.number))
+        if decision.report.n_rejected:
+            _log.warning(
+                "the filter removed cells",
+                round=row.number,
+                removed={
+                    cell.transcript.hex()[:8]: cell.removed
+                    for cell in decision.cells
+                    if cell.removed is not None
+                },
+            )
+        return Found(
+            event=RoundEvent.FILTER_DONE, filter_report=decision.canonical().decode("ascii")
+        )
 
 
 class Filtered:
@@ -231,86 +234,48 @@ class Filtered:
 
 
 class Gated:
-    """GATED: the cells are averaged, and the release is published."""
+    """GATED: what is left of the cells is averaged, and the release is published."""
 
     name = RoundPhase.GATED
 
-    def __init__(
-        self, store: Store, blobs: Blobs, uploads: Uploads, releases: Releases, charter: Charter
-    ) -> None:
+    def __init__(self, store: Store, merger: Merger, releases: Releases, charter: Charter) -> None:
         """Read cells, write a release."""
         self._store = store
-        self._blobs = blobs
-        self._uploads = uploads
+        self._merger = merger
         self._releases = releases
         self._charter = charter
 
     def work(self, row: RoundRow) -> Found | None:
-        """Average the accepted updates and publish, in one transaction with the round's end."""
+        """Average what counts and publish, in one transaction with the round's end."""
         base = self._releases.get(round_manifest(row).release)
         cells = self._store.uploads.cells(row.number)
-        mean, report = self._mean(self._sums(cells), base)  # one cell at a time in memory
-        arrays = self._releases.arrays(base)
-        moved = apply_mean(self._releases.vector(base), mean)
+        decision = parse(FilterDecision, row.filter_report or "")
+        merged = self._merger.merge(cells, decision, base)
+        moved = apply_mean(self._releases.vector(base), merged.step)
+        accepted, rejected = (
+            cell_refs(
+                [
+                    (cell.transcript, cell.members_digest)
+                    for cell, is_kept in zip(cells, decision.kept, strict=True)
+                    if bool(is_kept) is wanted
+                ]
+            )
+            for wanted in (True, False)
+        )
         result = RoundResult(
             number=row.number,
             digest=row.digest,
-            accepted=cell_refs([(cell.transcript, cell.members_digest) for cell in cells]),
-            aggregation=report,
-            filter=parse(FilterReport, row.filter_report or ""),
+            accepted=accepted,
+            rejected=rejected,
+            aggregation=merged.report,
+            filter=decision.report,
             verdict=parse(Verdict, row.verdict or ""),
+            optimizer_state=merged.optimizer_state,
         )
-        release = self._releases.publish(result, with_vector(arrays, moved, self._charter))
-        _log.info("release published", release=release.number, n_agents=report.n_agents)
+        arrays = with_vector(self._releases.arrays(base), moved, self._charter)
+        release = self._releases.publish(result, arrays)
+        _log.info("release published", release=release.number, n_agents=merged.report.n_agents)
         return Found(event=RoundEvent.RELEASE_JOURNALLED, journalled=True)
-
-    def _mean(
-        self, sums: Iterator[CellSum], base: Release
-    ) -> tuple[NDArray[np.float64], AggregationReport | NoisyAggregationReport]:
-        privacy, n_values = self._charter.manifest.privacy, self._charter.layout.n_values
-        if not isinstance(privacy, CentralPrivacy):
-            plain = average(sums, n_values=n_values)
-            return plain.mean, AggregationReport(
-                rule="fedavg",
-                n_cells=plain.n_cells,
-                n_agents=plain.n_agents,
-                update_norm=plain.norm,
-            )
-        masked = self._charter.masked
-        noisy = noisy_mean(
-            sums,
-            n_values=n_values,
-            privacy=privacy,
-            clip_norm=self._clip_norm(base, privacy),
-            rounding_norm=0.0 if masked is None else masked.plan.rounding_norm,
-            # Fresh, also where a killed server does this again: the first was seen by nobody.
-            stream=SecureStream(),
-        )
-        return noisy.mean, NoisyAggregationReport(
-            n_cells=noisy.n_cells,
-            n_agents=noisy.n_agents,
-            update_norm=noisy.norm,
-            clip_norm=noisy.clip_norm,
-            noise_std=noisy.noise_std,
-            next_clip_norm=noisy.next_clip_norm,
-        )
-
-    def _clip_norm(self, base: Release, privacy: CentralPrivacy) -> float:
-        """Of this round: what the last noisy release says, also behind a rollback."""
-        release = base
-        while not isinstance(release.aggregation, NoisyAggregationReport):
-            if release.number == 0:
-                return privacy.clip_norm
-            release = self._releases.get(release.number - 1)
-        return release.aggregation.next_clip_norm
-
-    def _sums(self, cells: tuple[CellRow, ...]) -> Iterator[CellSum]:
-        for cell in cells:
-            if cell.upload is not None:
-                yield self._uploads.load(self._store.uploads.get(cell.upload))
-            elif self._charter.masked is not None and cell.sum_sha256 is not None:
-                plan = self._charter.masked.plan
-                yield load_sum(self._blobs, cell.transcript, cell.sum_sha256, plan)
 
 
 class Rounds:
@@ -359,6 +324,7 @@ class Rounds:
             gathering = (Gathering(store, waves),)
         elif isinstance(masked, HelpedRounds) and isinstance(masking, HelperMasking):
             gathering = (Helped(masked, clock, wait_s=masking.helper_wait_s),)
+        merger = Merger(store, blobs, uploads, releases, charter)
         phases: tuple[Phase, ...] = (
             Open(
                 store,
@@ -369,9 +335,9 @@ class Rounds:
                 helped=isinstance(masked, HelpedRounds),
             ),
             *gathering,
-            Unmasked(store),
+            Unmasked(store, merger),
             Filtered(),
-            Gated(store, blobs, uploads, releases, charter),
+            Gated(store, merger, releases, charter),
         )
         self._phases: Mapping[RoundPhase, Phase] = {phase.name: phase for phase in phases}
 

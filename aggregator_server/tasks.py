@@ -4,7 +4,7 @@ from typing import Final
 
 from aggregator_server.store.rounds import TERMINAL
 from aggregator_server.store.rows import AgentView
-from protocol.manifest import RoundManifest
+from protocol.chain import RoundManifest
 from protocol.messages import TaskReply, TrainTask, WaitReason, WaitTask
 from protocol.phases import RoundPhase
 from protocol.signing import Signed

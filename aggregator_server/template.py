@@ -43,10 +43,13 @@ _EXPLAINED: Final[Mapping[str, Mapping[str, str]]] = {
         "beta2": "Adam's second decay.",
         "eps": "Adam's epsilon.",
         "weight_decay": "Decoupled weight decay.",
+        "proximal_mu": "Pull back to the round's start, where agents drift (FedProx); 0 is off.",
         "max_grad_norm": "Gradients are clipped to this L2 norm; 0 turns clipping off.",
     },
     "aggregation": {
         "rule": '"fedavg": the weighted mean of the updates.',
+        "optimizer": 'What becomes of the mean: kind "fedavg" adds it; "fedavgm", "fedadagrad", '
+        '"fedadam" and "fedyogi" remember earlier ones.',
         "weighting": '"n_examples" weighs an agent by its records; "uniform" weighs all alike.',
         "max_weight": "No agent weighs more than this many records.",
     },
@@ -76,6 +79,10 @@ _EXPLAINED: Final[Mapping[str, Mapping[str, str]]] = {
         "share_variance": "Of each agent's noise, in steps squared; it must keep epsilon.",
         "noise_multiplier": "Standard deviation of the noise on the sum / clip_norm; the same.",
         "adaptive": "The clip norm follows a quantile of the updates' norms, counted with noise.",
+    },
+    "filter": {
+        "rule": '"none"; "robust": updates, or means of cells, are cut to the median norm, then '
+        "outliers are removed, a quarter at most, or the geometric median is taken.",
     },
     "rounds": {
         "n_rounds": "The federation is finished after this many successful rounds.",

@@ -35,10 +35,10 @@ from aggregator_server.store.rows import (
 from aggregator_server.store.store import Store
 from aggregator_server.store.uploads import refuse_ended
 from privacy.updates import CellSum, Float32Array, PlainUpdate
+from protocol.chain import RoundManifest
 from protocol.clock import Clock
 from protocol.errors import SignatureError
 from protocol.helped import HelperUpload
-from protocol.manifest import RoundManifest
 from protocol.masked import MaskedHeader
 from protocol.messages import BodyHead, UploadHeader, UploadState, UploadStatus
 from protocol.phases import CELL_TRANSITIONS, CellEvent, CellPhase, advance

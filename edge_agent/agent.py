@@ -43,15 +43,11 @@ from privacy.errors import AccountingError, LedgerError, PrivacyError
 from privacy.fixed_point import EncodingPlan
 from privacy.ledger import Quote
 from privacy.updates import PlainUpdate
+from protocol.chain import RoundManifest
 from protocol.checks import Check
 from protocol.clock import Clock
 from protocol.limits import LONG_POLL_S, PART_BYTES
-from protocol.manifest import (
-    CellMasking,
-    HelperMasking,
-    RoundManifest,
-    Weighting,
-)
+from protocol.manifest import CellMasking, HelperMasking, Weighting
 from protocol.messages import (
     BodyHead,
     TrainTask,

@@ -10,9 +10,10 @@ from typing import Final, TypeVar
 import numpy as np
 
 from edge_agent.errors import TrustError
+from protocol.chain import Release, RoundManifest
 from protocol.checks import Check
 from protocol.errors import ProtocolError
-from protocol.manifest import FederationManifest, Release, RoundManifest
+from protocol.manifest import FederationManifest
 from protocol.messages import Credential, Discovery
 from protocol.signing import Invite, Signed, fingerprint, format_fingerprint, verify
 from quant.adapter import AdapterArrays

@@ -7,8 +7,9 @@ from edge_agent.journal import Journal
 from edge_agent.transport import Transport
 from privacy.fixed_point import agreed_layout
 from protocol.base_description import BaseDescription
+from protocol.chain import Release
 from protocol.checks import Check
-from protocol.manifest import FederationManifest, Release
+from protocol.manifest import FederationManifest
 from protocol.wire import sha256
 from quant.adapter import (
     AdapterArrays,

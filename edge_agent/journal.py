@@ -15,9 +15,10 @@ from typing import Any, Final
 
 from edge_agent.errors import JournalError
 from privacy.secagg.agent import AttemptState
+from protocol.chain import Release, RoundManifest
 from protocol.errors import ProtocolError
 from protocol.helped import HelperUpload
-from protocol.manifest import FederationManifest, Release, RoundManifest
+from protocol.manifest import FederationManifest
 from protocol.messages import Credential, UploadHeader
 from protocol.phases import (
     AGENT_TRANSITIONS,

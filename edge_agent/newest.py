@@ -17,9 +17,10 @@ from edge_agent.home import AgentHome
 from edge_agent.journal import Journal, Membership
 from edge_agent.transport import Transport
 from privacy.fixed_point import agreed_layout
+from protocol.chain import BlobRef, Release
 from protocol.checks import Check
 from protocol.clock import Clock
-from protocol.manifest import BlobRef, FederationManifest, Release
+from protocol.manifest import FederationManifest
 from protocol.wire import sha256
 from quant.adapter import (
     AdapterArrays,

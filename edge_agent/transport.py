@@ -26,10 +26,11 @@ from edge_agent.errors import (
     UnreachableError,
 )
 from protocol import limits
+from protocol.chain import BlobRef
 from protocol.clock import Clock
 from protocol.errors import ProtocolError
 from protocol.helped import HelperUpload
-from protocol.manifest import BlobRef, FederationManifest
+from protocol.manifest import FederationManifest
 from protocol.masked import (
     CellNews,
     Complaint,

@@ -16,11 +16,8 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from protocol import limits
-from protocol.manifest import (
-    BlobRef,
-    FederationManifest,
-    RoundManifest,
-)
+from protocol.chain import BlobRef, RoundManifest
+from protocol.manifest import FederationManifest
 from protocol.masked import Entries, ReadyAttempt, ReadyList
 from protocol.messages import BodyHead, Credential
 from protocol.numbers import Count, RoundNumber

@@ -1,11 +1,8 @@
-"""What a federation, a round and a release declare: frozen models in versioned blocks.
+"""What a federation declares: a frozen model in versioned blocks.
 
 A manifest is a declaration, never code. Each block carries its own `version`; an unknown version,
 mode, rule or key is refused by `wire.parse`, with a sentence that tells the owner what this
-version of the agent can honour.
-
-The three documents form a chain: a `RoundManifest` names the federation manifest and the release
-that it starts from, a `Release` names its predecessor and the round that made it.
+version of the agent can honour. Rounds and releases refer to it: see `protocol.chain`.
 """
 
 import math
@@ -16,11 +13,10 @@ from pydantic import Field, model_validator
 
 from protocol import limits
 from protocol.numbers import (
-    Count,
+    Decay,
     Fraction,
     PositiveFloat,
     PositiveInt,
-    RoundNumber,
     Seconds,
     Text,
     UnixTime,
@@ -109,6 +105,11 @@ class LoraBlock(WireModel):
         return self
 
 
+def _is_zero(value: float) -> bool:
+    """A later key is left out where it says nothing, so that what was signed stays the same."""
+    return value == 0.0
+
+
 class TrainingBlock(WireModel):
     """What an agent does in one round. Exactly one of `local_steps`, `local_epochs` is set."""
 
@@ -127,6 +128,8 @@ class TrainingBlock(WireModel):
     eps: PositiveFloat = 1e-8
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
     max_grad_norm: PositiveFloat | None = 1.0
+    proximal_mu: Annotated[float, Field(ge=0.0, exclude_if=_is_zero)] = 0.0
+    """Pulls the weights back to those of the round's start (FedProx, arXiv 1812.06127); 0: not."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -209,6 +212,61 @@ MaskingBlock = Annotated[NoMasking | CellMasking | HelperMasking, Field(discrimi
 """Whether the server sees single updates, and what it sees instead."""
 
 
+class FedAvgBlock(WireModel):
+    """The mean update is added, times the learning rate."""
+
+    kind: Literal["fedavg"] = "fedavg"
+    learning_rate: PositiveFloat = 1.0
+
+
+class FedAvgMBlock(WireModel):
+    """Momentum over the rounds (arXiv 1909.06335)."""
+
+    kind: Literal["fedavgm"] = "fedavgm"
+    learning_rate: PositiveFloat = 1.0
+    momentum: Decay = 0.9
+
+
+class FedAdagradBlock(WireModel):
+    """Adagrad on the mean update (Reddi et al., arXiv 2003.00295, algorithm 2)."""
+
+    kind: Literal["fedadagrad"] = "fedadagrad"
+    learning_rate: PositiveFloat = 1e-3
+    beta1: Decay = 0.0
+    tau: PositiveFloat = 1e-3
+
+
+class FedAdamBlock(WireModel):
+    """Adam on the mean update (the same)."""
+
+    kind: Literal["fedadam"] = "fedadam"
+    learning_rate: PositiveFloat = 1e-3
+    beta1: Decay = 0.9
+    beta2: Decay = 0.99
+    tau: PositiveFloat = 1e-3
+
+
+class FedYogiBlock(WireModel):
+    """Yogi on the mean update (the same)."""
+
+    kind: Literal["fedyogi"] = "fedyogi"
+    learning_rate: PositiveFloat = 1e-3
+    beta1: Decay = 0.9
+    beta2: Decay = 0.99
+    tau: PositiveFloat = 1e-3
+
+
+OptimizerBlock = Annotated[
+    FedAvgBlock | FedAvgMBlock | FedAdagradBlock | FedAdamBlock | FedYogiBlock,
+    Field(discriminator="kind"),
+]
+"""What the server does with a mean update."""
+
+
+def _is_plain(value: object) -> bool:
+    return value == FedAvgBlock()
+
+
 class AggregationBlock(WireModel):
     """How updates become one. `max_weight` caps an agent's weight (W of PROTOCOL, "Encoding")."""
 
@@ -216,13 +274,22 @@ class AggregationBlock(WireModel):
     rule: Literal["fedavg"] = "fedavg"
     weighting: Weighting = Weighting.N_EXAMPLES
     max_weight: Annotated[int, Field(ge=1, le=limits.MAX_WEIGHT)] = 10_000
+    optimizer: Annotated[OptimizerBlock, Field(exclude_if=_is_plain)] = FedAvgBlock()
+
+
+class FilterRule(StrEnum):
+    """What is done about updates, or sums of cells, that lie apart from the others."""
+
+    NONE = "none"
+    ROBUST = "robust"
+    """Caps their norms, and removes outliers or takes the geometric median, by their number."""
 
 
 class FilterBlock(WireModel):
-    """Outlier filtering. This version knows `none`."""
+    """Outlier filtering (LEARNING, "Filtering outliers")."""
 
     version: Literal[1] = 1
-    rule: Literal["none"] = "none"
+    rule: FilterRule = FilterRule.NONE
 
 
 class GateBlock(WireModel):
@@ -327,8 +394,12 @@ class FederationManifest(WireModel):
             )
         if isinstance(privacy, CentralPrivacy):
             return rules | {
+                'filter.rule must be "none": what is left out would tell of it without noise': (
+                    self.filter.rule is not FilterRule.NONE
+                ),
                 'privacy.adaptive needs masking.mode = "off": under masks agents clip, to the norm '
-                "of this manifest": privacy.adaptive is not None and isinstance(masking, SumMasking)
+                "of this manifest": privacy.adaptive is not None
+                and isinstance(masking, SumMasking),
             }
         most_ready = math.ceil(self.rounds.over_selection * self.rounds.cohort_target)
         is_cells = isinstance(masking, CellMasking)
@@ -371,138 +442,3 @@ class FederationManifest(WireModel):
     def digest(self) -> bytes:
         """The hash that rounds, credentials and updates refer to."""
         return domain_hash("federation", self.as_json())
-
-
-class BlobRef(WireModel):
-    """A content-addressed file: fetched by its digest, refused when it does not match."""
-
-    sha256: Digest
-    n_bytes: Annotated[int, Field(ge=0, le=limits.MAX_UPDATE_BYTES)]
-
-
-class RoundManifest(WireModel):
-    """One round: where it starts from, who is drawn, and until when.
-
-    The cohort is drawn by rank of HMAC(`selection_seed`, identity); an agent that cannot train is
-    replaced by the next in rank, so the manifest names the seed and the sizes.
-    """
-
-    version: Literal[1] = 1
-    federation: Bytes16
-    federation_digest: Digest
-    round: RoundNumber
-    release: Count
-    release_digest: Digest
-    sent: BlobRef
-    selection_seed: Digest
-    cohort_size: PositiveInt
-    schedule_start: Fraction
-    schedule_end: Fraction
-    update_n_bytes: Annotated[int, Field(ge=1, le=limits.MAX_UPDATE_BYTES)]
-    opened_at: UnixTime
-    deadline_at: UnixTime
-    cap_at: UnixTime
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if not self.opened_at <= self.deadline_at <= self.cap_at:
-            msg = "opened_at, deadline_at and cap_at are out of order"
-            raise ValueError(msg)
-        if not self.schedule_start <= self.schedule_end:
-            msg = "schedule_start is after schedule_end"
-            raise ValueError(msg)
-        return self
-
-    def digest(self) -> bytes:
-        """The hash that belongs to this round number, and to no other manifest of it."""
-        return domain_hash("round", self.as_json())
-
-
-class CellRef(WireModel):
-    """A cell that took part: its transcript hash T and SHA-256 of U3, the members summed."""
-
-    transcript: Digest
-    members: Digest
-
-
-class AggregationReport(WireModel):
-    """What the server may tell everyone about the average it made."""
-
-    rule: Literal["none", "fedavg"]
-    n_cells: Count
-    n_agents: Count
-    update_norm: Annotated[float, Field(ge=0.0)]
-    """L2 norm of the mean update."""
-
-
-class NoisyAggregationReport(WireModel):
-    """The same under profile P3: nothing here was seen without noise."""
-
-    rule: Literal["noisy-fedavg"] = "noisy-fedavg"
-    n_cells: Count
-    n_agents: Count
-    update_norm: Annotated[float, Field(ge=0.0)]
-    """L2 norm of the noisy mean update."""
-    clip_norm: PositiveFloat
-    """Of this round."""
-    noise_std: PositiveFloat
-    """Of each value of the mean."""
-    next_clip_norm: PositiveFloat
-    """Of the next round: another one where the norm is adaptive."""
-
-
-class FilterReport(WireModel):
-    """What the filter did; `n_rejected` counts cells."""
-
-    rule: Literal["none"]
-    n_cells: Count
-    n_rejected: Count
-
-
-class Verdict(WireModel):
-    """What the trusted evaluator said of the candidate."""
-
-    rule: Literal["none"]
-    accepted: bool
-
-
-class Release(WireModel):
-    """A published global adapter, chained to its predecessor.
-
-    `adapter` is the whole PEFT file (`adapter_model.safetensors`); `sent` holds only the factors
-    that agents send, and is what they fetch each round; `config` is `adapter_config.json`.
-    """
-
-    version: Literal[1] = 1
-    federation: Bytes16
-    number: Count
-    round: Count
-    previous: Digest | None
-    federation_digest: Digest
-    round_digest: Digest | None
-    adapter: BlobRef
-    sent: BlobRef
-    config: BlobRef
-    accepted: tuple[CellRef, ...]
-    rejected: tuple[CellRef, ...]
-    aggregation: Annotated[AggregationReport | NoisyAggregationReport, Field(discriminator="rule")]
-    filter: FilterReport
-    verdict: Verdict
-    rolled_back_to: Count | None = None
-    """Set when the operator published an older adapter again; its release number."""
-    created_at: UnixTime
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        first = self.number == 0
-        if (self.previous is None) != first:
-            msg = "exactly release 0 has no predecessor"
-            raise ValueError(msg)
-        if first and self.round_digest is not None:
-            msg = "release 0 comes from no round"
-            raise ValueError(msg)
-        return self
-
-    def digest(self) -> bytes:
-        """The hash that the next release names as its predecessor."""
-        return domain_hash("release", self.as_json())

@@ -26,11 +26,8 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from protocol import limits
-from protocol.manifest import (
-    FederationManifest,
-    Release,
-    RoundManifest,
-)
+from protocol.chain import Release, RoundManifest
+from protocol.manifest import FederationManifest
 from protocol.numbers import Count, RoundNumber, UnixSeconds, UnixTime
 from protocol.phases import RoundPhase
 from protocol.signing import InviteProof, Signed

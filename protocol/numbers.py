@@ -9,6 +9,7 @@ from protocol import limits
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Count = Annotated[int, Field(ge=0, le=limits.MAX_COUNT)]
 PositiveInt = Annotated[int, Field(ge=1, le=limits.MAX_COUNT)]
+Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
 RoundNumber = Annotated[int, Field(ge=1, le=2**31 - 1)]
 PositiveFloat = Annotated[float, Field(gt=0.0)]
 Text = Annotated[str, Field(max_length=limits.MAX_TEXT_CHARS)]

@@ -14,6 +14,7 @@ from typing import Annotated, Final, Literal
 
 from pydantic import Field
 
+from protocol.chain import Release
 from protocol.errors import ProtocolError
 from protocol.guarantee import describe_privacy
 from protocol.limits import MAX_JSON_BYTES
@@ -23,7 +24,6 @@ from protocol.manifest import (
     FederationManifest,
     LoraBlock,
     MaskingBlock,
-    Release,
     TrainingBlock,
 )
 from protocol.numbers import Count, PositiveInt, Text

@@ -2,6 +2,7 @@
 
 ```
 SimulationError
+├── AttackError        an attack that cannot be made with what its attackers have
 ├── AuditInputError    an audit that cannot be made of this
 ├── ClaimRefutedError  an audit that found more than what is claimed
 ├── OutputError        a place for results that cannot be used
@@ -13,6 +14,10 @@ SimulationError
 
 class SimulationError(Exception):
     """Root of everything that `simulations` raises."""
+
+
+class AttackError(SimulationError):
+    """An attack that cannot be made: of these numbers, these updates or these records."""
 
 
 class AuditInputError(SimulationError):

@@ -7,10 +7,10 @@ from urllib.parse import urlsplit
 
 from aggregator_server.addresses import is_loopback
 from aggregator_server.errors import ConfigError, HelperError
+from protocol.chain import BlobRef
 from protocol.errors import ProtocolError
 from protocol.helped import HelperAnswer, HelperRequest
 from protocol.limits import MAX_HELPER_REQUEST_BYTES
-from protocol.manifest import BlobRef
 from protocol.problems import ProblemDocument
 from protocol.signing import Signed
 from protocol.wire import parse, sha256

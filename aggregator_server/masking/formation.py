@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 from aggregator_server.store.rows import CellMemberRow, MaskedCellRow, ReadyRow, WaveRow
 from privacy.secagg import cells
-from protocol.manifest import CellMasking, RoundManifest
+from protocol.chain import RoundManifest
+from protocol.manifest import CellMasking
 from protocol.masked import Ready, ReadyList, Roster
 from protocol.phases import CellPhase
 from protocol.signing import Signed, Signer, sign

@@ -8,7 +8,7 @@ from aggregator_server.errors import StaleWriteError
 from aggregator_server.store import counters
 from aggregator_server.store.counters import Counter
 from aggregator_server.store.database import Database
-from aggregator_server.store.rows import BlobRow, ReleaseRow
+from aggregator_server.store.rows import BlobRole, BlobRow, ReleaseRow
 from aggregator_server.store.schema import release_blobs, releases
 
 
@@ -70,9 +70,25 @@ class ReleaseStore:
         with self._database.reading() as connection:
             return frozenset(connection.execute(select(release_blobs.c.sha256)).scalars())
 
+    def blob_of(self, number: int, role: BlobRole) -> BlobRow | None:
+        """The blob that a release has in a role; None if it has none."""
+        query = select(release_blobs).where(
+            release_blobs.c.release == number, release_blobs.c.role == role.value
+        )
+        with self._database.reading() as connection:
+            row = connection.execute(query).first()
+        return None if row is None else BlobRow(role=role, sha256=row.sha256, n_bytes=row.n_bytes)
+
     def blob_n_bytes(self, sha256: bytes) -> int | None:
-        """The size of a blob that a release names; None for any other."""
-        query = select(release_blobs.c.n_bytes).where(release_blobs.c.sha256 == sha256).limit(1)
+        """The size of a blob that a release shows; None for any other."""
+        query = (
+            select(release_blobs.c.n_bytes)
+            .where(
+                release_blobs.c.sha256 == sha256,
+                release_blobs.c.role != BlobRole.OPTIMIZER.value,
+            )
+            .limit(1)
+        )
         with self._database.reading() as connection:
             n_bytes = connection.execute(query).scalar_one_or_none()
             return None if n_bytes is None else int(n_bytes)

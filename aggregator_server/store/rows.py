@@ -25,6 +25,8 @@ class BlobRole(StrEnum):
     ADAPTER = "adapter"
     SENT = "sent"
     CONFIG = "config"
+    OPTIMIZER = "optimizer"
+    """The state of the server's optimiser; served to nobody."""
 
 
 @dataclass(frozen=True, kw_only=True)

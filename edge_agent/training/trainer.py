@@ -5,9 +5,10 @@ sampler, the clock and the owner's wishes all come in, an update comes out. The 
 the laboratory run this same code.
 
 One step: draw a logical batch, cut it into micro-batches of like length, add up their gradients
-in buffers of our own, transform the mean gradient (clip, …), step AdamW at the learning rate that
-the federation's schedule has at this point. Weights change only at the end of a step, so a pause, a
-stop or a crash anywhere in it loses at most that step's work and never changes the result.
+in buffers of our own, transform the mean gradient (clip, …), pull it back to the round's start
+(FedProx), step AdamW at the learning rate that the federation's schedule has at this point. Weights
+change only at the end of a step, so a pause, a stop or a crash anywhere in it loses at most that
+step's work and never changes the result.
 """
 
 import hashlib
@@ -207,6 +208,7 @@ class LocalTrainer:
         transforms = self._options.transforms
         self._transforms = default if transforms is None else transforms
         self._settings = self._options.settings
+        self._anchor: Gradients = {}
         fp16 = adapted.base.compute_dtype is torch.float16
         self._loss_scale = _FIRST_FP16_LOSS_SCALE if fp16 else 1.0
 
@@ -229,6 +231,9 @@ class LocalTrainer:
             local_steps=block.local_steps, local_epochs=block.local_epochs
         )
         self._adapted.load(start)
+        self._anchor = {
+            name: factor.detach().clone() for name, factor in self._adapted.trainable.items()
+        }
         optimizer = torch.optim.AdamW(
             list(self._adapted.trainable.values()),
             lr=block.learning_rate,
@@ -287,6 +292,7 @@ class LocalTrainer:
             raise TrainingError(msg)
         for transform in self._transforms:
             transform(gradients, step=step)
+        self._pull_back(gradients)
         learning_rate = self._recipe.learning_rate(step, n_steps)
         self._apply(optimizer, gradients, learning_rate)
         loss = loss_sum / len(batch) if batch else math.nan
@@ -300,6 +306,13 @@ class LocalTrainer:
             )
             self._options.on_progress(event)
         return loss
+
+    def _pull_back(self, gradients: Gradients) -> None:
+        """Add the gradient of μ/2 · ‖w − w₀‖², after clipping and noise: it tells nothing new."""
+        mu = self._recipe.training.proximal_mu
+        if mu > 0.0:
+            for name, factor in self._adapted.trainable.items():
+                gradients[name].add_(factor.detach() - self._anchor[name], alpha=mu)
 
     def _cut(self, batch: list[_Drawn]) -> list[list[_Drawn]]:
         micros = cut([drawn.n_tokens for drawn in batch], self._settings)

@@ -28,7 +28,7 @@ from requests.adapters import BaseAdapter
 from sqlalchemy import insert
 from urllib3 import HTTPResponse
 
-from aggregator_server import rounds as rounds_module
+from aggregator_server import merging as merging_module
 from aggregator_server.app import create_app
 from aggregator_server.blobs import FolderBlobs
 from aggregator_server.config import ServerConfig
@@ -817,13 +817,13 @@ def test_the_check_notices_a_double_count_under_masks(
     make_world: Callable[..., World], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A server that publishes a cell's sum twice is caught."""
-    real = rounds_module.load_sum
+    real = merging_module.load_sum
 
     def twice(*args: object) -> object:
         found = real(*args)
         return replace(found, weighted_sum=found.weighted_sum * 2)
 
-    monkeypatch.setattr(rounds_module, "load_sum", twice)
+    monkeypatch.setattr(merging_module, "load_sum", twice)
     world = make_world(1, masked=True, n_rounds=1)
     world.fault_chance = world.kill_chance = 0.0
     world.settle()

@@ -8,19 +8,14 @@ from typing import Any
 import pytest
 
 from protocol.base_description import BaseDescription
+from protocol.chain import AggregationReport, BlobRef, FilterReport, Release, RoundManifest, Verdict
 from protocol.manifest import (
-    AggregationReport,
     BaseBlock,
-    BlobRef,
     FederationManifest,
-    FilterReport,
     LoraBlock,
-    Release,
-    RoundManifest,
     RoundsBlock,
     Template,
     TrainingBlock,
-    Verdict,
 )
 from protocol.signing import Signer
 from protocol.wire import sha256

@@ -11,21 +11,17 @@ import json
 from pathlib import Path
 from typing import Any
 
-from protocol.layout import TensorSlot, VectorLayout
-from protocol.manifest import (
+from protocol.chain import (
     AggregationReport,
-    BaseBlock,
     BlobRef,
     CellRef,
-    FederationManifest,
     FilterReport,
-    LoraBlock,
     Release,
     RoundManifest,
-    RoundsBlock,
-    TrainingBlock,
     Verdict,
 )
+from protocol.layout import TensorSlot, VectorLayout
+from protocol.manifest import BaseBlock, FederationManifest, LoraBlock, RoundsBlock, TrainingBlock
 from protocol.messages import Credential, Enrolment, UploadHeader
 from protocol.signing import Invite, Signer, fingerprint, invite_id, prove_invite, sign
 from protocol.transport_signing import sign_request

@@ -18,14 +18,22 @@ from aggregator_server.config import (
 from aggregator_server.errors import ConfigError
 from aggregator_server.founding import build_manifest, check_recipe
 from aggregator_server.keys import Keys
+from aggregator_server.merging import optimizer_of
 from aggregator_server.private_recipes import PrivacyOptions, Profile
-from aggregator_server.recipes import Masking, RecipeOptions, make_config
+from aggregator_server.recipes import (
+    OPTIMIZERS,
+    Masking,
+    Optimizer,
+    RecipeOptions,
+    make_config,
+)
 from aggregator_server.template import _EXPLAINED, render
 from privacy.accounting import SampledGaussian, spent
 from privacy.errors import AccountingError, PrivacyError
 from protocol.manifest import (
     CellMasking,
     Factor,
+    FilterRule,
     HelperMasking,
     NoMasking,
     Weighting,
@@ -259,6 +267,33 @@ def test_a_recipe_with_noise_on_the_server(base, masking, adaptive):
     )
     assert 1.99 < spent([event], delta=1e-5).epsilon <= 2.0
     assert parse_text(render(config)) == config
+
+
+@pytest.mark.parametrize("kind", list(Optimizer))
+def test_a_recipe_with_an_optimiser_and_a_filter_is_written_and_read(base, kind):
+    options = dataclasses.replace(OPTIONS, optimizer=OPTIMIZERS[kind], filter=FilterRule.ROBUST)
+    config = make_config(options, base)
+    assert parse_text(render(config)) == config
+    check_manifest(config, base)
+    assert optimizer_of(config.aggregation.optimizer).rule == kind.value
+
+
+def test_the_usual_optimiser_is_no_part_of_what_is_signed(base):
+    """A key that came later is left out where it says nothing."""
+    told = make_config(OPTIONS, base)
+    assert "optimizer" not in told.aggregation.as_json()
+    assert "proximal_mu" not in told.training.as_json()
+    other = dataclasses.replace(OPTIONS, optimizer=OPTIMIZERS[Optimizer.FEDADAM])
+    assert make_config(other, base).aggregation.as_json()["optimizer"]["kind"] == "fedadam"
+
+
+def test_p3_allows_no_filter(base):
+    options = dataclasses.replace(
+        with_privacy(cohort_target=10, epsilon=2.0, profile=Profile.CENTRAL),
+        filter=FilterRule.ROBUST,
+    )
+    with pytest.raises(ConfigError, match=r'filter.rule must be "none"'):
+        check_manifest(make_config(options, base), base)
 
 
 def test_masks_stay_off_under_p3_unless_asked_for(base):

@@ -55,7 +55,11 @@ def test_init_keeps_everything_private(make_case):
 
 def test_init_refuses_a_module_that_the_base_lacks_and_writes_nothing(base, clock, tmp_path):
     options = RecipeOptions(name="Test", target_modules=("q_porj",), masking=Masking.OFF)
-    config = make_config(options, base)
+    with pytest.raises(ManifestError, match="q_porj"):
+        make_config(options, base)
+    config = make_config(RecipeOptions(name="Test", masking=Masking.OFF), base)
+    lora = config.lora.model_copy(update={"target_modules": ("q_porj",)})
+    config = config.model_copy(update={"lora": lora})
     with pytest.raises(ManifestError, match="q_porj"):
         found_federation(tmp_path / "new", config=config, base=base, clock=clock)
     assert not (tmp_path / "new").exists()

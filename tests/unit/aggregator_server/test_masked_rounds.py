@@ -29,8 +29,9 @@ from privacy.secagg import cells as draw
 from privacy.secagg.agent import SecAggAgent
 from privacy.secagg.checks import CellPolicy, check_roster
 from privacy.secagg.derive import public_key_of, survivors_hash
+from protocol.chain import RoundManifest
 from protocol.limits import MAX_READY_ATTEMPTS, MIN_CELL, PART_BYTES
-from protocol.manifest import RoundManifest
+from protocol.manifest import FilterRule
 from protocol.masked import (
     BundleNews,
     CellNews,
@@ -400,6 +401,36 @@ class TestOfWhichNobodyIsLost:
         assert first[0].told(EndedNews, AgentPhase.CONFIRMED).counted
         world.play(*STAGES, who=second)
         world.assert_published(world.members, n_cells=2)
+
+    def test_a_filter_that_sees_fewer_than_four_cells_averages_them(self, gather):
+        world = gather(12, cell_target=5, filter=FilterRule.ROBUST)
+        for cell in world.by_cell():
+            world.play(*STAGES, who=cell)
+        world.assert_published(world.members, n_cells=2)
+
+    def test_a_filter_works_on_the_means_of_masked_cells(self, gather):
+        """Four cells: their geometric median, and one that is all wrong moves it little."""
+        world = gather(20, cell_target=5, filter=FilterRule.ROBUST)
+        cells = world.by_cell()
+        assert [len(cell) for cell in cells] == [5] * 4
+        n_values = world.members[0].plan.layout.n_values
+        right = np.random.default_rng(1).uniform(-1, 1, n_values).astype(np.float32)
+        for number, cell in enumerate(cells):
+            for member in cell:
+                vector = (-3.0 if number == 0 else 1.0) * 0.3 * member.masking.max_change * right
+                member.payload = encode(
+                    vector, weight=member.weight, plan=member.plan, stream=SecureStream()
+                )
+            world.play(*STAGES, who=cell)
+        releases = world.case.federation.releases
+        before, after = (releases.get(number) for number in (0, 1))
+        assert (after.filter.rule, after.filter.n_cells) == (FilterRule.ROBUST, 4)
+        assert (after.filter.n_rejected, after.aggregation.n_agents) == (0, 20)
+        moved = np.float64(releases.vector(after)) - releases.vector(before)
+        wanted = 0.3 * world.members[0].masking.max_change * right
+        plain = wanted * (3 - 3.0) / 4  # of equal weights
+        error = np.linalg.norm(moved - wanted) / np.linalg.norm(wanted)
+        assert error < 0.5 * np.linalg.norm(plain - wanted) / np.linalg.norm(wanted)
 
     def test_the_next_round_begins_with_nothing_of_the_last_one(self, gather):
         world = gather(5, n_rounds=2)

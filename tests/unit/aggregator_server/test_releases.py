@@ -4,7 +4,7 @@ import pytest
 
 from aggregator_server.errors import ChainError
 from aggregator_server.releases import sign_release, verify_chain
-from protocol.manifest import CellRef, Release
+from protocol.chain import CellRef, Release
 from protocol.messages import ReleasePage, WaitReason
 from protocol.phases import RoundPhase
 from protocol.problems import ProblemType

@@ -24,8 +24,8 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 
 from aggregator_server.federation import open_federation
 from aggregator_server.lock import served_at
+from protocol.chain import Release
 from protocol.limits import NONCE_BYTES, PART_BYTES
-from protocol.manifest import Release
 from protocol.messages import (
     Discovery,
     Enrolment,

@@ -3,17 +3,24 @@
 import numpy as np
 import pytest
 
+from aggregator_server.aggregation import optimizers
 from aggregator_server.config import Retention
-from aggregator_server.errors import NoSpaceError, StoreBusyError
+from aggregator_server.errors import NoSpaceError, Refusal, StoreBusyError
+from aggregator_server.filtering import FilterDecision
+from aggregator_server.merging import optimizer_of
 from aggregator_server.private_recipes import PrivacyOptions, Profile
+from aggregator_server.recipes import OPTIMIZERS, Optimizer
+from aggregator_server.rounds import Gated
 from aggregator_server.selection import rank
+from aggregator_server.store.rows import BlobRole
 from aggregator_server.store.store import Store
-from protocol.manifest import Factor, RoundManifest
+from protocol.chain import RoundManifest
+from protocol.manifest import Factor, FilterRule
 from protocol.messages import TrainTask, WaitReason, WithdrawalReason
 from protocol.phases import RoundPhase
 from protocol.problems import ProblemType
 from protocol.signing import verify
-from protocol.wire import b64u_encode, domain_hash
+from protocol.wire import b64u_encode, domain_hash, parse
 from quant.adapter import factor_of
 
 
@@ -338,6 +345,82 @@ class TestAggregation:
                 case.federation.releases.roll_back(0)
                 case.advance()
         assert case.federation.releases.newest().aggregation.clip_norm == first.next_clip_norm
+
+    def test_the_robust_filter_removes_an_update_that_lies_apart(self, make_case, start_round):
+        case = make_case(cohort_target=12, filter=FilterRule.ROBUST)
+        agents, manifest = start_round(case, 12)
+        n_values = case.federation.charter.layout.n_values
+        rng = np.random.default_rng(1)
+        common = rng.standard_normal(n_values)
+        honest = [common + 0.5 * rng.standard_normal(n_values) for _ in agents[:-1]]
+        vectors = [v.astype(np.float32) for v in (*honest, -50.0 * common)]
+        for agent, vector in zip(agents, vectors, strict=True):
+            agent.upload(manifest, vector, weight=3)
+        case.advance()
+        releases = case.federation.releases
+        before, after = (releases.get(n) for n in (0, 1))
+        assert (after.filter.rule, after.filter.n_cells) == (FilterRule.ROBUST, 12)
+        assert after.filter.n_rejected == len(after.rejected) >= 1
+        assert after.aggregation.n_agents == len(after.accepted) == 12 - len(after.rejected)
+        moved = np.float64(releases.vector(after)) - releases.vector(before)
+        wanted = np.mean(honest, axis=0)
+        assert np.linalg.norm(moved - wanted) < 0.2 * np.linalg.norm(wanted)
+        plain = np.mean([*honest, -50.0 * common], axis=0)
+        assert np.linalg.norm(plain - wanted) > 3 * np.linalg.norm(wanted)
+
+    def test_a_killed_server_averages_what_its_filter_decided(
+        self, make_case, start_round, monkeypatch
+    ):
+        """Another seed would judge anew; the decision is in the journal before the round moves."""
+        case = make_case(cohort_target=9, filter=FilterRule.ROBUST)
+        agents, manifest = start_round(case, 9)
+        rng = np.random.default_rng(2)
+        n_values = case.federation.charter.layout.n_values
+        for agent in agents:
+            agent.upload(manifest, rng.standard_normal(n_values).astype(np.float32), weight=1)
+        seeds = []
+        monkeypatch.setattr(
+            "aggregator_server.filtering.os.urandom", lambda n: seeds.append(n) or bytes(n)
+        )
+        kill = pytest.MonkeyPatch()
+        kill.setattr(Gated, "work", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            case.advance()
+        kill.undo()
+        row = case.federation._store.rounds.get(manifest.round)
+        assert row.phase is RoundPhase.GATED
+        decision = parse(FilterDecision, row.filter_report)
+        case.advance()
+        release = case.federation.releases.newest()
+        assert len(seeds) == 1
+        assert release.filter == decision.report
+        assert len(release.rejected) == decision.report.n_rejected
+
+    @pytest.mark.parametrize("kind", [kind for kind in Optimizer if kind is not Optimizer.FEDAVG])
+    def test_a_server_optimiser_goes_on_from_release_to_release(self, make_case, start_round, kind):
+        case = make_case(cohort_target=2, optimizer=OPTIMIZERS[kind])
+        agents, _ = start_round(case, 2)
+        optimizer = optimizer_of(OPTIMIZERS[kind])
+        n_values = case.federation.charter.layout.n_values
+        state = optimizers.initial_state(optimizer, n_values=n_values)
+        releases = case.federation.releases
+        for number in (1, 2, 3):
+            manifest = agents[0].round()
+            mean = np.full(n_values, 0.01 * number)
+            for agent in agents:
+                agent.upload(manifest, mean.astype(np.float32), weight=1)
+            before = np.float64(releases.vector(releases.newest()))
+            case.advance()
+            step, state = optimizers.apply(optimizer, state, np.float64(mean.astype(np.float32)))
+            moved = releases.vector(releases.newest()) - before
+            np.testing.assert_allclose(moved, step, rtol=1e-3, atol=1e-6)
+            kept = optimizers.OptimizerState.from_bytes(releases.optimizer_state(number))
+            assert kept.n_steps == number
+        row = case.federation._store.releases.blob_of(3, BlobRole.OPTIMIZER)
+        with pytest.raises(Refusal):
+            releases.blob_n_bytes(row.sha256)
+        releases.roll_back(1)
+        assert releases.optimizer_state(4) == releases.optimizer_state(1)
 
     def test_with_b_only_the_frozen_a_completes_the_adapter(self, make_case, start_round):
         case = make_case(cohort_target=2, sent=(Factor.B,))

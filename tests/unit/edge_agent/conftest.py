@@ -21,21 +21,16 @@ from privacy.secagg.agent import SecAggAgent
 from privacy.secagg.checks import CellPolicy
 from privacy.secagg.server import CellServer
 from protocol.base_description import BaseDescription, LinearModule
+from protocol.chain import AggregationReport, BlobRef, FilterReport, Release, RoundManifest, Verdict
 from protocol.layout import VectorLayout
 from protocol.manifest import (
     AggregationBlock,
-    AggregationReport,
     BaseBlock,
-    BlobRef,
     CellMasking,
     FederationManifest,
-    FilterReport,
     LoraBlock,
-    Release,
-    RoundManifest,
     RoundsBlock,
     TrainingBlock,
-    Verdict,
 )
 from protocol.masked import (
     BundleNews,

@@ -29,16 +29,13 @@ from edge_agent.member import Member
 from edge_agent.politeness import OwnersWishes
 from edge_agent.training.trainer import LocalTrainer, TrainingProgress
 from edge_agent.transport import Upload as SentUpload
+from protocol.chain import AggregationReport, BlobRef, Release, RoundManifest
 from protocol.manifest import (
     AggregationBlock,
-    AggregationReport,
-    BlobRef,
     ChangeLimitsBlock,
     Factor,
     FederationManifest,
     LoraBlock,
-    Release,
-    RoundManifest,
     RoundsBlock,
     TrainingBlock,
     Weighting,

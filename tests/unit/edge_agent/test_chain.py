@@ -15,8 +15,8 @@ from edge_agent.chain import (
     check_round,
 )
 from edge_agent.errors import TrustError
+from protocol.chain import BlobRef
 from protocol.layout import VectorLayout
-from protocol.manifest import BlobRef
 from protocol.messages import Credential, Discovery
 from protocol.signing import Invite, Signed, Signer, fingerprint, sign
 

@@ -300,7 +300,7 @@ def test_without_the_server_the_last_release_that_was_seen_is_used_and_it_is_sai
     assert type_in("export", tmp_path / "a").code == 0
     journal = Journal(joined.journal_path)
     page = json.loads(server.script[0](type("Seen", (), {"path": ""})).body)
-    from protocol.manifest import Release
+    from protocol.chain import Release
     from protocol.signing import Signed
     from protocol.wire import parse
 

@@ -11,8 +11,8 @@ import requests
 
 from edge_agent.errors import RefusedError, TransportError, UnreachableError
 from edge_agent.transport import Outgoing, Transport, Upload, check_url
+from protocol.chain import BlobRef
 from protocol.limits import MAX_JSON_BYTES
-from protocol.manifest import BlobRef
 from protocol.messages import (
     Acknowledged,
     Revocation,

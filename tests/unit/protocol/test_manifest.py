@@ -7,13 +7,10 @@ from collections.abc import Callable
 import pytest
 from pydantic import BaseModel
 
+from protocol.chain import Release, RoundManifest
 from protocol.errors import ManifestError
 from protocol.guarantee import describe_privacy, privacy_json
-from protocol.manifest import (
-    FederationManifest,
-    Release,
-    RoundManifest,
-)
+from protocol.manifest import FederationManifest
 from protocol.privacy import ExamplePrivacy
 from protocol.signing import Signer
 from protocol.wire import b64u_encode, domain_hash, parse

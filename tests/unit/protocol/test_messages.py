@@ -5,9 +5,9 @@ from collections.abc import Callable
 
 import pytest
 
+from protocol.chain import RoundManifest
 from protocol.errors import ManifestError
 from protocol.limits import MAX_PARTS, MAX_UPDATE_BYTES, PART_BYTES
-from protocol.manifest import RoundManifest
 from protocol.messages import (
     TaskReply,
     TrainTask,

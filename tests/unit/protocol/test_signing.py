@@ -5,9 +5,10 @@ from typing import Any
 
 import pytest
 
+from protocol.chain import RoundManifest
 from protocol.errors import InviteError, SignatureError
 from protocol.limits import INVITE_CODE_BYTES
-from protocol.manifest import FederationManifest, RoundManifest
+from protocol.manifest import FederationManifest
 from protocol.signing import (
     Invite,
     InviteProof,

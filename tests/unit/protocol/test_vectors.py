@@ -25,9 +25,10 @@ from http_message_signatures import (
 )
 from http_message_signatures.digests import ContentDigest
 
+from protocol.chain import Release, RoundManifest
 from protocol.errors import EncodingError, InviteError, ProtocolError, SignatureError
 from protocol.layout import VectorLayout
-from protocol.manifest import FederationManifest, Release, RoundManifest
+from protocol.manifest import FederationManifest
 from protocol.messages import Credential, Enrolment, UploadHeader
 from protocol.signing import Invite, Signed, Signer, fingerprint, verify, verify_bytes
 from protocol.signing import verify_invite as check_invite

@@ -7,7 +7,8 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
-from protocol.manifest import AggregationReport, BaseBlock, BlobRef, TrainingBlock
+from protocol.chain import AggregationReport, BlobRef
+from protocol.manifest import BaseBlock, TrainingBlock
 from quant.adapter import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME
 from quant.errors import AdapterError
 from quant.model_card import (

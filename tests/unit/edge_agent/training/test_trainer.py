@@ -110,6 +110,44 @@ class KillError(Exception):
     """Stands for kill -9: whatever was not saved is lost."""
 
 
+def test_fedprox_adds_the_distance_from_the_rounds_start_to_the_gradient(
+    random_base: LoadedBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """μ(w − w₀): nothing in the first step, and what the first step moved in the second."""
+    bench = Bench(random_base)
+    seen: list[dict[str, torch.Tensor]] = []
+    weights: list[dict[str, torch.Tensor]] = []
+    real = LocalTrainer._apply
+
+    def look(trainer, optimizer, gradients, learning_rate) -> None:
+        seen.append({name: tensor.clone() for name, tensor in gradients.items()})
+        weights.append({name: f.detach().clone() for name, f in bench.adapted.trainable.items()})
+        real(trainer, optimizer, gradients, learning_rate)
+
+    monkeypatch.setattr(LocalTrainer, "_apply", look)
+    for mu in (0.0, 3.0):
+        bench.update(block=make_block(local_steps=2, proximal_mu=mu))
+    (plain_1, plain_2, pulled_1, pulled_2), start = seen, bench.start
+    for name, gradient in plain_1.items():
+        assert torch.equal(gradient, pulled_1[name])
+        moved = weights[3][name] - torch.from_numpy(start[name])
+        torch.testing.assert_close(
+            pulled_2[name], plain_2[name] + 3.0 * moved, rtol=1e-4, atol=1e-7
+        )
+    assert any(
+        float(weights[3][name].sub(torch.from_numpy(start[name])).norm()) for name in plain_1
+    )
+
+
+def test_fedprox_keeps_agents_nearer_to_the_rounds_start(random_base: LoadedBase) -> None:
+    bench = Bench(random_base)
+    norms = [
+        float(np.linalg.norm(bench.update(block=make_block(local_steps=30, proximal_mu=mu))))
+        for mu in (0.0, 10.0)
+    ]
+    assert norms[1] < 0.7 * norms[0]
+
+
 def test_guarantee_1_a_killed_run_that_starts_again_equals_an_uninterrupted_one(
     random_base: LoadedBase, tmp_path: Path
 ) -> None:

@@ -1,0 +1,147 @@
+"""The filter of a round: its units as they are stored, and what was decided of each.
+
+The decision is made once, journalled before the round moves on, and read again by whoever averages:
+a server that is killed in between does not draw another seed.
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Annotated, Final
+
+import numpy as np
+from pydantic import Field
+
+from aggregator_server.aggregation.robust.outcome import FilterOutcome
+from aggregator_server.aggregation.robust.pipeline import Mode, run_pipeline
+from aggregator_server.aggregation.robust.units import BoolArray, Float64Array, Int64Array
+from aggregator_server.errors import AggregationError
+from aggregator_server.store.rows import CellRow
+from privacy.updates import CellSum, Float32Array
+from protocol.chain import FilterReport
+from protocol.layout import VectorLayout
+from protocol.manifest import FilterRule
+from protocol.wire import Digest, WireModel
+
+_SEED_BYTES: Final = 32
+
+
+class StoredUnits:
+    """The accepted cells of a round, read from where they are stored.
+
+    Guarantees:
+        1. At most one of them is in memory at a time, and of `rows` no more than is asked for.
+
+    Args:
+        cells: In the order that the round fixes; at least one.
+        load: Reads the sum of one.
+        n_values: Length of every sum.
+    """
+
+    def __init__(
+        self, cells: Sequence[CellRow], load: Callable[[CellRow], CellSum], *, n_values: int
+    ) -> None:
+        """Nothing is read yet."""
+        self._cells = cells
+        self._load = load
+        self._n_values = n_values
+
+    @property
+    def n_values(self) -> int:
+        """Length of every update."""
+        return self._n_values
+
+    @property
+    def weights(self) -> Int64Array:
+        """Sum of the FedAvg weights of each unit's members, [n] int64."""
+        return np.array([cell.weight_sum for cell in self._cells], np.int64)
+
+    @property
+    def n_members(self) -> Int64Array:
+        """Number of agents in each unit, [n] int64."""
+        return np.array([cell.n_members for cell in self._cells], np.int64)
+
+    def load(self, index: int) -> Float32Array:
+        """The mean update of one unit, [n_values] float32.
+
+        Raises:
+            AggregationError: It is of another length.
+        """
+        found = self._load(self._cells[index])
+        if found.weighted_sum.shape != (self._n_values,):
+            msg = f"a cell of {found.weighted_sum.shape} values; expected ({self._n_values},)"
+            raise AggregationError(msg)
+        return found.weighted_sum / np.float32(found.weight_sum)
+
+    def rows(self, start: int, stop: int) -> Float32Array:
+        """Values `start` to `stop` of all units' means, [n, stop - start] float32."""
+        return np.stack([self.load(index)[start:stop] for index in range(len(self._cells))])
+
+
+class FilteredCell(WireModel):
+    """What was decided of one cell."""
+
+    transcript: Digest
+    factor: Annotated[float, Field(ge=0.0)]
+    """What its mean is scaled by."""
+    removed: Annotated[str, Field(max_length=500)] | None
+    """Why it does not count; None: it does."""
+
+
+class FilterDecision(WireModel):
+    """What was decided of all cells of a round, in their order."""
+
+    report: FilterReport
+    cells: tuple[FilteredCell, ...]
+
+    @property
+    def kept(self) -> BoolArray:
+        """[n] bool."""
+        return np.array([cell.removed is None for cell in self.cells], np.bool_)
+
+    @property
+    def factors(self) -> Float64Array:
+        """[n] float64."""
+        return np.array([cell.factor for cell in self.cells], np.float64)
+
+
+def decide(
+    cells: Sequence[CellRow],
+    units: StoredUnits,
+    *,
+    rule: FilterRule,
+    mode: Mode,
+    layout: VectorLayout,
+) -> FilterDecision:
+    """Judge the cells of a round, once its uploads are closed.
+
+    Args:
+        cells: In the order that the round fixes.
+        units: The same.
+        rule: The manifest's.
+        mode: Whether a cell is one agent.
+        layout: Of what agents send.
+
+    Raises:
+        AggregationError: None of them can be used.
+    """
+    if rule is FilterRule.NONE:
+        report = FilterReport(rule=rule, n_cells=len(cells), n_rejected=0)
+        kept = tuple(
+            FilteredCell(transcript=cell.transcript, factor=1.0, removed=None) for cell in cells
+        )
+        return FilterDecision(report=report, cells=kept)
+    # Drawn now, when nobody can fit an update to the projection any more.
+    found: FilterOutcome = run_pipeline(
+        units, mode=mode, layout=layout, seed=os.urandom(_SEED_BYTES)
+    ).outcome
+    return FilterDecision(
+        report=FilterReport(rule=rule, n_cells=len(cells), n_rejected=found.n_removed),
+        cells=tuple(
+            FilteredCell(
+                transcript=cell.transcript,
+                factor=float(found.factors[index]),
+                removed=None if found.kept[index] else found.reasons[index][:500],
+            )
+            for index, cell in enumerate(cells)
+        ),
+    )
