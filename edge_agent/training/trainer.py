@@ -231,9 +231,10 @@ class LocalTrainer:
             local_steps=block.local_steps, local_epochs=block.local_epochs
         )
         self._adapted.load(start)
-        self._anchor = {
-            name: factor.detach().clone() for name, factor in self._adapted.trainable.items()
-        }
+        if block.proximal_mu > 0.0:
+            self._anchor = {
+                name: factor.detach().clone() for name, factor in self._adapted.trainable.items()
+            }
         optimizer = torch.optim.AdamW(
             list(self._adapted.trainable.values()),
             lr=block.learning_rate,
@@ -309,10 +310,9 @@ class LocalTrainer:
 
     def _pull_back(self, gradients: Gradients) -> None:
         """Add the gradient of μ/2 · ‖w − w₀‖², after clipping and noise: it tells nothing new."""
-        mu = self._recipe.training.proximal_mu
-        if mu > 0.0:
-            for name, factor in self._adapted.trainable.items():
-                gradients[name].add_(factor.detach() - self._anchor[name], alpha=mu)
+        mu, trainable = self._recipe.training.proximal_mu, self._adapted.trainable
+        for name, anchor in self._anchor.items():
+            gradients[name].add_(trainable[name].detach() - anchor, alpha=mu)
 
     def _cut(self, batch: list[_Drawn]) -> list[list[_Drawn]]:
         micros = cut([drawn.n_tokens for drawn in batch], self._settings)

@@ -90,7 +90,31 @@ def one_run_bound(
         raise AuditError(f"n_guesses is {n_guesses}; {n_canaries} canaries allow 1..{n_canaries}")
     n_out = n_guesses // 2
     n_right = _sure_hits(values, coins, n_guesses - n_out) + _sure_hits(-values, ~coins, n_out)
-    bounds = [
+    return audit_of_counts(
+        n_canaries=n_canaries,
+        n_guesses=n_guesses,
+        n_right=n_right,
+        delta=delta,
+        confidence=confidence,
+    )
+
+
+def audit_of_counts(
+    *, n_canaries: int, n_guesses: int, n_right: int, delta: float, confidence: float
+) -> Audit:
+    """The audit that counts of guesses come to: of one run, or of several that share no record.
+
+    Args:
+        n_canaries: All whose coins were tossed.
+        n_guesses: Of them, guessed.
+        n_right: Of those, right.
+        delta: δ of the claim.
+        confidence: Of the bound, such as 0.999.
+
+    Raises:
+        AuditError: Counts that contradict each other, or a level outside its range.
+    """
+    bound, largest = (
         one_run_epsilon(
             n_canaries=n_canaries,
             n_guesses=n_guesses,
@@ -99,10 +123,10 @@ def one_run_bound(
             confidence=confidence,
         )
         for right in (n_right, n_guesses)
-    ]
+    )
     return Audit(
-        epsilon_lower_bound=bounds[0],
-        largest_bound=bounds[1],
+        epsilon_lower_bound=bound,
+        largest_bound=largest,
         n_canaries=n_canaries,
         n_guesses=n_guesses,
         n_right=n_right,

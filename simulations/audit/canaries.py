@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from edge_agent.data.tokens import Example
 from privacy.auditing.membership import auc, loss_ratio_scores
-from privacy.auditing.one_run import Audit, one_run_bound, one_run_epsilon
+from privacy.auditing.one_run import Audit, audit_of_counts, one_run_bound
 from privacy.auditing.probes import cosine_scores
 from simulations.audit.recipe import AuditRecipe, Claim
 from simulations.audit.records import as_examples, canary_records, ordinary_records
@@ -252,26 +252,10 @@ def pooled(audits: tuple[Audit, ...]) -> Audit:
     Args:
         audits: At least one; all of one δ and confidence.
     """
-    n_canaries = sum(audit.n_canaries for audit in audits)
-    n_guesses = sum(audit.n_guesses for audit in audits)
-    n_right = sum(audit.n_right for audit in audits)
-    delta, confidence = audits[0].delta, audits[0].confidence
-    bound, largest = (
-        one_run_epsilon(
-            n_canaries=n_canaries,
-            n_guesses=n_guesses,
-            n_right=right,
-            delta=delta,
-            confidence=confidence,
-        )
-        for right in (n_right, n_guesses)
-    )
-    return Audit(
-        epsilon_lower_bound=bound,
-        largest_bound=largest,
-        n_canaries=n_canaries,
-        n_guesses=n_guesses,
-        n_right=n_right,
-        delta=delta,
-        confidence=confidence,
+    return audit_of_counts(
+        n_canaries=sum(audit.n_canaries for audit in audits),
+        n_guesses=sum(audit.n_guesses for audit in audits),
+        n_right=sum(audit.n_right for audit in audits),
+        delta=audits[0].delta,
+        confidence=audits[0].confidence,
     )
