@@ -2,10 +2,9 @@
 
 import asyncio
 import re
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
-from itertools import chain
 from typing import Annotated, Final
 
 import structlog
@@ -14,7 +13,7 @@ from fastapi import APIRouter, FastAPI, Path, Query, Request, Response
 from fastapi.responses import StreamingResponse
 
 from aggregator_server import metrics as metrics_module
-from aggregator_server.errors import Refusal, ServerError
+from aggregator_server.errors import ServerError
 from aggregator_server.federation import Federation
 from aggregator_server.metrics import Metrics
 from aggregator_server.web.admission import (
@@ -40,8 +39,10 @@ from aggregator_server.web.edge import (
     reply,
     verify_transport,
 )
+from aggregator_server.web.evaluations import evaluation_router
+from aggregator_server.web.files import parse_name, send_file
 from aggregator_server.web.openapi import body_of, install_openapi, reply_of
-from aggregator_server.web.ranges import parse_range
+from protocol.chain import BlobRef
 from protocol.limits import LONG_POLL_S, PART_BYTES
 from protocol.messages import (
     Acknowledged,
@@ -58,7 +59,6 @@ from protocol.messages import (
     WaitReason,
     Withdrawal,
 )
-from protocol.problems import ProblemType
 from protocol.signing import Signed
 from protocol.version import PROTOCOL_VERSION
 
@@ -99,6 +99,7 @@ def create_app(federation: Federation) -> FastAPI:
     app.include_router(_release_router())
     app.include_router(_upload_router())
     app.include_router(cell_router())
+    app.include_router(evaluation_router())
     install_openapi(app)
     return app
 
@@ -232,7 +233,10 @@ def _release_router() -> APIRouter:
     @router.get("/blobs/{name}", response_class=StreamingResponse)
     def blob(request: Request, service: Here, name: str) -> Response:
         """A file that a release names, by its SHA-256 in hexadecimal; one range is honoured."""
-        return _send_blob(service, request, name)
+        sha = parse_name(name)
+        releases = service.releases
+        ref = BlobRef(sha256=sha, n_bytes=releases.blob_n_bytes(sha))
+        return send_file(service, request, ref, releases.blob_chunks)
 
     return router
 
@@ -292,43 +296,3 @@ def _upload_router() -> APIRouter:
 def _is_news(answer: TaskReply) -> bool:
     task = answer.task
     return isinstance(task, TrainTask) or task.reason is WaitReason.FINISHED
-
-
-def _send_blob(service: Federation, request: Request, name: str) -> Response:
-    if not _BLOB_NAME.fullmatch(name):
-        raise Refusal(ProblemType.NOT_FOUND, "a blob is named by 64 hexadecimal digits")
-    sha = bytes.fromhex(name)
-    n_bytes = service.releases.blob_n_bytes(sha)
-    etag = f'"{name}"'
-    headers = {
-        "ETag": etag,
-        "Cache-Control": "public, max-age=31536000, immutable",
-        "Accept-Ranges": "bytes",
-    }
-    if request.headers.get("if-none-match") == etag:
-        return Response(status_code=304, headers=headers)
-    # Another If-Range names another file: then the whole of this one is the answer.
-    wanted = request.headers.get("range") if request.headers.get("if-range", etag) == etag else None
-    part = parse_range(wanted, n_bytes=n_bytes)
-    start, stop = (0, n_bytes) if part is None else (part.start, part.stop)
-    headers["Content-Length"] = str(stop - start)
-    if part is not None:
-        headers["Content-Range"] = part.content_range
-    chunks = iter(service.releases.blob_chunks(sha, start, stop))
-    first = next(chunks, b"")  # a file that cannot be read is a problem document, not half a reply
-    return StreamingResponse(
-        _counted(service, chain((first,), chunks)),
-        status_code=200 if part is None else 206,
-        media_type="application/octet-stream",
-        headers=headers,
-    )
-
-
-def _counted(service: Federation, chunks: Iterator[bytes]) -> Iterator[bytes]:
-    n_bytes = 0
-    try:
-        for chunk in chunks:
-            n_bytes += len(chunk)
-            yield chunk
-    finally:
-        service.membership.served(n_bytes)

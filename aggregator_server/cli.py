@@ -1,22 +1,30 @@
 """`sheepfold-server`: the operator's commands."""
 
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from aggregator_server import cli_helper
-from aggregator_server.cli_shared import JsonPath, answer, sentences, write_json
+from aggregator_server import cli_agents, cli_helper, cli_releases
+from aggregator_server.cli_shared import (
+    Directory,
+    JsonPath,
+    answer,
+    opened,
+    sentences,
+    write_json,
+)
 from aggregator_server.private_recipes import Profile
 from aggregator_server.recipes import Masking, Optimizer
 from protocol.guarantee import describe_privacy
 from protocol.manifest import (
     CellMasking,
+    EvaluatorGate,
     Factor,
     FilterRule,
+    GateBlock,
     HelperMasking,
     MaskingBlock,
     Schedule,
@@ -24,7 +32,6 @@ from protocol.manifest import (
 )
 
 if TYPE_CHECKING:
-    from aggregator_server.federation import Federation
     from aggregator_server.lock import ServeLock
     from aggregator_server.web.serving import Listening
 
@@ -41,19 +48,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-releases_app = typer.Typer(
-    help="The published adapters: list, show, roll back, export.", no_args_is_help=True
-)
-app.add_typer(releases_app, name="releases")
-agents_app = typer.Typer(
-    help="The members: list them, end a membership.",
-    no_args_is_help=True,
-)
-app.add_typer(agents_app, name="agents")
+app.add_typer(cli_releases.app, name="releases")
+app.add_typer(cli_agents.app, name="agents")
 app.add_typer(cli_helper.app, name="helper")
-
-Directory = Annotated[Path, typer.Argument(metavar="DIR", help="The federation's folder.")]
-Number = Annotated[int, typer.Argument(metavar="N", min=0, help="The release's number.")]
 
 
 def main() -> None:
@@ -137,6 +134,12 @@ def init(  # noqa: PLR0917 - one parameter for each option
             help="robust: cut updates, or means of cells, to the median norm, and remove outliers.",
         ),
     ] = FilterRule.NONE,
+    evaluator: Annotated[
+        str | None,
+        typer.Option(
+            help="Identity of the agent that must let a release pass (`sheepfold-agent identity`)."
+        ),
+    ] = None,
     optimizer: Annotated[
         Optimizer, typer.Option(help="What becomes of the mean update, at its usual settings.")
     ] = Optimizer.FEDAVG,
@@ -193,6 +196,7 @@ def init(  # noqa: PLR0917 - one parameter for each option
     from aggregator_server.recipes import OPTIMIZERS, RecipeOptions, make_config
     from protocol.clock import SystemClock
     from protocol.signing import format_fingerprint
+    from protocol.wire import b64u_decode
 
     if base is not None and embedded:
         message = "give --base or --embedded, not both"
@@ -229,6 +233,7 @@ def init(  # noqa: PLR0917 - one parameter for each option
                 adaptive_clip=adaptive_clip,
             ),
             filter=filtering,
+            evaluator=None if evaluator is None else b64u_decode(evaluator, n_bytes=32),
             optimizer=OPTIMIZERS[optimizer],
             template=template,
             max_length=max_length,
@@ -334,7 +339,7 @@ def invite(
     from aggregator_server.addresses import join_address
     from aggregator_server.lock import served_at
 
-    with _opened(directory) as federation:
+    with opened(directory) as federation:
         address = join_address(federation.config.server, running=served_at(directory))
         made = federation.membership.invite(n_uses=uses).format()
     command = f"sheepfold-agent join {address.url or 'URL'} --data FILE --invite {made}"
@@ -354,9 +359,10 @@ def status(directory: Directory, json_path: JsonPath = None) -> None:
     Example:
     sheepfold-server status fed --json -
     """
-    with _opened(directory) as federation:
+    with opened(directory) as federation:
         now = federation.status()
         manifest = federation.charter.manifest
+        n_incidents = len(federation.incidents())
     last = now.round
     lines = [
         f"{now.name}: {now.n_releases_of_rounds} of {now.n_rounds} rounds done"
@@ -368,6 +374,7 @@ def status(directory: Directory, json_path: JsonPath = None) -> None:
             f"privacy: {describe_privacy(manifest.privacy, n_rounds=manifest.rounds.n_rounds)}; "
             f"{_masking_line(manifest.masking)}"
         ),
+        f"filter: {manifest.filter.rule.value}; gate: {_gate_line(manifest.gate)}",
     ]
     if last is not None:
         lines.append(
@@ -375,132 +382,23 @@ def status(directory: Directory, json_path: JsonPath = None) -> None:
             + (f", {last.n_cells_failed} of {last.n_cells} cells failed" if last.n_cells else "")
             + (f", {last.failure}" if last.failure else "")
         )
-    answer(json_path, "\n".join(lines), now.as_json())
+    if n_incidents:
+        lines.append(f"incidents: {n_incidents}; see `sheepfold-server incidents {directory}`")
+    answer(json_path, "\n".join(lines), {**now.as_json(), "n_incidents": n_incidents})
 
 
-@agents_app.command("list")
-def list_agents(directory: Directory, json_path: JsonPath = None) -> None:
-    """List all members, past ones too.
-
-    Example:
-    sheepfold-server agents list fed
-    """
-    from aggregator_server.listing import as_json, table
-
-    with _opened(directory) as federation:
-        members = federation.membership.members()
-    answer(json_path, table(members), as_json(members))
-
-
-# One identity in 64 begins with a dash, which is no option then.
-@agents_app.command("revoke", context_settings={"ignore_unknown_options": True})
-def revoke_agent(
-    directory: Directory,
-    identity: Annotated[
-        str, typer.Argument(metavar="IDENTITY", help="From the list; its beginning will do.")
-    ],
-    json_path: JsonPath = None,
-) -> None:
-    """End a membership at once; its place in an open round goes to another.
-
-    The agent comes back only by an invite made after this. What it sent before stays in the round
-    and in the releases: see `releases rollback`.
+@app.command()
+def incidents(directory: Directory, json_path: JsonPath = None) -> None:
+    """List what the operator should know of: rounds that the evaluator stopped, and the like.
 
     Example:
-    sheepfold-server agents revoke fed k3Jx9Qb
+    sheepfold-server incidents fed
     """
-    from protocol.wire import b64u_encode
+    from aggregator_server.listing import incidents_as_json, incidents_table
 
-    with _opened(directory) as federation:
-        agent = b64u_encode(federation.membership.expel(identity))
-    answer(json_path, f"{agent} is no member any more.", {"agent": agent})
-
-
-@releases_app.command("list")
-def list_releases(directory: Directory, json_path: JsonPath = None) -> None:
-    """List all releases, and check the whole chain.
-
-    Example:
-    sheepfold-server releases list fed
-    """
-    with _opened(directory) as federation:
-        federation.releases.verify()
-        releases = [signed.body for signed in federation.releases.all()]
-    lines = ["release  round  agents  update norm  note"]
-    for release in releases:
-        back = release.rolled_back_to
-        note = "" if back is None else f"rolled back to {back}"
-        report = release.aggregation
-        lines.append(
-            f"{release.number:7d}  {release.round:5d}  {report.n_agents:6d}  "
-            f"{report.update_norm:11.4g}  {note}"
-        )
-    answer(json_path, "\n".join(lines), [release.as_json() for release in releases])
-
-
-@releases_app.command("show")
-def show_release(directory: Directory, number: Number, json_path: JsonPath = None) -> None:
-    """Show one release: what it was made of, and the digests of its files.
-
-    Example:
-    sheepfold-server releases show fed 3
-    """
-    import json
-
-    with _opened(directory) as federation:
-        release = federation.releases.get(number)
-    shown = {**release.as_json(), "digest": release.digest().hex()}
-    answer(json_path, json.dumps(shown, indent=2), shown)
-
-
-@releases_app.command("rollback")
-def roll_back(directory: Directory, number: Number, json_path: JsonPath = None) -> None:
-    """Publish an older adapter again, as a new release; a round under way fails.
-
-    Example:
-    sheepfold-server releases rollback fed 3
-    """
-    with _opened(directory) as federation:
-        release = federation.releases.roll_back(number)
-    answer(
-        json_path,
-        f"Release {release.number} holds the adapter of release {number} again.",
-        release.as_json(),
-    )
-
-
-@releases_app.command("export")
-def export(
-    directory: Directory,
-    number: Number,
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where to write it.")],
-    json_path: JsonPath = None,
-) -> None:
-    """Write a release as a folder that stock PEFT loads.
-
-    Example:
-    sheepfold-server releases export fed 20 my-adapter
-    """
-    with _opened(directory) as federation:
-        release = federation.releases.export(number, folder)
-    answer(
-        json_path,
-        f"Wrote release {number} to {folder}; load it with "
-        f'PeftModel.from_pretrained(base, "{folder}").',
-        {"folder": str(folder), "release": release.as_json()},
-    )
-
-
-@contextmanager
-def _opened(directory: Path) -> Iterator["Federation"]:
-    from aggregator_server.federation import open_federation
-
-    with sentences():
-        federation = open_federation(directory)
-        try:
-            yield federation
-        finally:
-            federation.close()
+    with opened(directory) as federation:
+        found = federation.incidents()
+    answer(json_path, incidents_table(found), incidents_as_json(found))
 
 
 def _embedded_base() -> Path:
@@ -518,6 +416,14 @@ def _masking_line(masking: MaskingBlock) -> str:
         by = " by a helper" if isinstance(masking, HelperMasking) else ""
         return f"masked{by} in cells of {masking.min_cell} to {masking.max_cell}"
     return "masking off"
+
+
+def _gate_line(gate: GateBlock) -> str:
+    if not isinstance(gate, EvaluatorGate):
+        return "none"
+    from protocol.signing import format_fingerprint
+
+    return f"evaluator {format_fingerprint(gate.evaluator)}"
 
 
 def _factors(text: str) -> tuple[Factor, ...]:

@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -13,10 +13,15 @@ from privacy.errors import PrivacyError
 from protocol.errors import ProtocolError
 from quant.errors import QuantError
 
+if TYPE_CHECKING:
+    from aggregator_server.federation import Federation
+
 JsonPath = Annotated[
     Path | None,
     typer.Option("--json", metavar="PATH", help="Write the answer as JSON; '-' is the terminal."),
 ]
+
+Directory = Annotated[Path, typer.Argument(metavar="DIR", help="The federation's folder.")]
 
 
 @contextmanager
@@ -30,6 +35,19 @@ def sentences() -> Iterator[None]:
     except Exception as error:
         typer.echo(f"sheepfold-server: {type(error).__name__}: {error} (unexpected)", err=True)
         raise typer.Exit(1) from error
+
+
+@contextmanager
+def opened(directory: Path) -> Iterator["Federation"]:
+    """A federation, for as long as the context is open; faults become sentences."""
+    from aggregator_server.federation import open_federation
+
+    with sentences():
+        federation = open_federation(directory)
+        try:
+            yield federation
+        finally:
+            federation.close()
 
 
 def answer(json_path: Path | None, text: str, value: object) -> None:

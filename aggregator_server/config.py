@@ -22,10 +22,13 @@ from protocol.manifest import (
     AggregationBlock,
     CellMasking,
     ChangeLimitsBlock,
+    EvaluatorGate,
     FilterBlock,
+    GateBlock,
     HelperMasking,
     LoraBlock,
     MaskingBlock,
+    NoGate,
     NoMasking,
     RoundsBlock,
     TrainingBlock,
@@ -44,6 +47,7 @@ Setting: TypeAlias = str | int | float | bool
 _MIB: Final = limits.MIB
 _MASKING: Final = {"cells": CellMasking, "helper": HelperMasking}
 _PRIVACY: Final = {"P1": ExamplePrivacy, "P2": AgentPrivacy, "P3": CentralPrivacy}
+_GATES: Final = {"evaluator": EvaluatorGate}
 _SECRET_KEYS: Final = frozenset({"database_url", "blobs_url"})
 _PASSWORDS: Final = (
     (re.compile(r"(?<=://)([^:/@]*):[^@]*@"), r"\1@"),
@@ -113,6 +117,7 @@ class ServerConfig(_Section):
     masking: MaskingBlock = NoMasking()
     privacy: PrivacyBlock = NoPrivacy()
     filter: FilterBlock = FilterBlock()
+    gate: GateBlock = NoGate()
     rounds: RoundsBlock
     change_limits: ChangeLimitsBlock = ChangeLimitsBlock()
     server: ServerSection = ServerSection()
@@ -227,6 +232,8 @@ def _refuse_unknown(
             inner = _MASKING.get(str(value.get("mode")), NoMasking)
         if key == "privacy" and isinstance(value, Mapping):
             inner = _PRIVACY.get(str(value.get("profile")), NoPrivacy)
+        if key == "gate" and isinstance(value, Mapping):
+            inner = _GATES.get(str(value.get("rule")), NoGate)
         if isinstance(inner, type) and issubclass(inner, BaseModel):
             if not isinstance(value, Mapping):
                 msg = f"{source}: [{key}] must be a section"

@@ -10,6 +10,7 @@ from aggregator_server.blobs import Blobs, open_blobs
 from aggregator_server.charter import Charter
 from aggregator_server.config import ServerConfig, ServerSection, Setting, load_config
 from aggregator_server.errors import BlobError, Refusal, StoreError
+from aggregator_server.evaluations import Evaluations
 from aggregator_server.founding import CONFIG_NAME, places_of, reconcile, stored_charter
 from aggregator_server.helper.client import HelperClient
 from aggregator_server.keys import load_keys
@@ -20,10 +21,11 @@ from aggregator_server.membership import (
     require_author,
     require_federation,
 )
+from aggregator_server.phase import round_manifest
 from aggregator_server.releases import ADAPTERS, Releases
-from aggregator_server.rounds import Rounds, round_manifest
+from aggregator_server.rounds import Rounds
 from aggregator_server.store.database import Database
-from aggregator_server.store.rows import RoundRow
+from aggregator_server.store.rows import IncidentRow, RoundRow
 from aggregator_server.store.store import Store
 from aggregator_server.tasks import task_reply
 from aggregator_server.unmask import Unmasker
@@ -31,6 +33,7 @@ from aggregator_server.uploads import Uploads
 from aggregator_server.wakeups import Wakeups
 from protocol.clock import Clock, SystemClock
 from protocol.errors import SignatureError
+from protocol.gating import EvaluationReport
 from protocol.helped import HelperUpload
 from protocol.manifest import CellMasking, HelperMasking
 from protocol.masked import MaskedHeader, Ready
@@ -82,6 +85,7 @@ class Federation:
         self.membership = Membership(store, charter, clock, policy=config.server.enrolment)
         self.uploads = Uploads(store, blobs, charter, clock, retention=config.server.retention)
         self.releases = Releases(store, blobs, charter, clock)
+        self.evaluations = Evaluations(store, blobs, charter)
         self.unmasker = Unmasker(config.server.unmask_processes)
         self.cells: Cells | None = None
         """At work where updates are masked."""
@@ -270,6 +274,25 @@ class Federation:
         self._store.rounds.withdraw(body.round, identity, reason=body.reason.value, digest=digest)
         self.uploads.sweep()
         self.work.notify()
+
+    def admit_evaluator(self, request: VerifiedRequest) -> bytes:
+        """Admit a request of the evaluator once.
+
+        Raises:
+            Refusal: Of anyone else, `stale` or `replayed`.
+        """
+        self.evaluations.require_evaluator(request.identity)
+        self.membership.admit_once(request)
+        return request.identity
+
+    def judge(self, identity: bytes, signed: Signed[EvaluationReport]) -> None:
+        """Take the evaluator's report; see `Evaluations.receive`."""
+        self.evaluations.receive(identity, signed)
+        self.work.notify()
+
+    def incidents(self) -> tuple[IncidentRow, ...]:
+        """What the operator should know of, oldest first."""
+        return self._store.incidents.all()
 
     def check(self) -> None:
         """Ask the database for one number.

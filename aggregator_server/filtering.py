@@ -22,6 +22,7 @@ from protocol.layout import VectorLayout
 from protocol.manifest import FilterRule
 from protocol.wire import Digest, WireModel
 
+LEFT_OUT: Final = "the gate left it out"
 _SEED_BYTES: Final = 32
 
 
@@ -85,6 +86,10 @@ class FilteredCell(WireModel):
     """What its mean is scaled by."""
     removed: Annotated[str, Field(max_length=500)] | None
     """Why it does not count; None: it does."""
+
+    def without(self, reason: str) -> "FilteredCell":
+        """The same, removed for a reason, unless it had been already."""
+        return self if self.removed is not None else self.model_copy(update={"removed": reason})
 
 
 class FilterDecision(WireModel):

@@ -192,6 +192,7 @@ def build_manifest(
             masking=config.masking,
             privacy=config.privacy,
             filter=config.filter,
+            gate=config.gate,
             rounds=config.rounds,
             change_limits=config.change_limits,
         )

@@ -1,9 +1,9 @@
-"""Members as `agents list` shows them."""
+"""Members and incidents as the operator's commands show them."""
 
 from collections.abc import Sequence
 from datetime import UTC, datetime
 
-from aggregator_server.store.rows import MemberRow
+from aggregator_server.store.rows import IncidentRow, MemberRow
 from protocol.wire import JsonValue, b64u_encode
 
 
@@ -34,6 +34,24 @@ def as_json(members: Sequence[MemberRow]) -> list[dict[str, JsonValue]]:
             "revoked_by_operator": member.barred,
         }
         for member in members
+    ]
+
+
+def incidents_table(incidents: Sequence[IncidentRow]) -> str:
+    """One line for each incident, oldest first."""
+    if not incidents:
+        return "Nothing happened that you should know of."
+    return "\n".join(
+        f"{_when(row.at)}  {'' if row.round is None else f'round {row.round}: '}{row.text}"
+        for row in incidents
+    )
+
+
+def incidents_as_json(incidents: Sequence[IncidentRow]) -> list[dict[str, JsonValue]]:
+    """The same for programs; times as RFC 3339."""
+    return [
+        {"at": _when(row.at), "round": row.round, "kind": row.kind.value, "text": row.text}
+        for row in incidents
     ]
 
 

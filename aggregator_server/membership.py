@@ -80,6 +80,14 @@ class Membership:
             self._saw(agent)
         return request.identity
 
+    def admit_once(self, request: VerifiedRequest) -> None:
+        """Admit a request of one who is no member but known, such as the evaluator, once.
+
+        Raises:
+            Refusal: `stale` or `replayed`.
+        """
+        self._admit_fresh(request)
+
     def require_member(self, identity: bytes, *, even_revoked: bool = False) -> AgentRow:
         """A member, or a refusal.
 

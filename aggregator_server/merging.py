@@ -4,7 +4,7 @@ What is decided here depends on the manifest and the stored sums alone, and can 
 a kill: the filter's decision is journalled, the optimiser's state belongs to a release.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +17,7 @@ from aggregator_server.aggregation.robust.pipeline import Mode
 from aggregator_server.blobs import Blobs
 from aggregator_server.charter import Charter
 from aggregator_server.errors import AggregationError
-from aggregator_server.filtering import FilterDecision, StoredUnits, decide
+from aggregator_server.filtering import LEFT_OUT, FilterDecision, StoredUnits, decide
 from aggregator_server.masking.vectors import load_sum
 from aggregator_server.releases import Releases
 from aggregator_server.store.rows import CellRow
@@ -82,6 +82,36 @@ class Merger:
             layout=self._charter.layout,
         )
 
+    def decide_without(
+        self, cells: Sequence[CellRow], decision: FilterDecision, left_out: Collection[bytes]
+    ) -> FilterDecision:
+        """Judge anew those that a decision kept, but for some.
+
+        Args:
+            cells: All that gave a sum.
+            decision: On these; what it removed stays removed.
+            left_out: Transcripts of those that are left out.
+
+        Raises:
+            AggregationError: None is left, or none of them can be used.
+        """
+        again = tuple(
+            cell
+            for cell, found in zip(cells, decision.cells, strict=True)
+            if found.removed is None and cell.transcript not in left_out
+        )
+        if not again:
+            msg = f"the gate leaves out all {len(left_out)} cells of the round"
+            raise AggregationError(msg)
+        fresh = {found.transcript: found for found in self.decide(again).cells}
+        told = tuple(
+            fresh.get(found.transcript) or found.without(LEFT_OUT) for found in decision.cells
+        )
+        n_rejected = sum(found.removed is not None for found in told)
+        return FilterDecision(
+            report=decision.report.model_copy(update={"n_rejected": n_rejected}), cells=told
+        )
+
     def merge(self, cells: Sequence[CellRow], decision: FilterDecision, base: Release) -> Merged:
         """The step of a round.
 
@@ -118,7 +148,8 @@ class Merger:
         if isinstance(manifest.privacy, CentralPrivacy):
             return self._noisy_mean(cells, manifest.privacy, base)
         if decision.report.rule is FilterRule.NONE:
-            plain = average(map(self._load, cells), n_values=n_values)
+            kept = (cell for cell, is_kept in zip(cells, decision.kept, strict=True) if is_kept)
+            plain = average(map(self._load, kept), n_values=n_values)
             mean, n_agents = plain.mean, plain.n_agents
         else:
             units = self._units(cells)

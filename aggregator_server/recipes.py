@@ -23,6 +23,7 @@ from protocol.limits import MIN_CELL
 from protocol.manifest import (
     AggregationBlock,
     CellMasking,
+    EvaluatorGate,
     Factor,
     FedAdagradBlock,
     FedAdamBlock,
@@ -33,6 +34,7 @@ from protocol.manifest import (
     FilterRule,
     HelperMasking,
     LoraBlock,
+    NoGate,
     NoMasking,
     OptimizerBlock,
     RoundsBlock,
@@ -105,6 +107,8 @@ class RecipeOptions:
     """None: both factors in the open, B alone under masks or noise."""
     privacy: PrivacyOptions = field(default_factory=PrivacyOptions)
     filter: FilterRule = FilterRule.NONE
+    evaluator: bytes | None = None
+    """Identity of the trusted evaluator; None: no gate."""
     optimizer: OptimizerBlock = field(default_factory=FedAvgBlock)
     masking: Masking = Masking.AUTO
     helper: HelperDescription | None = None
@@ -188,6 +192,7 @@ def make_config(options: RecipeOptions, base: BaseDescription) -> ServerConfig:
                 optimizer=rules.optimizer,
             ),
             filter=FilterBlock(rule=rules.filter),
+            gate=NoGate() if rules.evaluator is None else EvaluatorGate(evaluator=rules.evaluator),
             masking=masking,
             privacy=privacy,
             training=TrainingBlock(

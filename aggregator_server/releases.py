@@ -1,7 +1,7 @@
 """Releases: signed, chained, and stored by the digest of their files."""
 
 import hmac
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -18,6 +18,7 @@ from protocol.chain import (
     CellRef,
     FilterReport,
     NoisyAggregationReport,
+    NoVerdict,
     Release,
     Verdict,
 )
@@ -44,8 +45,8 @@ ADAPTERS: Final = "adapters"
 """Where the files of releases are kept among the blobs."""
 _PAGE_BYTES: Final = MAX_JSON_BYTES - 64 * 1024
 """Room for the releases of one reply; the rest is for the reply's own keys."""
-_RELEASE_BYTES: Final = 8 * 1024
-"""More than a signed release has that names no cell."""
+_RELEASE_BYTES: Final = 32 * 1024
+"""More than a signed release has that names no cell; an evaluator's report is most of it."""
 _N_CHECKED_AT_START: Final = 50
 
 
@@ -76,13 +77,14 @@ class RoundResult:
 
     number: int
     digest: bytes
+    files: AdapterFiles
     accepted: tuple[CellRef, ...]
     rejected: tuple[CellRef, ...] = ()
     aggregation: AggregationReport | NoisyAggregationReport
     filter: FilterReport
     verdict: Verdict
-    optimizer_state: bytes | None = None
-    """Of the server's optimiser after this round."""
+    optimizer_state: BlobRef | None = None
+    """Of the server's optimiser after this round; stored already."""
 
 
 class Releases:
@@ -201,18 +203,16 @@ class Releases:
         """
         return self._blobs.stream(blob_key(sha), start, stop)
 
-    def publish(self, result: RoundResult, arrays: AdapterArrays) -> Release:
+    def publish(self, result: RoundResult) -> Release:
         """Publish what a round made, and end the round, in one step.
 
         Args:
             result: The round.
-            arrays: The whole new adapter.
 
         Raises:
-            NoSpaceError: The files do not fit; nothing was published.
             StaleWriteError: The round or the chain has moved on.
         """
-        files = store_adapter(self._blobs, self._charter.manifest, arrays)
+        files = result.files
         previous = self.newest()
         release = Release(
             federation=self._charter.manifest.federation,
@@ -234,7 +234,7 @@ class Releases:
         row = sign_release(self._charter.keys.server, release, round_number=result.number)
         rows = files.rows()
         if result.optimizer_state is not None:
-            state = _store(self._blobs, result.optimizer_state)
+            state = result.optimizer_state
             rows += (BlobRow(role=BlobRole.OPTIMIZER, sha256=state.sha256, n_bytes=state.n_bytes),)
         self._store.publish(row, rows)
         return release
@@ -280,7 +280,7 @@ class Releases:
             rejected=(),
             aggregation=AggregationReport(rule="none", n_cells=0, n_agents=0, update_norm=0.0),
             filter=FilterReport(rule=FilterRule.NONE, n_cells=0, n_rejected=0),
-            verdict=Verdict(rule="none", accepted=True),
+            verdict=NoVerdict(),
             rolled_back_to=number,
             created_at=self._clock.now(),
         )
@@ -359,7 +359,7 @@ def first_release(
         rejected=(),
         aggregation=AggregationReport(rule="none", n_cells=0, n_agents=0, update_norm=0.0),
         filter=FilterReport(rule=FilterRule.NONE, n_cells=0, n_rejected=0),
-        verdict=Verdict(rule="none", accepted=True),
+        verdict=NoVerdict(),
         created_at=created_at,
     )
 
@@ -379,9 +379,9 @@ def store_adapter(
     """
     sent = {name: array for name, array in arrays.items() if factor_of(name) in manifest.lora.sent}
     return AdapterFiles(
-        adapter=_store(blobs, to_safetensors(arrays)),
-        sent=_store(blobs, to_safetensors(sent)),
-        config=_store(blobs, peft_config(manifest.base, manifest.lora)),
+        adapter=store_file(blobs, to_safetensors(arrays)),
+        sent=store_file(blobs, to_safetensors(sent)),
+        config=store_file(blobs, peft_config(manifest.base, manifest.lora)),
     )
 
 
@@ -469,18 +469,18 @@ def blob_key(sha: bytes) -> str:
     return f"{ADAPTERS}/{sha.hex()}"
 
 
-def cell_refs(cells: Sequence[tuple[bytes, bytes]]) -> tuple[CellRef, ...]:
-    """Cells as a release names them, from (transcript, digest of U3)."""
-    return tuple(CellRef(transcript=transcript, members=members) for transcript, members in cells)
-
-
 def _same(found: bytes | None, expected: bytes | None) -> bool:
     if found is None or expected is None:
         return found is expected
     return hmac.compare_digest(found, expected)
 
 
-def _store(blobs: Blobs, data: bytes) -> BlobRef:
+def store_file(blobs: Blobs, data: bytes) -> BlobRef:
+    """Store a file of a release, or of a candidate for one, under its digest.
+
+    Raises:
+        NoSpaceError: It does not fit.
+    """
     ref = BlobRef(sha256=sha256(data), n_bytes=len(data))
     blobs.put(blob_key(ref.sha256), data)
     return ref

@@ -10,13 +10,12 @@ import dataclasses
 import secrets
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import Final
 
 import structlog
 
-from aggregator_server.aggregation.fedavg import apply_mean
 from aggregator_server.blobs import Blobs
+from aggregator_server.candidates import CandidateMaker
 from aggregator_server.charter import Charter
 from aggregator_server.closing import Ending, decide
 from aggregator_server.errors import (
@@ -28,27 +27,26 @@ from aggregator_server.errors import (
     StaleWriteError,
     StoreBusyError,
 )
-from aggregator_server.filtering import FilterDecision
+from aggregator_server.evaluations import Evaluations
+from aggregator_server.gating import EvaluatorsGate, Passed, Ungated
 from aggregator_server.masking.cells import Cells
 from aggregator_server.masking.gathering import FIRST_WAVE, Waves
 from aggregator_server.masking.helped import HelpedRounds
 from aggregator_server.masking.vectors import sweep_sums
 from aggregator_server.merging import Merger
-from aggregator_server.releases import Releases, RoundResult, cell_refs, with_vector
+from aggregator_server.phase import Found, Phase, round_manifest
+from aggregator_server.releases import Releases, RoundResult
 from aggregator_server.selection import cohort_size, draw
 from aggregator_server.store.rounds import TERMINAL
 from aggregator_server.store.rows import RoundRow
 from aggregator_server.store.store import Store
 from aggregator_server.uploads import Uploads
 from privacy.errors import PrivacyError
-from protocol.chain import (
-    RoundManifest,
-    Verdict,
-)
+from protocol.chain import CellRef, RoundManifest
 from protocol.clock import Clock
 from protocol.errors import ProtocolError
 from protocol.limits import MAX_TEXT_CHARS
-from protocol.manifest import CellMasking, HelperMasking
+from protocol.manifest import CellMasking, EvaluatorGate, HelperMasking
 from protocol.phases import ROUND_TRANSITIONS, RoundEvent, RoundPhase, advance
 from protocol.signing import Signed, sign
 from protocol.wire import parse
@@ -59,32 +57,6 @@ _TRANSIENT: Final = (StoreBusyError, NoSpaceError)
 _OURS: Final = (ServerError, ProtocolError, QuantError, PrivacyError)
 """Errors whose message is written for people; any other may name what is not for everyone."""
 _log = structlog.get_logger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Found:
-    """How a phase's work ended: the event, and what is journalled with it."""
-
-    event: RoundEvent
-    n_accepted: int | None = None
-    filter_report: str | None = None
-    verdict: str | None = None
-    failure: str | None = None
-    journalled: bool = False
-    """The work has journalled the successor itself, in one transaction with its result."""
-
-
-class Phase(Protocol):
-    """A phase of the round: what it is called, and what it does."""
-
-    @property
-    def name(self) -> RoundPhase:
-        """The phase."""
-        ...
-
-    def work(self, row: RoundRow) -> Found | None:
-        """Do the phase's work, which may have been done before; None to wait."""
-        ...
 
 
 class Open:
@@ -222,59 +194,44 @@ class Unmasked:
         )
 
 
-class Filtered:
-    """FILTERED: the gate judges the candidate. This version knows no gate."""
-
-    name = RoundPhase.FILTERED
-
-    def work(self, row: RoundRow) -> Found | None:  # noqa: ARG002 - every phase is given its round
-        """Let the candidate pass."""
-        verdict = Verdict(rule="none", accepted=True)
-        return Found(event=RoundEvent.GATE_PASSED, verdict=verdict.canonical().decode("ascii"))
-
-
 class Gated:
-    """GATED: what is left of the cells is averaged, and the release is published."""
+    """GATED: the candidate that passed becomes the release."""
 
     name = RoundPhase.GATED
 
-    def __init__(self, store: Store, merger: Merger, releases: Releases, charter: Charter) -> None:
+    def __init__(self, store: Store, releases: Releases) -> None:
         """Read cells, write a release."""
         self._store = store
-        self._merger = merger
         self._releases = releases
-        self._charter = charter
 
     def work(self, row: RoundRow) -> Found | None:
-        """Average what counts and publish, in one transaction with the round's end."""
-        base = self._releases.get(round_manifest(row).release)
-        cells = self._store.uploads.cells(row.number)
-        decision = parse(FilterDecision, row.filter_report or "")
-        merged = self._merger.merge(cells, decision, base)
-        moved = apply_mean(self._releases.vector(base), merged.step)
+        """Publish, in one transaction with the round's end."""
+        passed = parse(Passed, row.passed or "")
+        candidate, cells = passed.candidate, self._store.uploads.cells(row.number)
+        kept = frozenset(candidate.accepted)
         accepted, rejected = (
-            cell_refs(
-                [
-                    (cell.transcript, cell.members_digest)
-                    for cell, is_kept in zip(cells, decision.kept, strict=True)
-                    if bool(is_kept) is wanted
-                ]
+            tuple(
+                CellRef(transcript=cell.transcript, members=cell.members_digest)
+                for cell in cells
+                if (cell.transcript in kept) is wanted
             )
             for wanted in (True, False)
         )
-        result = RoundResult(
-            number=row.number,
-            digest=row.digest,
-            accepted=accepted,
-            rejected=rejected,
-            aggregation=merged.report,
-            filter=decision.report,
-            verdict=parse(Verdict, row.verdict or ""),
-            optimizer_state=merged.optimizer_state,
+        release = self._releases.publish(
+            RoundResult(
+                number=row.number,
+                digest=row.digest,
+                files=candidate.files,
+                accepted=accepted,
+                rejected=rejected,
+                aggregation=candidate.aggregation,
+                filter=candidate.filter,
+                verdict=passed.verdict,
+                optimizer_state=candidate.optimizer_state,
+            )
         )
-        arrays = with_vector(self._releases.arrays(base), moved, self._charter)
-        release = self._releases.publish(result, arrays)
-        _log.info("release published", release=release.number, n_agents=merged.report.n_agents)
+        n_agents = candidate.aggregation.n_agents
+        _log.info("release published", release=release.number, n_agents=n_agents)
         return Found(event=RoundEvent.RELEASE_JOURNALLED, journalled=True)
 
 
@@ -306,10 +263,11 @@ class Rounds:
         self._charter = charter
         self._uploads = uploads
         self._releases = releases
+        self._evaluations = Evaluations(store, blobs, charter)
         self._clock = clock
         self._presence_s = presence_s
         self._lock = threading.Lock()
-        masking = charter.manifest.masking
+        masking, gate = charter.manifest.masking, charter.manifest.gate
         waves = None
         gathering: tuple[Phase, ...] = ()
         if isinstance(masked, Cells) and isinstance(masking, CellMasking):
@@ -325,6 +283,7 @@ class Rounds:
         elif isinstance(masked, HelpedRounds) and isinstance(masking, HelperMasking):
             gathering = (Helped(masked, clock, wait_s=masking.helper_wait_s),)
         merger = Merger(store, blobs, uploads, releases, charter)
+        maker = CandidateMaker(store, blobs, merger, releases, charter)
         phases: tuple[Phase, ...] = (
             Open(
                 store,
@@ -336,8 +295,10 @@ class Rounds:
             ),
             *gathering,
             Unmasked(store, merger),
-            Filtered(),
-            Gated(store, merger, releases, charter),
+            EvaluatorsGate(store, maker, releases, charter, gate, clock)
+            if isinstance(gate, EvaluatorGate)
+            else Ungated(maker),
+            Gated(store, releases),
         )
         self._phases: Mapping[RoundPhase, Phase] = {phase.name: phase for phase in phases}
 
@@ -353,6 +314,7 @@ class Rounds:
                 while self._step():
                     moved = True
                 self._uploads.sweep()
+                self._evaluations.sweep()
                 sweep_sums(self._store, self._blobs)
             except _TRANSIENT as error:
                 _log.warning("the round waits", error=str(error))
@@ -390,8 +352,9 @@ class Rounds:
                 to=successor,
                 n_accepted=found.n_accepted,
                 filter_report=found.filter_report,
-                verdict=found.verdict,
+                passed=found.passed,
                 failure=found.failure,
+                incident=found.incident,
             )
         _log.info("round moved", round=row.number, phase=successor.value, failure=found.failure)
         return True
@@ -421,7 +384,7 @@ class Rounds:
             digest=manifest.digest(),
             failure=None,
             filter_report=None,
-            verdict=None,
+            passed=None,
         )
         drawn = draw(
             manifest.selection_seed,
@@ -453,11 +416,6 @@ class Rounds:
             deadline_at=now + rules.deadline_s,
             cap_at=now + rules.cap_s,
         )
-
-
-def round_manifest(row: RoundRow) -> RoundManifest:
-    """The manifest of a journalled round."""
-    return parse(Signed[RoundManifest], row.manifest).body
 
 
 def _failed(row: RoundRow, error: Exception) -> Found:

@@ -84,6 +84,14 @@ _EXPLAINED: Final[Mapping[str, Mapping[str, str]]] = {
         "rule": '"none"; "robust": updates, or means of cells, are cut to the median norm, then '
         "outliers are removed, a quarter at most, or the geometric median is taken.",
     },
+    "gate": {
+        "rule": '"none": nobody looks at a candidate; "evaluator": one must let it pass.',
+        "evaluator": "Its identity, as `sheepfold-agent identity` prints it.",
+        "max_loss_increase": "A round may raise its held-out loss by so much (nats per token) ...",
+        "max_category_loss_increase": "... and that of a single category by so much.",
+        "max_retries": "In so many ways a candidate that fails is made again without some cells.",
+        "wait_s": "Seconds that a round waits for it; then the old release stays.",
+    },
     "rounds": {
         "n_rounds": "The federation is finished after this many successful rounds.",
         "cohort_target": "A round closes when this many updates have arrived.",

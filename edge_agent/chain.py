@@ -4,24 +4,33 @@ Every function either returns something whose checks ran or raises `TrustError`,
 shown to the owner, and ends the matter: nothing secret is sent.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Final, TypeVar
 
 import numpy as np
 
 from edge_agent.errors import TrustError
-from protocol.chain import Release, RoundManifest
+from protocol.chain import EvaluatorVerdict, Release, RoundManifest
 from protocol.checks import Check
 from protocol.errors import ProtocolError
-from protocol.manifest import FederationManifest
-from protocol.messages import Credential, Discovery
+from protocol.gating import EvaluationReport, objection
+from protocol.manifest import EvaluatorGate, FederationManifest
+from protocol.messages import Credential, Discovery, EvaluationTask
 from protocol.signing import Invite, Signed, fingerprint, format_fingerprint, verify
 from quant.adapter import AdapterArrays
 
 _EARLIEST_S: Final = 10**9
 _LATEST_S: Final = 10**10
 """Seconds since the Unix epoch of ten digits, as a READY's expiry has: 2001 to 2286."""
-BodyT = TypeVar("BodyT", FederationManifest, Credential, Release, RoundManifest)
+BodyT = TypeVar(
+    "BodyT",
+    FederationManifest,
+    Credential,
+    Release,
+    RoundManifest,
+    EvaluationTask,
+    EvaluationReport,
+)
 
 
 def check_discovery(discovery: Discovery, invite: Invite | None) -> FederationManifest:
@@ -60,23 +69,32 @@ def check_credential(
 
 
 def check_releases(
-    manifest: FederationManifest, last: Release | None, releases: Iterable[Signed[Release]]
+    manifest: FederationManifest,
+    last: Release | None,
+    releases: Iterable[Signed[Release]],
+    *,
+    earlier: Callable[[int], Release | None],
 ) -> list[Release]:
     """Verify that releases continue the chain (PROTOCOL, check 1).
 
     Guarantees:
         1. Numbers rise by one, each release names the digest of the one before, all are signed by
            the pinned key for this federation.
+        2. A release that no round made is release 0, or publishes an earlier adapter again, byte
+           for byte.
+        3. Where the manifest names an evaluator, each release of a round carries its signed report,
+           which names this very adapter and keeps to the manifest's tolerance.
 
     Args:
         manifest: The pinned federation.
         last: The newest release already verified, or None.
         releases: What the server sent, oldest first.
+        earlier: A release already verified, by its number; None where there is none.
 
     Raises:
         TrustError: The chain is broken.
     """
-    verified = []
+    verified: list[Release] = []
     for signed in releases:
         release = _verified(signed, "release", manifest.server)
         expected = 0 if last is None else last.number + 1
@@ -93,9 +111,59 @@ def check_releases(
         ):
             msg = f"release {release.number} belongs to another federation"
             raise TrustError(msg, Check.BROKEN_CHAIN)
+        if release.round_digest is None:
+            known = {item.number: item for item in verified}
+            back = release.rolled_back_to
+            _check_rollback(release, None if back is None else known.get(back) or earlier(back))
+        else:
+            _check_gate(manifest, release)
         verified.append(release)
         last = release
     return verified
+
+
+def _check_rollback(release: Release, old: Release | None) -> None:
+    """Release 0 begins the chain; any other that no round made is an older one again."""
+    if release.number and (old is None or release.adapter != old.adapter):
+        msg = (
+            f"release {release.number} comes from no round, and is not the adapter of an earlier "
+            "release either"
+        )
+        raise TrustError(msg, Check.BROKEN_CHAIN)
+
+
+def _check_gate(manifest: FederationManifest, release: Release) -> None:
+    """Look for the evaluator's word, where the manifest promises it."""
+    gate, verdict = manifest.gate, release.verdict
+    if not isinstance(gate, EvaluatorGate):
+        return
+    if not isinstance(verdict, EvaluatorVerdict):
+        msg = f"release {release.number} has no report of the evaluator that the manifest names"
+        raise TrustError(msg, Check.UNGATED)
+    report = _verified(verdict.report, "evaluation", gate.evaluator)
+    named = [i for i, sha in enumerate(report.candidates) if sha == release.adapter.sha256]
+    if report.federation != manifest.federation or report.round != release.round or not named:
+        msg = f"release {release.number} shows the evaluator's report on something else"
+        raise TrustError(msg, Check.UNGATED)
+    found = objection(report, named[0], gate)
+    if found is not None:
+        msg = f"release {release.number} was published though the evaluator objects: {found}"
+        raise TrustError(msg, Check.UNGATED)
+
+
+def check_evaluation_task(
+    signed: Signed[EvaluationTask], manifest: FederationManifest
+) -> EvaluationTask:
+    """What the evaluator is asked, by the server that it knows.
+
+    Raises:
+        TrustError: Signed by another key, or about another federation.
+    """
+    task = _verified(signed, "evaluation-task", manifest.server)
+    if task.federation != manifest.federation:
+        msg = "the server asks about another federation"
+        raise TrustError(msg, Check.STALE_MANIFEST)
+    return task
 
 
 def check_first_release(
@@ -106,7 +174,7 @@ def check_first_release(
     Raises:
         TrustError: The server shows none, or its checks fail.
     """
-    verified = check_releases(manifest, None, releases)
+    verified = check_releases(manifest, None, releases, earlier=lambda _: None)
     if not verified:
         msg = "the server shows no release; a federation begins with release 0"
         raise TrustError(msg, Check.BROKEN_CHAIN)

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
 
-from edge_agent import cli_adapter, cli_privacy
+from edge_agent import cli_adapter, cli_evaluate, cli_privacy
 from edge_agent.cli_shared import (
     DeviceOption,
     HomeOption,
@@ -353,6 +353,7 @@ def forget(*, home: HomeOption = None, yes: YesOption = False) -> None:
 
 
 cli_adapter.register(app)
+cli_evaluate.register(app)
 cli_privacy.register(app)
 
 

@@ -16,12 +16,12 @@ from edge_agent.cli_shared import (
     HomeOption,
     JsonOption,
     ThreadsOption,
-    console,
     opened,
+    say,
     write_json,
 )
 from edge_agent.config import AgentSettings, default_home, load_settings
-from edge_agent.plain_text import escaped, plain, shown
+from edge_agent.plain_text import plain, shown
 from protocol.clock import SystemClock
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def register(app: typer.Typer) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Ready:
+class Ready:
     """A model that can be asked."""
 
     answerer: "Answerer"
@@ -106,7 +106,7 @@ def ask(
     from edge_agent.answering import Sampling, single_question
 
     sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
-    ready = _prepare(adapter, home, base=base, device=device, threads=threads)
+    ready = prepare(adapter, home, base=base, device=device, threads=threads)
     quiet = json_path == "-"
     answer = ready.answerer.answer(
         single_question(instruction, context),
@@ -138,26 +138,26 @@ def chat(
     from edge_agent.answering import Conversation, Sampling
     from edge_agent.errors import EvaluationError, MalformedRecordError, OutOfMemoryError
 
-    ready = _prepare(adapter, home, base=base, device=device, threads=threads)
+    ready = prepare(adapter, home, base=base, device=device, threads=threads)
     sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
     conversation = Conversation(ready.answerer, ready.template)
     if not conversation.remembers:
-        _say("This template has no turns: each question is asked by itself.")
+        say("This template has no turns: each question is asked by itself.")
     for line in _lines():
         if line == _RESET:
             conversation.reset()
-            _say("Forgotten." if conversation.remembers else "There is nothing to forget.")
+            say("Forgotten." if conversation.remembers else "There is nothing to forget.")
             continue
         before = conversation.n_remembered
         try:
             answer = conversation.say(line, sampling, on_text=_print_text)
         except (EvaluationError, MalformedRecordError, OutOfMemoryError) as error:
-            _say(str(error))
+            say(str(error))
             continue
         _print_text("\n")
         _tell_ending(answer)
         if conversation.remembers and conversation.n_remembered <= before:
-            _say("The oldest questions were forgotten: the model has no room for them.")
+            say("The oldest questions were forgotten: the model has no room for them.")
 
 
 def export(
@@ -200,15 +200,15 @@ def export(
             gguf=gguf,
             base=base or (settings.base if adapter == NEWEST else None),
             force=force,
-            say=_say,
+            say=say,
         )
         release = None if finished.provenance is None else finished.provenance.release
     what = "The adapter" if release is None else f"Release {release}"
     if done.folder is not None:
         told = "" if done.merge_error is None else f", merged; error {done.merge_error:.1e}"
-        _say(f"{what} is in {done.folder}{told}")
+        say(f"{what} is in {done.folder}{told}")
     if done.gguf is not None:
-        _say(f"{what} is in {done.gguf}, {done.n_gguf_layers} layers")
+        say(f"{what} is in {done.gguf}, {done.n_gguf_layers} layers")
     if json_path is not None:
         found = {
             "folder": None if done.folder is None else str(done.folder),
@@ -246,7 +246,7 @@ def _finished(
             if transport is not None:
                 transport.close()
         if newest.note:
-            _say(f"Release {newest.release.number} is used; {newest.note}")
+            say(f"Release {newest.release.number} is used; {newest.note}")
         folder = Path(temporary) / f"release-{newest.release.number}"
         newest.write(folder)
         _set_threads(settings)
@@ -262,30 +262,43 @@ def _set_threads(settings: AgentSettings) -> None:
         set_threads(settings.threads)
 
 
-def _prepare(
+def prepare(
     adapter: str,
     home: Path | None,
     *,
     base: str | None,
     device: str | None,
     threads: int | None,
-) -> _Ready:
+) -> Ready:
+    """Load the adapter that a word or folder names, on its base.
+
+    Args:
+        adapter: As `AdapterArgument`.
+        home: Of the federation, for `newest`.
+        base: A folder or hub id in place of the named base.
+        device: None: the first GPU, or the CPU.
+        threads: Of the CPU; None: as many as torch likes.
+
+    Raises:
+        QuantError: Adapter or base cannot be used.
+        AgentError: The newest release cannot be had.
+    """
     with _finished(adapter, home, device=device, threads=threads) as (finished, settings):
         from edge_agent.answering import Answerer, load_base_of, template_of
         from quant.base_model import limit_device_memory, parse_device
 
         template, known = template_of(finished)
         if not known:
-            _say("This adapter does not say how it was trained; it is asked with Alpaca's prompt.")
+            say("This adapter does not say how it was trained; it is asked with Alpaca's prompt.")
         place = None if settings.device is None else parse_device(settings.device)
         own = settings.base if adapter == NEWEST else None
         source = base or own
-        _say(f"Loading {source or finished.base_model} in NF4 …")
+        say(f"Loading {source or finished.base_model} in NF4 …")
         loaded = load_base_of(finished, source, device=place)
         if settings.max_vram_gb is not None:
             limit_device_memory(int(settings.max_vram_gb * _GB), loaded.device)
         answerer = Answerer(loaded, finished, template)
-        return _Ready(answerer=answerer, adapter=finished, template=template, template_known=known)
+        return Ready(answerer=answerer, adapter=finished, template=template, template_known=known)
 
 
 def _lines() -> Iterator[str]:
@@ -302,11 +315,6 @@ def _lines() -> Iterator[str]:
             yield line
 
 
-def _say(text: str) -> None:
-    """One line about the work, beside the answers."""
-    console.print(escaped(text), highlight=False, soft_wrap=True)
-
-
 def _is_terminal() -> bool:
     return sys.stdout.isatty()
 
@@ -320,9 +328,9 @@ def _tell_ending(answer: "Answer") -> None:
     from edge_agent.answering import Ending
 
     if answer.prompt_was_cut:
-        _say("The question was too long for this model, and lost its end.")
+        say("The question was too long for this model, and lost its end.")
     if answer.ending is Ending.LENGTH:
-        _say(f"(cut after {answer.n_new_tokens} tokens: --max-new-tokens)")
+        say(f"(cut after {answer.n_new_tokens} tokens: --max-new-tokens)")
 
 
 def _read_text(path: Path) -> str:
@@ -332,7 +340,7 @@ def _read_text(path: Path) -> str:
         raise typer.BadParameter(f"{plain(str(path))} is not UTF-8 text") from None
 
 
-def _as_json(answer: "Answer", ready: _Ready, sampling: "Sampling") -> dict[str, object]:
+def _as_json(answer: "Answer", ready: Ready, sampling: "Sampling") -> dict[str, object]:
     told = ready.adapter.provenance
     return {
         "answer": answer.text,

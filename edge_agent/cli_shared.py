@@ -13,6 +13,7 @@ from rich.console import Console
 from edge_agent.config import default_home
 from edge_agent.errors import JournalError
 from edge_agent.home import AgentHome
+from edge_agent.plain_text import escaped
 
 if TYPE_CHECKING:
     from edge_agent.journal import Journal
@@ -41,6 +42,11 @@ def write_json(target: str, value: object) -> None:
         sys.stdout.write(text)
     else:
         Path(target).write_text(text, encoding="utf-8")
+
+
+def say(text: str) -> None:
+    """One line about the work, beside the answers."""
+    console.print(escaped(text), highlight=False, soft_wrap=True)
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from urllib.parse import urlsplit
 
 from edge_agent.explaining import explain
 from protocol.manifest import (
+    EvaluatorGate,
     FederationManifest,
     HelperMasking,
     SumMasking,
@@ -55,6 +56,17 @@ def _privacy(manifest: FederationManifest) -> str:
         f"{explain(manifest).privacy} It is kept by your own agent, which adds the noise before "
         "anything leaves; smaller ε is stronger, and e^ε bounds how much more likely anything seen "
         "becomes by one of your records. More rounds than ε allows are refused."
+    )
+
+
+def _gate(manifest: FederationManifest) -> str:
+    gate = manifest.gate
+    if not isinstance(gate, EvaluatorGate):
+        return "Nobody checks an adapter before it is published: members may spoil it unnoticed."
+    return (
+        "An evaluator of the operator's sees each adapter before it is published, and your agent "
+        f"takes none that it did not sign for (fingerprint {format_fingerprint(gate.evaluator)}). "
+        "It guards what the adapter learns, not your privacy."
     )
 
 
@@ -112,6 +124,7 @@ def disclose(
     warnings = [
         _privacy(manifest),
         explain(manifest).trust_model,
+        _gate(manifest),
     ]
     if manifest.registrar_held_by_server:
         warnings.append(

@@ -4,12 +4,13 @@ In plain words, from the manifest that the owner accepted (PROTOCOL, "What is cl
 not"). `join` shows the short form, `sheepfold-agent explain` all of it.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from privacy.secagg import cells
 from protocol.guarantee import describe_privacy
 from protocol.manifest import (
     CellMasking,
+    EvaluatorGate,
     FederationManifest,
     HelperMasking,
     SumMasking,
@@ -54,10 +55,14 @@ def explain(manifest: FederationManifest) -> Explanation:
         manifest: Its checks have run.
     """
     if isinstance(manifest.masking, CellMasking):
-        return _of_cells(manifest, manifest.masking)
-    if isinstance(manifest.masking, HelperMasking):
-        return _of_helper(manifest, manifest.masking)
-    return _of_open_mode(manifest)
+        found = _of_cells(manifest, manifest.masking)
+    elif isinstance(manifest.masking, HelperMasking):
+        found = _of_helper(manifest, manifest.masking)
+    else:
+        found = _of_open_mode(manifest)
+    if isinstance(manifest.gate, EvaluatorGate):
+        return replace(found, learns=(*found.learns, _of_evaluator(manifest, manifest.gate)))
+    return found
 
 
 def _privacy(manifest: FederationManifest) -> str:
@@ -85,6 +90,18 @@ def _of_open_mode(manifest: FederationManifest) -> Explanation:
         does_not_learn=("Your records, prompts and file names, as such.",),
         not_claimed=(*_of_noise(manifest), *_EVERY_MODE),
     )
+
+
+def _of_evaluator(manifest: FederationManifest, gate: EvaluatorGate) -> str:
+    who = f"The operator's evaluator (fingerprint {format_fingerprint(gate.evaluator)})"
+    seen = "sums of cells" if isinstance(manifest.masking, SumMasking) else "single updates"
+    parts = (
+        f", and, where one does not pass, the same without some of the updates: with the first, "
+        f"these tell {seen}"
+        if gate.max_retries and not isinstance(manifest.privacy, CentralPrivacy)
+        else ""
+    )
+    return f"{who}: each adapter before it is published{parts}."
 
 
 def _tail_words(manifest: FederationManifest) -> str:

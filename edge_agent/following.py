@@ -69,7 +69,9 @@ class ReleaseFollower:
         moved = last is None or last.number < newest
         while last is None or last.number < newest:
             page = self._transport.releases(after=-1 if last is None else last.number)
-            verified = check_releases(self._manifest, last, page.releases)
+            verified = check_releases(
+                self._manifest, last, page.releases, earlier=self._journal.release
+            )
             if not verified:
                 msg = f"the server speaks of release {newest} but does not show it"
                 raise TrustError(msg, Check.BROKEN_CHAIN)

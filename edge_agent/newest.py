@@ -119,7 +119,7 @@ def newest_release(home: AgentHome, journal: Journal, transport: Transport | Non
     note = "" if transport is not None else "the server was not asked for newer releases"
     if transport is not None:
         try:
-            first, last = _follow(manifest, first, last, transport)
+            first, last = _follow(manifest, journal, transport)
         except UnreachableError as error:
             if last is None:
                 raise
@@ -134,14 +134,18 @@ def newest_release(home: AgentHome, journal: Journal, transport: Transport | Non
 
 
 def _follow(
-    manifest: FederationManifest,
-    first: Release | None,
-    last: Release | None,
-    transport: Transport,
+    manifest: FederationManifest, journal: Journal, transport: Transport
 ) -> tuple[Release, Release]:
+    first, last = journal.release(0), journal.newest_release()
+    seen: dict[int, Release] = {}
+
+    def earlier(number: int) -> Release | None:
+        return seen.get(number) or journal.release(number)
+
     while True:
         page = transport.releases(after=-1 if last is None else last.number)
-        verified = check_releases(manifest, last, page.releases)
+        verified = check_releases(manifest, last, page.releases, earlier=earlier)
+        seen |= {release.number: release for release in verified}
         if verified:
             last = verified[-1]
             first = first or verified[0]

@@ -29,6 +29,7 @@ from protocol import limits
 from protocol.chain import BlobRef
 from protocol.clock import Clock
 from protocol.errors import ProtocolError
+from protocol.gating import EvaluationReport
 from protocol.helped import HelperUpload
 from protocol.manifest import FederationManifest
 from protocol.masked import (
@@ -46,6 +47,7 @@ from protocol.messages import (
     Credential,
     Discovery,
     Enrolment,
+    EvaluationReply,
     FederationStatus,
     ReleasePage,
     Revocation,
@@ -336,6 +338,25 @@ class Transport:
     def _cell_path(transcript: bytes, what: str) -> str:
         return f"/cells/{b64u_encode(transcript)}/{what}"
 
+    # The evaluator's part
+
+    def evaluation(self, *, wait_s: float) -> EvaluationReply:
+        """What the evaluator is to judge; the server holds the answer for up to `wait_s`."""
+        path = f"{self._prefix}/evaluation?wait={wait_s:g}"
+        timeout_s = wait_s + _READ_TIMEOUT_S
+        request = _Request(what="poll", method="GET", path=path, timeout_s=timeout_s)
+        return self._ask(request, EvaluationReply)
+
+    def report(self, report: Signed[EvaluationReport]) -> Acknowledged:
+        """Say what the evaluator found."""
+        return self._post(
+            "evaluation", "/evaluation/reports", report, Acknowledged, report.body.round
+        )
+
+    def fetch_candidate(self, ref: BlobRef, folder: Path) -> Path:
+        """Download a candidate's adapter, as the evaluator; see `fetch`."""
+        return self._fetch(ref, folder, path="evaluation/candidates", signed=True)
+
     def fetch(self, ref: BlobRef, folder: Path) -> Path:
         """Download a blob into a folder, or find it there.
 
@@ -352,15 +373,24 @@ class Transport:
             OtherBytesError: The server sends other bytes than promised.
             RefusedError: It does not have the blob.
         """
-        path = folder / ref.sha256.hex()
-        if path.exists() and _sha256_of(path) == ref.sha256:
-            return path
-        partial = path.with_name(path.name + ".partial")
+        return self._fetch(ref, folder, path="blobs", signed=False)
+
+    def _fetch(self, ref: BlobRef, folder: Path, *, path: str, signed: bool) -> Path:
+        request = _Request(
+            what="download",
+            method="GET",
+            path=f"{self._prefix}/{path}/{ref.sha256.hex()}",
+            signed=signed,
+        )
+        target = folder / ref.sha256.hex()
+        if target.exists() and _sha256_of(target) == ref.sha256:
+            return target
+        partial = target.with_name(target.name + ".partial")
         for attempt in range(2):
-            self._tries(frozenset())(self._fetch_rest, ref, partial)
+            self._tries(frozenset())(self._fetch_rest, request, ref, partial)
             if partial.stat().st_size == ref.n_bytes and _sha256_of(partial) == ref.sha256:
-                partial.replace(path)
-                return path
+                partial.replace(target)
+                return target
             partial.unlink()
             if attempt == 0 and self._on_retry is not None:
                 self._on_retry("a download did not match its digest; once more", 0.0)
@@ -498,16 +528,10 @@ class Transport:
         self._received_bytes += len(data)
         return data
 
-    def _fetch_rest(self, ref: BlobRef, partial: Path) -> None:
+    def _fetch_rest(self, request: _Request, ref: BlobRef, partial: Path) -> None:
         have = partial.stat().st_size if partial.exists() else 0
         if have == ref.n_bytes and have > 0:
             return
-        request = _Request(
-            what="download",
-            method="GET",
-            path=f"{self._prefix}/blobs/{ref.sha256.hex()}",
-            signed=False,
-        )
         headers = {"Range": f"bytes={have}-"} if have else {}
         response = self._send(request, headers, stream=True)
         resumed = response.status_code == _PARTIAL_CONTENT

@@ -50,7 +50,7 @@ from quant.lora import AdaptedModel
 _GB: Final = 1_000_000_000
 
 
-def load_membership_base(membership: Membership, settings: AgentSettings) -> LoadedBase:
+def load_federation_base(manifest: FederationManifest, settings: AgentSettings) -> LoadedBase:
     """Load the federation's base with the owner's limits, and prove that it is the same.
 
     Raises:
@@ -59,7 +59,7 @@ def load_membership_base(membership: Membership, settings: AgentSettings) -> Loa
     """
     if settings.threads is not None:
         set_threads(settings.threads)
-    block = membership.federation.body.base
+    block = manifest.base
     device = None if settings.device is None else parse_device(settings.device)
     base = load_base(
         settings.base or block.model,
@@ -176,7 +176,7 @@ def prepare(
         transport.use_federation(manifest)
         on_event(AgentEventReport(kind="loading", text=f"base model {manifest.base.model}"))
         try:
-            base = load_membership_base(member, settings)
+            base = load_federation_base(manifest, settings)
         except FingerprintError as error:
             raise TrustError(str(error), Check.OTHER_BASE) from error
         data, report, records = load_data(member.data, manifest, base, settings)

@@ -9,8 +9,10 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from protocol import limits
+from protocol.gating import EvaluationReport
 from protocol.manifest import FilterRule
 from protocol.numbers import Count, Fraction, PositiveFloat, PositiveInt, RoundNumber, UnixTime
+from protocol.signing import Signed
 from protocol.wire import Bytes16, Digest, WireModel, domain_hash
 
 
@@ -100,11 +102,25 @@ class FilterReport(WireModel):
     n_rejected: Count
 
 
-class Verdict(WireModel):
-    """What the trusted evaluator said of the candidate."""
+class NoVerdict(WireModel):
+    """No evaluator was asked: the federation has none, or no round made this release."""
 
-    rule: Literal["none"]
-    accepted: bool
+    rule: Literal["none"] = "none"
+    accepted: Literal[True] = True
+
+
+class EvaluatorVerdict(WireModel):
+    """The evaluator let this adapter pass, as its signed report shows."""
+
+    rule: Literal["evaluator"] = "evaluator"
+    accepted: Literal[True] = True
+    report: Signed[EvaluationReport]
+    n_left_out: Count
+    """Cells that were left out after the adapter with them had not passed."""
+
+
+Verdict = Annotated[NoVerdict | EvaluatorVerdict, Field(discriminator="rule")]
+"""What the trusted evaluator said of the adapter."""
 
 
 class Release(WireModel):

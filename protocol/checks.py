@@ -17,6 +17,7 @@ class Check(StrEnum):
 
     FOREIGN_SIGNATURE = "foreign-signature"
     BROKEN_CHAIN = "broken-chain"
+    UNGATED = "ungated"
     STALE_MANIFEST = "stale-manifest"
     OTHER_ADAPTER = "other-adapter"
     OTHER_BASE = "other-base"
@@ -65,6 +66,7 @@ class Check(StrEnum):
 _TABLE: Final[dict[Check, tuple[int, str]]] = {
     Check.FOREIGN_SIGNATURE: (1, "A document is not signed by the key that you pinned."),
     Check.BROKEN_CHAIN: (1, "The server's releases do not follow one another."),
+    Check.UNGATED: (1, "A release lacks the word of the evaluator that you were promised."),
     Check.STALE_MANIFEST: (1, "The server offers a round that is over, or not of this chain."),
     Check.OTHER_ADAPTER: (2, "The adapter is not the one that was signed."),
     Check.OTHER_BASE: (2, "The base model is not the one that you accepted."),

@@ -53,6 +53,12 @@ MAX_READY_ATTEMPTS: Final = 9
 
 MAX_RELEASES_PER_REPLY: Final = 100
 
+# The evaluator's gate
+MAX_CANDIDATES: Final = 8
+"""Adapters that an evaluator is asked about at once."""
+MAX_CATEGORIES: Final = 32
+MAX_CATEGORY_CHARS: Final = 64
+
 LONG_POLL_S: Final = 20.0
 """Longest time the server holds a poll before it answers `wait`."""
 

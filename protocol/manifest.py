@@ -292,11 +292,34 @@ class FilterBlock(WireModel):
     rule: FilterRule = FilterRule.NONE
 
 
-class GateBlock(WireModel):
-    """The trusted evaluator's gate. This version knows `none`."""
+class NoGate(WireModel):
+    """Nobody looks at a candidate before it is published."""
 
     version: Literal[1] = 1
     rule: Literal["none"] = "none"
+
+
+class EvaluatorGate(WireModel):
+    """A trusted evaluator scores each candidate on records of its own (LEARNING, "Gate").
+
+    A candidate passes if its held-out loss, in nats per token, rises above that of the adapter
+    which the round started from by no more than `max_loss_increase`, averaged over the categories,
+    and by no more than `max_category_loss_increase` in each of them. One that does not pass is made
+    again without some of the cells, in up to `max_retries` ways; if none of these passes either,
+    or the evaluator says nothing for `wait_s`, the old release stays.
+    """
+
+    version: Literal[1] = 1
+    rule: Literal["evaluator"] = "evaluator"
+    evaluator: Identity
+    max_loss_increase: Annotated[float, Field(ge=0.0)] = 0.02
+    max_category_loss_increase: Annotated[float, Field(ge=0.0)] = 0.2
+    max_retries: Annotated[int, Field(ge=0, le=limits.MAX_CANDIDATES)] = limits.MAX_CANDIDATES
+    wait_s: Annotated[float, Field(ge=1.0, le=7 * 24 * 3600.0)] = 3600.0
+
+
+GateBlock = Annotated[NoGate | EvaluatorGate, Field(discriminator="rule")]
+"""Who judges a candidate before it becomes a release."""
 
 
 class RoundsBlock(WireModel):
@@ -354,7 +377,7 @@ class FederationManifest(WireModel):
     privacy: PrivacyBlock = NoPrivacy()
     aggregation: AggregationBlock = AggregationBlock()
     filter: FilterBlock = FilterBlock()
-    gate: GateBlock = GateBlock()
+    gate: GateBlock = NoGate()
     rounds: RoundsBlock
     change_limits: ChangeLimitsBlock = ChangeLimitsBlock()
 

@@ -26,7 +26,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from protocol import limits
-from protocol.chain import Release, RoundManifest
+from protocol.chain import BlobRef, Release, RoundManifest
 from protocol.manifest import FederationManifest
 from protocol.numbers import Count, RoundNumber, UnixSeconds, UnixTime
 from protocol.phases import RoundPhase
@@ -190,6 +190,34 @@ class Withdrawal(WireModel):
     round: RoundNumber
     agent: Identity
     reason: WithdrawalReason
+
+
+class EvaluationTask(WireModel):
+    """Adapters that the evaluator is asked about (message name `evaluation-task`)."""
+
+    version: Literal[1] = 1
+    federation: Bytes16
+    round: RoundNumber
+    round_digest: Digest
+    attempt: Attempt
+    """1: all cells that the filter kept; 2: without some of them, each candidate without others."""
+    current: BlobRef
+    """The adapter that the round started from."""
+    candidates: Annotated[
+        tuple[BlobRef, ...], Field(min_length=1, max_length=limits.MAX_CANDIDATES)
+    ]
+
+    def digest(self) -> bytes:
+        """The hash that the report names."""
+        return domain_hash("evaluation-task", self.as_json())
+
+
+class EvaluationReply(WireModel):
+    """What the evaluator is to do now."""
+
+    task: Signed[EvaluationTask] | None
+    finished: bool
+    """The federation has had its last round."""
 
 
 class RoundStatus(WireModel):

@@ -14,16 +14,20 @@ from typing import Annotated, Final, Literal
 
 from pydantic import Field
 
-from protocol.chain import Release
+from protocol.chain import EvaluatorVerdict, NoVerdict, Release, Verdict
 from protocol.errors import ProtocolError
 from protocol.guarantee import describe_privacy
 from protocol.limits import MAX_JSON_BYTES
 from protocol.manifest import (
     AggregationBlock,
     BaseBlock,
+    EvaluatorGate,
     FederationManifest,
+    FilterBlock,
+    GateBlock,
     LoraBlock,
     MaskingBlock,
+    NoGate,
     TrainingBlock,
 )
 from protocol.numbers import Count, PositiveInt, Text
@@ -57,6 +61,9 @@ class Provenance(WireModel):
     masking: MaskingBlock
     privacy: PrivacyBlock
     aggregation: AggregationBlock
+    filter: FilterBlock = FilterBlock()
+    gate: GateBlock = NoGate()
+    verdict: Verdict = NoVerdict()
     n_rounds: PositiveInt
     release: Count
     round: Count
@@ -96,6 +103,9 @@ def provenance_of(manifest: FederationManifest, release: Release) -> Provenance:
         masking=manifest.masking,
         privacy=manifest.privacy,
         aggregation=manifest.aggregation,
+        filter=manifest.filter,
+        gate=manifest.gate,
+        verdict=release.verdict,
         n_rounds=manifest.rounds.n_rounds,
         release=release.number,
         round=release.round,
@@ -265,11 +275,30 @@ def _rows(told: Provenance) -> list[tuple[str, str]]:
         ("Training", _recipe(told.training)),
         ("Prompt template", _code(told.training.template)),
         ("Privacy", f"{privacy}; masking {told.masking.mode}"),
+        ("Outlier filter", _code(told.filter.rule)),
+        ("Gate", _gate(told)),
         ("Federation", _code(told.federation.hex())),
         ("Fingerprint of the server's key", _code(format_fingerprint(told.server))),
         ("Release digest, which covers all before it", _code(told.release_digest.hex())),
         ("SHA-256 of the adapter's weights", _code(told.weights_sha256.hex())),
     ]
+
+
+def _gate(told: Provenance) -> str:
+    """Whether anyone looked at the adapter before it was published, and what was found."""
+    verdict = told.verdict
+    if not isinstance(told.gate, EvaluatorGate):
+        return "`none`: nobody scored this adapter before it was published"
+    who = f"evaluator {_code(format_fingerprint(told.gate.evaluator))}"
+    if not isinstance(verdict, EvaluatorVerdict):
+        return f"{who}; not asked, as no round made this release"
+    report = verdict.report.body
+    row = 1 + report.candidates.index(told.weights_sha256)
+    left = "" if not verdict.n_left_out else f", without {verdict.n_left_out} of the round's cells"
+    return (
+        f"{who} found a held-out loss of {report.mean_loss(row):.4g} nats per token after "
+        f"{report.mean_loss(0):.4g}, averaged over {len(report.categories)} categories{left}"
+    )
 
 
 def _recipe(block: TrainingBlock) -> str:

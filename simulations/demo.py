@@ -366,7 +366,10 @@ class _Watcher:
         while self._last is None or self._last.number < status.newest_release:
             number = -1 if self._last is None else self._last.number
             page = self._transport.releases(after=number)
-            for release in check_releases(self.manifest, self._last, page.releases):
+            # Nobody rolls a demo back, so no release points to an earlier one.
+            for release in check_releases(
+                self.manifest, self._last, page.releases, earlier=lambda _: None
+            ):
                 self._measure(release)
         return DemoView(
             status=status,

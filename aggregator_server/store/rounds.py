@@ -10,9 +10,11 @@ from aggregator_server.store import counters
 from aggregator_server.store.agents import present_agents
 from aggregator_server.store.counters import Counter
 from aggregator_server.store.database import Database
+from aggregator_server.store.incidents import add_incident
 from aggregator_server.store.releases import count_of_rounds, newest_number
 from aggregator_server.store.rows import (
     AgentView,
+    NewIncident,
     RoundProgress,
     RoundRow,
     SelectionRow,
@@ -125,8 +127,9 @@ class RoundStore:
         to: RoundPhase,
         n_accepted: int | None = None,
         filter_report: str | None = None,
-        verdict: str | None = None,
+        passed: str | None = None,
         failure: str | None = None,
+        incident: NewIncident | None = None,
     ) -> None:
         """Journal the next phase of a round with what the last one found.
 
@@ -135,20 +138,23 @@ class RoundStore:
             seen: The phase that the caller saw.
             to: The phase that follows by the transition table.
             n_accepted: The accepted uploads that the decision was based on, if it was.
-            filter_report: JSON of the filter's report.
-            verdict: JSON of the evaluator's verdict.
+            filter_report: JSON of the filter's decision.
+            passed: JSON of what the gate let through.
             failure: Why the round failed.
+            incident: Journalled with it.
 
         Raises:
             StaleWriteError: The phase or the number of accepted uploads has changed.
         """
-        found = {"filter_report": filter_report, "verdict": verdict, "failure": failure}
+        found = {"filter_report": filter_report, "passed": passed, "failure": failure}
         with self._database.writing() as connection:
             require_phase(connection, number, seen)
             if n_accepted is not None and _n_accepted(connection, number) != n_accepted:
                 msg = f"round {number} has another number of uploads than {n_accepted}"
                 raise StaleWriteError(msg)
             set_phase(connection, number, to, found)
+            if incident is not None:
+                add_incident(connection, incident)
 
     def withdraw(self, number: int, agent: bytes, *, reason: str, digest: bytes) -> None:
         """Free the place of an agent; the same withdrawal again changes nothing.

@@ -81,12 +81,64 @@ class RoundRow:
     digest: bytes
     failure: str | None
     filter_report: str | None
-    verdict: str | None
+    passed: str | None
+    """JSON of the `Passed`: what the gate let through, and its verdict."""
 
     @property
     def over(self) -> bool:
         """Whether nothing leaves its phase."""
         return self.phase in {RoundPhase.PUBLISHED, RoundPhase.FAILED}
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationRow:
+    """What the evaluator was asked of a round, and what it answered.
+
+    `task` and `report` are the canonical JSON of the `Signed[…]`, `candidates` that of the list of
+    `Candidate` in the order of the task.
+    """
+
+    round: int
+    attempt: int
+    task: bytes
+    candidates: str
+    asked_at: float
+    has_blobs: bool
+    """False once the files of those that did not become a release are deleted."""
+    report: bytes | None = None
+    report_digest: bytes | None = None
+
+
+class IncidentKind(StrEnum):
+    """What the operator should know of."""
+
+    GATE_REFUSED = "gate-refused"
+    """No candidate of a round passed; the old release stays."""
+    GATE_LEFT_OUT = "gate-left-out"
+    """A round passed only without some of its cells."""
+    EVALUATOR_SILENT = "evaluator-silent"
+    """The evaluator did not answer in time; the old release stays."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NewIncident:
+    """Something that the operator should know of, in words."""
+
+    kind: IncidentKind
+    text: str
+    at: float
+    round: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class IncidentRow:
+    """An incident as it is journalled; `at` in seconds since the Unix epoch."""
+
+    id: int
+    at: float
+    round: int | None
+    kind: IncidentKind
+    text: str
 
 
 @dataclass(frozen=True, kw_only=True)

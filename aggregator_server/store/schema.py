@@ -23,7 +23,7 @@ from sqlalchemy import (
     UniqueConstraint,
 )
 
-SCHEMA_VERSION: Final = 3
+SCHEMA_VERSION: Final = 4
 """Raised with every change that an older program cannot read."""
 
 metadata: Final = MetaData()
@@ -74,7 +74,30 @@ rounds = Table(
     Column("digest", LargeBinary(32), nullable=False, unique=True),
     Column("failure", Text),
     Column("filter_report", Text),
-    Column("verdict", Text),
+    Column("passed", Text),
+)
+
+evaluations = Table(
+    "evaluations",
+    metadata,
+    Column("round", Integer, ForeignKey("rounds.number"), primary_key=True),
+    Column("attempt", Integer, primary_key=True),
+    Column("task", LargeBinary, nullable=False),
+    Column("candidates", Text, nullable=False),
+    Column("asked_at", Double, nullable=False),
+    Column("has_blobs", Boolean, nullable=False),
+    Column("report", LargeBinary),
+    Column("report_digest", LargeBinary(32)),
+)
+
+incidents = Table(
+    "incidents",
+    metadata,
+    Column("id", Integer, primary_key=True, autoincrement=True),
+    Column("at", Double, nullable=False),
+    Column("round", Integer),
+    Column("kind", String(32), nullable=False),
+    Column("text", Text, nullable=False),
 )
 
 selections = Table(

@@ -11,6 +11,8 @@ from aggregator_server.store.agents import AgentStore
 from aggregator_server.store.cells import CellStore
 from aggregator_server.store.counters import Counter
 from aggregator_server.store.database import Database
+from aggregator_server.store.evaluations import EvaluationStore
+from aggregator_server.store.incidents import IncidentStore
 from aggregator_server.store.readies import ReadyStore
 from aggregator_server.store.releases import (
     ReleaseStore,
@@ -48,6 +50,8 @@ class Store:
         self.uploads = UploadStore(database)
         self.cells = CellStore(database)
         self.readies = ReadyStore(database)
+        self.evaluations = EvaluationStore(database)
+        self.incidents = IncidentStore(database)
         self.releases = ReleaseStore(database)
 
     def close(self) -> None:

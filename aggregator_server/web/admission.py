@@ -66,6 +66,22 @@ async def admit(
     return await to_thread.run_sync(check), body
 
 
+async def admit_evaluator(
+    service: Federation, request: Request, *, limit: int = 0
+) -> tuple[bytes, bytes]:
+    """The evaluator that makes a request, and the body.
+
+    Raises:
+        Refusal: Not signed by the evaluator, not fresh, or too large.
+    """
+    body = await read_body(request, limit=limit)
+
+    def check() -> bytes:
+        return service.admit_evaluator(verify_transport(request, body))
+
+    return await to_thread.run_sync(check), body
+
+
 def expect(service: Federation, request: Request) -> bytes:
     """The member whose large body is about to be read; `admit` has the last word on it.
 

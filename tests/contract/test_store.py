@@ -20,7 +20,10 @@ from aggregator_server.store.rows import (
     BlobRole,
     BlobRow,
     CellRow,
+    EvaluationRow,
+    IncidentKind,
     InviteRow,
+    NewIncident,
     NewUpload,
     PartRow,
     ReleaseRow,
@@ -111,7 +114,7 @@ def make_round(number: int) -> RoundRow:
         digest=key(f"round {number}"),
         failure=None,
         filter_report=None,
-        verdict=None,
+        passed=None,
     )
 
 
@@ -470,9 +473,9 @@ class TestRounds:
     def test_what_a_phase_found_is_kept_by_those_after_it(self, opened):
         opened.rounds.move(1, seen=RoundPhase.OPEN, to=RoundPhase.UNMASKED)
         opened.rounds.move(1, seen=RoundPhase.UNMASKED, to=RoundPhase.FILTERED, filter_report="f")
-        opened.rounds.move(1, seen=RoundPhase.FILTERED, to=RoundPhase.GATED, verdict="v")
+        opened.rounds.move(1, seen=RoundPhase.FILTERED, to=RoundPhase.GATED, passed="v")
         row = opened.rounds.get(1)
-        assert (row.filter_report, row.verdict, row.failure) == ("f", "v", None)
+        assert (row.filter_report, row.passed, row.failure) == ("f", "v", None)
 
     def test_candidates_are_present_and_were_never_selected(self, opened):
         assert opened.rounds.candidates(1, seen_after=NOW - 1) == (AGENTS[3],)
@@ -765,3 +768,75 @@ def test_uploads_with_bytes_are_those_that_are_not_deleted(opened):
     second = opened.uploads.begin(make_upload(AGENTS[1]))
     opened.uploads.deleted(first.id)
     assert opened.uploads.with_bytes() == {second.id}
+
+
+class TestEvaluations:
+    @pytest.fixture
+    def filtered(self, opened):
+        opened.rounds.move(1, seen=RoundPhase.OPEN, to=RoundPhase.UNMASKED)
+        opened.rounds.move(1, seen=RoundPhase.UNMASKED, to=RoundPhase.FILTERED)
+        return opened
+
+    def ask(self, store, *, attempt: int = 1) -> EvaluationRow:
+        row = EvaluationRow(
+            round=1,
+            attempt=attempt,
+            task=f"task {attempt}".encode(),
+            candidates="[]",
+            asked_at=NOW,
+            has_blobs=True,
+        )
+        store.evaluations.ask(row)
+        return row
+
+    def test_attempts_come_back_as_they_were_asked(self, filtered):
+        assert filtered.evaluations.of_round(1) == ()
+        before = filtered.changes()
+        rows = (self.ask(filtered), self.ask(filtered, attempt=2))
+        assert filtered.evaluations.of_round(1) == rows
+        assert filtered.changes() > before
+
+    @pytest.mark.parametrize("phase", [RoundPhase.GATED, RoundPhase.FAILED])
+    def test_nothing_is_asked_once_the_round_has_moved_on(self, filtered, phase):
+        filtered.rounds.move(1, seen=RoundPhase.FILTERED, to=phase, failure="x")
+        with pytest.raises(StaleWriteError):
+            self.ask(filtered)
+        assert filtered.evaluations.of_round(1) == ()
+
+    def test_one_report_counts(self, filtered):
+        self.ask(filtered)
+        for _ in range(2):
+            filtered.evaluations.answer(1, 1, report=b"report", digest=key("report"))
+        with refused(ProblemType.CONFLICT):
+            filtered.evaluations.answer(1, 1, report=b"other", digest=key("other"))
+        (row,) = filtered.evaluations.of_round(1)
+        assert (row.report, row.report_digest) == (b"report", key("report"))
+
+    def test_a_report_comes_too_late_for_a_round_that_is_over(self, filtered):
+        self.ask(filtered)
+        filtered.rounds.move(1, seen=RoundPhase.FILTERED, to=RoundPhase.FAILED, failure="x")
+        with refused(ProblemType.ROUND_CLOSED):
+            filtered.evaluations.answer(1, 1, report=b"report", digest=key("report"))
+        assert filtered.evaluations.of_round(1)[0].report is None
+
+    def test_files_may_go_once_the_round_is_over(self, filtered):
+        row = self.ask(filtered)
+        assert filtered.evaluations.with_blobs() == ((row, False),)
+        filtered.rounds.move(1, seen=RoundPhase.FILTERED, to=RoundPhase.FAILED, failure="x")
+        assert filtered.evaluations.with_blobs() == ((row, True),)
+        filtered.evaluations.forget_blobs(1, 1)
+        assert filtered.evaluations.with_blobs() == ()
+
+    def test_an_incident_is_journalled_with_the_move_or_not_at_all(self, filtered):
+        incident = NewIncident(kind=IncidentKind.GATE_REFUSED, text="why", at=NOW, round=1)
+        with pytest.raises(StaleWriteError):
+            filtered.rounds.move(
+                1, seen=RoundPhase.OPEN, to=RoundPhase.FAILED, failure="x", incident=incident
+            )
+        assert filtered.incidents.all() == ()
+        filtered.rounds.move(
+            1, seen=RoundPhase.FILTERED, to=RoundPhase.FAILED, failure="x", incident=incident
+        )
+        (row,) = filtered.incidents.all()
+        assert (row.kind, row.text, row.at, row.round) == (incident.kind, "why", NOW, 1)
+        assert filtered.incidents.count() == 1

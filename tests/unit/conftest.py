@@ -8,7 +8,14 @@ from typing import Any
 import pytest
 
 from protocol.base_description import BaseDescription
-from protocol.chain import AggregationReport, BlobRef, FilterReport, Release, RoundManifest, Verdict
+from protocol.chain import (
+    AggregationReport,
+    BlobRef,
+    FilterReport,
+    NoVerdict,
+    Release,
+    RoundManifest,
+)
 from protocol.manifest import (
     BaseBlock,
     FederationManifest,
@@ -87,7 +94,7 @@ def make_release(
                 rule="none" if after is None else "fedavg", n_cells=0, n_agents=0, update_norm=0.0
             ),
             "filter": FilterReport(rule="none", n_cells=0, n_rejected=0),
-            "verdict": Verdict(rule="none", accepted=True),
+            "verdict": NoVerdict(),
             "created_at": NOW,
         }
         return Release(**{**values, **changes})

@@ -16,9 +16,9 @@ from protocol.chain import (
     BlobRef,
     CellRef,
     FilterReport,
+    NoVerdict,
     Release,
     RoundManifest,
-    Verdict,
 )
 from protocol.layout import TensorSlot, VectorLayout
 from protocol.manifest import BaseBlock, FederationManifest, LoraBlock, RoundsBlock, TrainingBlock
@@ -82,7 +82,7 @@ def documents() -> dict[str, WireModel]:
         rejected=(),
         aggregation=AggregationReport(rule="none", n_cells=0, n_agents=0, update_norm=0.0),
         filter=FilterReport(rule="none", n_cells=0, n_rejected=0),
-        verdict=Verdict(rule="none", accepted=True),
+        verdict=NoVerdict(),
         created_at=NOW,
     )
     round_manifest = RoundManifest(

@@ -339,7 +339,7 @@ def test_openapi_is_whole_and_describes_every_route(case):
     assert set(references(document)) <= set(schemas)
     assert "$defs" not in str(document)
     paths = {path for path in document["paths"] if path.startswith("/v1/")}
-    assert len(paths) == 20
+    assert len(paths) == 23
     assert case.client.get("/docs").status_code == 200
 
 

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from aggregator_server.cli import app
 from aggregator_server.federation import open_federation
 from aggregator_server.store import database as database_module
-from protocol.signing import Invite, fingerprint
+from protocol.signing import Invite, Signer, fingerprint, format_fingerprint
 from protocol.wire import b64u_encode
 from quant.adapter import read_folder
 
@@ -251,6 +251,37 @@ class TestAgents:
         result = run("agents", "revoke", federation.directory, "")
         assert result.exit_code == 1
         assert "3 agents have an identity that begins with ''" in result.stderr
+
+
+def test_an_evaluator_is_named_at_the_founding_and_told_by_status(run, base_file, tmp_path):
+    key = Signer.generate().identity
+    directory = tmp_path / "gated"
+    result = run("init", directory, "--base", base_file, "--evaluator", b64u_encode(key))
+    assert result.exit_code == 0, result.output
+    federation = open_federation(directory, environment={})
+    assert federation.charter.manifest.gate.evaluator == key
+    federation.close()
+    assert f"gate: evaluator {format_fingerprint(key)}" in run("status", directory).stdout
+    refused = run("init", tmp_path / "other", "--base", base_file, "--evaluator", "abc")
+    assert refused.exit_code == 1
+    assert refused.stderr.count("\n") == 1
+
+
+def test_incidents_are_told(run, make_case, make_agent, start_round):
+    case = make_case(cohort_target=2, evaluator=Signer.generate().identity)
+    assert "Nothing happened" in run("incidents", case.directory).stdout
+    assert json.loads(run("incidents", case.directory, "--json", "-").stdout) == []
+    agents, manifest = start_round(case, 2)
+    for agent in agents:
+        agent.upload(manifest, agent.constant(1))
+    case.advance()
+    case.advance(case.manifest.gate.wait_s + 1)
+    (incident,) = json.loads(run("incidents", case.directory, "--json", "-").stdout)
+    assert (incident["round"], incident["kind"]) == (1, "evaluator-silent")
+    assert "did not answer" in run("incidents", case.directory).stdout
+    status = run("status", case.directory)
+    assert "incidents: 1" in status.stdout
+    assert json.loads(run("status", case.directory, "--json", "-").stdout)["n_incidents"] == 1
 
 
 def test_status_is_json_with_null_for_what_is_not(run, founded):

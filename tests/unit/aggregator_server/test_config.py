@@ -32,6 +32,7 @@ from privacy.accounting import SampledGaussian, spent
 from privacy.errors import AccountingError, PrivacyError
 from protocol.manifest import (
     CellMasking,
+    EvaluatorGate,
     Factor,
     FilterRule,
     HelperMasking,
@@ -129,6 +130,8 @@ def test_every_setting_is_explained(config):
             fields |= {field for profile in profiles for field in profile.model_fields} - {
                 "version"
             }
+        if section == "gate":
+            fields |= set(EvaluatorGate.model_fields) - {"version"}
         assert fields == set(_EXPLAINED[section]), section
 
 

@@ -171,7 +171,7 @@ def test_a_database_of_a_newer_version_is_refused_clearly(make_case):
     case = make_case()
     with case.federation._store._database.writing() as connection:
         connection.execute(update(meta).where(meta.c.key == "schema_version").values(value=b"99"))
-    with pytest.raises(SchemaError, match="schema version 99, this server knows 3"):
+    with pytest.raises(SchemaError, match="schema version 99, this server knows 4"):
         reopen(case)
 
 

@@ -539,7 +539,7 @@ class TestFaults:
 
         monkeypatch.setattr(closing.federation._blobs, "put", failing)
         closing.advance()
-        assert phase_of(closing) is RoundPhase.GATED
+        assert phase_of(closing) is RoundPhase.FILTERED
         monkeypatch.undo()
         closing.advance()
         assert closing.federation.releases.newest().round == 1

@@ -21,7 +21,14 @@ from privacy.secagg.agent import SecAggAgent
 from privacy.secagg.checks import CellPolicy
 from privacy.secagg.server import CellServer
 from protocol.base_description import BaseDescription, LinearModule
-from protocol.chain import AggregationReport, BlobRef, FilterReport, Release, RoundManifest, Verdict
+from protocol.chain import (
+    AggregationReport,
+    BlobRef,
+    FilterReport,
+    NoVerdict,
+    Release,
+    RoundManifest,
+)
 from protocol.layout import VectorLayout
 from protocol.manifest import (
     AggregationBlock,
@@ -557,7 +564,7 @@ class MaskedHost:
             "rejected": (),
             "aggregation": AggregationReport(rule="none", n_cells=0, n_agents=0, update_norm=0.0),
             "filter": FilterReport(rule="none", n_cells=0, n_rejected=0),
-            "verdict": Verdict(rule="none", accepted=True),
+            "verdict": NoVerdict(),
             "created_at": START,
         }
         release = Release(**{**values, **changes})

@@ -15,10 +15,20 @@ from edge_agent.chain import (
     check_round,
 )
 from edge_agent.errors import TrustError
-from protocol.chain import BlobRef
+from protocol.chain import BlobRef, EvaluatorVerdict, NoVerdict, Release
+from protocol.gating import EvaluationReport
 from protocol.layout import VectorLayout
+from protocol.manifest import EvaluatorGate
 from protocol.messages import Credential, Discovery
 from protocol.signing import Invite, Signed, Signer, fingerprint, sign
+
+NOTHING: dict[int, Release] = {}
+
+
+def follow(manifest, last, signed, known=NOTHING) -> list[Release]:
+    """`check_releases` of an agent that has verified what is known."""
+    return check_releases(manifest, last, signed, earlier=known.get)
+
 
 LAYOUT = VectorLayout.of_shapes({"a": (100,)})
 Make = Callable[..., Any]
@@ -123,9 +133,9 @@ def chain(make_manifest: Make, make_release: Make, server_key: Signer):
 def test_guarantee_1_a_whole_chain_is_accepted_in_pages(chain) -> None:
     manifest, signed = chain
     bodies = [item.body for item in signed]
-    assert check_releases(manifest, None, signed) == bodies
-    assert check_releases(manifest, bodies[1], signed[2:]) == bodies[2:]
-    assert check_releases(manifest, bodies[3], []) == []
+    assert follow(manifest, None, signed) == bodies
+    assert follow(manifest, bodies[1], signed[2:]) == bodies[2:]
+    assert follow(manifest, bodies[3], []) == []
     assert check_first_release(manifest, signed) == bodies[0]
     with pytest.raises(TrustError, match="shows no release"):
         check_first_release(manifest, [])
@@ -139,7 +149,7 @@ def test_guarantee_1_a_gap_a_repetition_or_another_order_is_refused(
 ) -> None:
     manifest, signed = chain
     with pytest.raises(TrustError, match="does not continue it"):
-        check_releases(manifest, None, [signed[i] for i in order])
+        follow(manifest, None, [signed[i] for i in order])
 
 
 def test_guarantee_1_going_back_is_refused(chain) -> None:
@@ -147,7 +157,7 @@ def test_guarantee_1_going_back_is_refused(chain) -> None:
     manifest, signed = chain
     for back in (0, 1, 2):
         with pytest.raises(TrustError, match="does not continue it"):
-            check_releases(manifest, signed[2].body, [signed[back]])
+            follow(manifest, signed[2].body, [signed[back]])
 
 
 def test_guarantee_1_a_fork_is_refused(chain, make_release: Make, server_key: Signer) -> None:
@@ -157,9 +167,9 @@ def test_guarantee_1_a_fork_is_refused(chain, make_release: Make, server_key: Si
     other_first = make_release(manifest, adapter=blob, sent=blob)
     forked = make_release(manifest, after=other_first)
     with pytest.raises(TrustError, match="does not continue it"):
-        check_releases(manifest, signed[0].body, [sign(server_key, "release", forked).signed])
+        follow(manifest, signed[0].body, [sign(server_key, "release", forked).signed])
     with pytest.raises(TrustError, match="does not continue it"):
-        check_releases(manifest, None, [sign(server_key, "release", other_first).signed, signed[1]])
+        follow(manifest, None, [sign(server_key, "release", other_first).signed, signed[1]])
 
 
 def test_guarantee_1_another_key_another_kind_or_another_federation_is_refused(
@@ -178,14 +188,14 @@ def test_guarantee_1_another_key_another_kind_or_another_federation_is_refused(
     ]
     for fault in faults:
         with pytest.raises(TrustError):
-            check_releases(manifest, None, [fault])
+            follow(manifest, None, [fault])
 
 
 def test_nothing_of_a_page_with_a_fault_is_accepted(chain, stranger: Signer) -> None:
     manifest, signed = chain
     page = [*signed[:3], sign(stranger, "release", signed[3].body).signed]
     with pytest.raises(TrustError):
-        check_releases(manifest, None, page)
+        follow(manifest, None, page)
 
 
 # Rounds
@@ -278,3 +288,92 @@ def test_a_change_that_float32_cannot_hold_is_refused_without_a_fault() -> None:
     largest = float(np.finfo(np.float32).max)
     with pytest.raises(TrustError, match="above the limit"):
         check_change(arrays(-largest), arrays(largest), max_tensor_change_norm=1e30, n_releases=1)
+
+
+# The gate
+
+
+GATE = EvaluatorGate(
+    evaluator=Signer.from_private_bytes(bytes([7]) * 32).identity,
+    max_loss_increase=0.1,
+    max_category_loss_increase=0.5,
+)
+
+
+@pytest.fixture
+def gated(make_manifest: Make, make_release: Make, server_key: Signer):
+    """Checks a release 1 with a report of the evaluator's, changed as the test says."""
+    manifest = make_manifest(gate=GATE)
+    first = make_release(manifest)
+
+    def check(*, key: int = 7, name: str = "evaluation", verdict=None, **changes: Any) -> None:
+        release = make_release(manifest, after=first)
+        fields = {
+            "federation": manifest.federation,
+            "round": release.round,
+            "task": bytes(32),
+            "evaluator": GATE.evaluator,
+            "data": bytes(32),
+            "current": first.adapter.sha256,
+            "candidates": (bytes(32), release.adapter.sha256),
+            "categories": ("closed_qa", "open_qa"),
+            "n_records": (4, 5),
+            "losses": ((2.0, 3.0), (9.0, 9.0), (1.5, 3.4)),
+        }
+        report = EvaluationReport(**{**fields, **changes})
+        signer = Signer.from_private_bytes(bytes([key]) * 32)
+        own = EvaluatorVerdict(report=sign(signer, name, report).signed, n_left_out=0)
+        release = release.model_copy(update={"verdict": verdict or own})
+        signed = [sign(server_key, "release", item).signed for item in (first, release)]
+        assert follow(manifest, None, signed) == [first, release]
+
+    return check
+
+
+def test_guarantee_3_a_release_that_the_evaluator_signed_for_is_accepted(gated) -> None:
+    gated()
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"verdict": NoVerdict()}, "has no report"),
+        ({"key": 8}, "is refused"),
+        ({"name": "release"}, "is refused"),
+        ({"candidates": (bytes(32), bytes([9]) * 32)}, "on something else"),
+        ({"federation": bytes([9]) * 16}, "on something else"),
+        ({"round": 7}, "on something else"),
+        ({"losses": ((2.0, 3.0), (1.0, 1.0), (2.1, 3.2))}, "averaged over 2 categories"),
+        ({"losses": ((2.0, 3.0), (1.0, 1.0), (1.0, 3.6))}, "its loss on 'open_qa' rises"),
+        ({"losses": ((2.0, 3.0), (1.0, 1.0), (1.0, None))}, "not finite"),
+    ],
+)
+def test_guarantee_3_any_other_release_of_a_gated_federation_is_refused(
+    gated, changes: dict[str, Any], says: str
+) -> None:
+    with pytest.raises(TrustError, match=says):
+        gated(**changes)
+
+
+# Rollbacks
+
+
+def test_guarantee_2_a_rollback_is_an_earlier_adapter_and_needs_no_evaluator(
+    make_manifest: Make, make_release: Make, server_key: Signer
+) -> None:
+    def sign_all(*releases) -> list[Signed]:
+        return [sign(server_key, "release", release).signed for release in releases]
+
+    for manifest in (make_manifest(), make_manifest(gate=GATE)):
+        first = make_release(manifest)
+        again = {"round": 0, "round_digest": None, "rolled_back_to": 0, "adapter": first.adapter}
+        back = make_release(manifest, after=first, **again)
+        assert follow(manifest, None, sign_all(first, back)) == [first, back]
+        assert follow(manifest, first, sign_all(back), {0: first}) == [back]
+        other = BlobRef(sha256=bytes([9]) * 32, n_bytes=100)
+        for lie in ({"adapter": other}, {"rolled_back_to": None}, {"rolled_back_to": 5}):
+            release = make_release(manifest, after=first, **{**again, **lie})
+            with pytest.raises(TrustError, match="comes from no round"):
+                follow(manifest, None, sign_all(first, release))
+        with pytest.raises(TrustError, match="comes from no round"):
+            follow(manifest, first, sign_all(back))

@@ -17,6 +17,7 @@ from edge_agent.journal import Journal
 from protocol.manifest import (
     AggregationBlock,
     CellMasking,
+    EvaluatorGate,
     FederationManifest,
     HelperMasking,
     RoundsBlock,
@@ -234,6 +235,32 @@ def test_every_sentence_is_one_and_nothing_is_said_twice(make_any: Make, mode: s
     sentences = whole(found).split("\n")
     assert all(text.endswith(".") and text[0].isupper() for text in sentences)
     assert len(set(sentences)) == len(sentences)
+
+
+@pytest.mark.parametrize("mode", ["open", "cells", "helper"])
+def test_what_an_evaluator_sees_is_said_where_there_is_one(
+    make_any: Make, agent_key, mode: str
+) -> None:
+    manifest = make_any(mode, apart=False)
+    assert "evaluator" not in whole(explain(manifest))
+    gate = EvaluatorGate(evaluator=agent_key.identity)
+    found = explain(manifest.model_copy(update={"gate": gate})).learns[-1]
+    assert format_fingerprint(agent_key.identity) in found
+    assert ("single updates" if mode == "open" else "sums of cells") in found
+    once = gate.model_copy(update={"max_retries": 0})
+    assert "without" not in explain(manifest.model_copy(update={"gate": once})).learns[-1]
+
+
+@pytest.mark.parametrize("mode", ["open", "cells"])
+def test_join_says_whether_anybody_checks_what_is_published(
+    make_any: Make, agent_key, mode: str
+) -> None:
+    manifest = make_any(mode, apart=False)
+    told = disclose(manifest, server_host="h", base_folder=None, round_n_bytes=1).warnings
+    assert any(text.startswith("Nobody checks an adapter") for text in told)
+    gated = manifest.model_copy(update={"gate": EvaluatorGate(evaluator=agent_key.identity)})
+    told = disclose(gated, server_host="h", base_folder=None, round_n_bytes=1).warnings
+    assert any(format_fingerprint(agent_key.identity) in text for text in told)
 
 
 # The command

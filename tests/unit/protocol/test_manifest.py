@@ -21,7 +21,11 @@ MakeManifest = Callable[..., FederationManifest]
 def altered(document: BaseModel, path: str, value: object) -> bytes:
     """The document's JSON with one value exchanged; a value of `...` removes the key."""
     whole = copy.deepcopy(document.as_json())  # type: ignore[attr-defined]
-    for kind in ("masking.off.", "privacy.P0."):  # as messages name it, and the data does not
+    for kind in (
+        "masking.off.",
+        "privacy.P0.",
+        "gate.none.",
+    ):  # as messages name it, and the data does not
         path = path.replace(kind, kind.split(".")[0] + ".")
     *parents, last = path.split(".")
     where = whole
@@ -66,7 +70,7 @@ def test_every_document_round_trips(
         ("privacy.P0.version", 2),
         ("aggregation.version", 2),
         ("filter.version", 2),
-        ("gate.version", 2),
+        ("gate.none.version", 2),
         ("rounds.version", 2),
         ("change_limits.version", 2),
         ("masking.mode", "mixnet"),
@@ -74,7 +78,7 @@ def test_every_document_round_trips(
         ("privacy.profile", None),
         ("aggregation.rule", "krum"),
         ("filter.rule", "median"),
-        ("gate.rule", "evaluator"),
+        ("gate.rule", "oracle"),
         ("base.quantization", "int8"),
         ("base.source_dtype", "int8"),
         ("training.template", "own"),
@@ -218,7 +222,8 @@ def test_a_round_that_contradicts_itself_is_refused(
         ("previous", b64u_encode(bytes(32)), "exactly release 0 has no predecessor"),
         ("round_digest", b64u_encode(bytes(32)), "release 0 comes from no round"),
         ("number", 1, "exactly release 0 has no predecessor"),
-        ("verdict.rule", "evaluator", "verdict.rule"),
+        ("verdict.rule", "oracle", "verdict"),
+        ("verdict.accepted", False, "verdict.none.accepted"),
         ("filter.rule", "norm", "filter.rule"),
         ("aggregation.rule", "median", "aggregation.rule"),
         ("aggregation.update_norm", -1.0, "aggregation.none.update_norm"),

@@ -7,8 +7,10 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
-from protocol.chain import AggregationReport, BlobRef
-from protocol.manifest import BaseBlock, TrainingBlock
+from protocol.chain import AggregationReport, BlobRef, EvaluatorVerdict
+from protocol.gating import EvaluationReport
+from protocol.manifest import BaseBlock, EvaluatorGate, TrainingBlock
+from protocol.signing import format_fingerprint, sign
 from quant.adapter import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME
 from quant.errors import AdapterError
 from quant.model_card import (
@@ -62,12 +64,42 @@ def test_the_card_says_what_it_is_how_it_was_made_and_how_private(
         "`alpaca`",
         "ε = ∞",
         "masking off",
+        "| Outlier filter | `none` |",
+        "| Gate | `none`: nobody scored this adapter",
         manifest.federation.hex(),
         WEIGHTS.sha256.hex(),
         release.digest().hex(),
         "PeftModel.from_pretrained",
     ):
         assert piece in card, piece
+
+
+def test_the_card_of_a_gated_adapter_says_what_the_evaluator_found(
+    make_manifest, make_release, agent_key
+) -> None:
+    manifest = make_manifest(gate=EvaluatorGate(evaluator=agent_key.identity))
+    first = make_release(manifest)
+    release = make_release(manifest, after=first, adapter=WEIGHTS)
+    report = EvaluationReport(
+        federation=manifest.federation,
+        round=release.round,
+        task=bytes(32),
+        evaluator=agent_key.identity,
+        data=bytes(32),
+        current=first.adapter.sha256,
+        candidates=(bytes(32), WEIGHTS.sha256),
+        categories=("closed_qa", "open_qa"),
+        n_records=(4, 5),
+        losses=((2.0, 3.0), (9.0, 9.0), (1.0, 2.5)),
+    )
+    verdict = EvaluatorVerdict(report=sign(agent_key, "evaluation", report).signed, n_left_out=2)
+    card = model_card(provenance_of(manifest, release.model_copy(update={"verdict": verdict})))
+    assert (
+        "found a held-out loss of 1.75 nats per token after 2.5, averaged over 2 categories, "
+        "without 2 of the round's cells"
+    ) in card
+    assert format_fingerprint(agent_key.identity) in card
+    assert "not asked, as no round made this release" in model_card(provenance_of(manifest, first))
 
 
 def test_the_first_and_a_rolled_back_release_name_no_agents(
@@ -177,7 +209,18 @@ def test_provenance_holds_nothing_of_the_data(provenance) -> None:
     told = json.loads(provenance.pretty())
     assert set(told) == {
         *("version", "federation", "name", "description", "server", "base", "lora", "training"),
-        *("masking", "privacy", "aggregation", "n_rounds", "release", "round", "rolled_back_to"),
+        *(
+            "masking",
+            "privacy",
+            "aggregation",
+            "filter",
+            "gate",
+            "verdict",
+            "n_rounds",
+            "release",
+            "round",
+            "rolled_back_to",
+        ),
         *("n_agents", "release_digest", "weights_sha256"),
     }
 
