@@ -66,6 +66,31 @@ class CellRef(WireModel):
     members: Digest
 
 
+class CovarianceGap(WireModel):
+    """What averaging A and B apart lost in a round, estimated by random projections.
+
+    The mean of the agents' products is the product of the mean factors and a covariance. Norms are
+    Frobenius norms over all modules, right to about 9 %; exact on layers of up to 128 values.
+    """
+
+    estimated_norm: Annotated[float, Field(ge=0.0)]
+    """Of the covariance s·Σ p_k (B_k − B̄)(A_k − Ā)."""
+    estimated_change_norm: Annotated[float, Field(ge=0.0)]
+    """Of what the mean product changes: s·Σ p_k B_k A_k, less the product that the round began
+    with."""
+
+    def describe(self) -> str:
+        """The loss beside the change, in words."""
+        if self.estimated_change_norm == 0.0:
+            return "of a round that changed nothing"
+        return f"about {self.estimated_norm / self.estimated_change_norm:.1%} of the change"
+
+
+def is_none(value: object) -> bool:
+    """A later key is left out where it says nothing, so that what was signed stays the same."""
+    return value is None
+
+
 class AggregationReport(WireModel):
     """What the server may tell everyone about the average it made."""
 
@@ -74,6 +99,8 @@ class AggregationReport(WireModel):
     n_agents: Count
     update_norm: Annotated[float, Field(ge=0.0)]
     """L2 norm of the mean update."""
+    covariance_gap: Annotated[CovarianceGap | None, Field(exclude_if=is_none)] = None
+    """Where single updates are seen, and hold both factors."""
 
 
 class NoisyAggregationReport(WireModel):

@@ -14,7 +14,7 @@ from typing import Annotated, Final, Literal
 
 from pydantic import Field
 
-from protocol.chain import Release
+from protocol.chain import AggregationReport, CovarianceGap, Release, is_none
 from protocol.errors import ProtocolError
 from protocol.guarantee import describe_privacy
 from protocol.limits import MAX_JSON_BYTES
@@ -62,6 +62,7 @@ class Provenance(WireModel):
     round: Count
     rolled_back_to: Count | None = None
     n_agents: Count
+    covariance_gap: Annotated[CovarianceGap | None, Field(exclude_if=is_none)] = None
     release_digest: Digest
     weights_sha256: Digest
 
@@ -85,6 +86,7 @@ def provenance_of(manifest: FederationManifest, release: Release) -> Provenance:
         manifest: The federation's.
         release: One of its releases.
     """
+    report = release.aggregation
     return Provenance(
         federation=manifest.federation,
         name=manifest.name,
@@ -100,7 +102,8 @@ def provenance_of(manifest: FederationManifest, release: Release) -> Provenance:
         release=release.number,
         round=release.round,
         rolled_back_to=release.rolled_back_to,
-        n_agents=release.aggregation.n_agents,
+        n_agents=report.n_agents,
+        covariance_gap=report.covariance_gap if isinstance(report, AggregationReport) else None,
         release_digest=release.digest(),
         weights_sha256=release.adapter.sha256,
     )
@@ -262,6 +265,7 @@ def _rows(told: Provenance) -> list[tuple[str, str]]:
             + ", ".join(_code(name) for name in told.lora.target_modules),
         ),
         ("Made in", made),
+        *_gap_rows(told.covariance_gap),
         ("Training", _recipe(told.training)),
         ("Prompt template", _code(told.training.template)),
         ("Privacy", f"{privacy}; masking {told.masking.mode}"),
@@ -270,6 +274,12 @@ def _rows(told: Provenance) -> list[tuple[str, str]]:
         ("Release digest, which covers all before it", _code(told.release_digest.hex())),
         ("SHA-256 of the adapter's weights", _code(told.weights_sha256.hex())),
     ]
+
+
+def _gap_rows(gap: CovarianceGap | None) -> list[tuple[str, str]]:
+    if gap is None:
+        return []
+    return [("Lost by averaging A and B apart", gap.describe())]
 
 
 def _recipe(block: TrainingBlock) -> str:

@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 
 from aggregator_server.aggregation import optimizers
+from aggregator_server.aggregation.lora import covariance_gap
+from aggregator_server.aggregation.lora_pairs import Cohort, local_adapter
 from aggregator_server.config import Retention
 from aggregator_server.errors import NoSpaceError, Refusal, StoreBusyError
 from aggregator_server.filtering import FilterDecision
@@ -14,6 +16,7 @@ from aggregator_server.rounds import Gated
 from aggregator_server.selection import rank
 from aggregator_server.store.rows import BlobRole
 from aggregator_server.store.store import Store
+from privacy.updates import PlainUpdate
 from protocol.chain import RoundManifest
 from protocol.manifest import Factor, FilterRule
 from protocol.messages import TrainTask, WaitReason, WithdrawalReason
@@ -263,6 +266,45 @@ class TestAggregation:
         assert len(after.accepted) == after.aggregation.n_cells == 3
         assert after.round_digest == manifest.digest()
 
+    def test_a_release_tells_what_averaging_both_factors_lost(self, make_case, start_round):
+        case = make_case(cohort_target=3)
+        agents, manifest = start_round(case, 3)
+        rng = np.random.default_rng(1)
+        n_values = case.federation.charter.layout.n_values
+        vectors = [rng.standard_normal(n_values).astype(np.float32) for _ in agents]
+        weights = (1, 20, 300)
+        for agent, vector, weight in zip(agents, vectors, weights, strict=True):
+            agent.upload(manifest, vector, weight=weight)
+        case.advance()
+        releases, layout = case.federation.releases, case.federation.charter.layout
+        start = releases.arrays(releases.get(0))
+        scale = case.manifest.lora.alpha / case.manifest.lora.rank
+        locals_ = [
+            local_adapter(PlainUpdate(vector=v, weight=w), start, layout, scale=scale)
+            for v, w in zip(vectors, weights, strict=True)
+        ]
+        exact = covariance_gap(Cohort(agents=tuple(locals_))).gap_norm
+        told = releases.get(1).aggregation.covariance_gap
+        assert told.estimated_norm == pytest.approx(exact, rel=1e-4)  # layers of 64: exact
+        assert told.estimated_change_norm > 0
+        assert releases.get(0).aggregation.covariance_gap is None
+
+    @pytest.mark.parametrize(
+        "options",
+        [{"sent": (Factor.B,)}, {"privacy": PrivacyOptions(epsilon=8.0, profile=Profile.CENTRAL)}],
+    )
+    def test_where_nothing_is_lost_or_nothing_may_be_told_a_release_has_no_gap(
+        self, make_case, start_round, options
+    ):
+        case = make_case(cohort_target=2, **options)
+        agents, manifest = start_round(case, 2)
+        for agent in agents:
+            agent.upload(manifest, agent.constant(1e-3))
+        case.advance()
+        release = case.federation.releases.newest()
+        assert release.number == 1
+        assert "covariance_gap" not in release.as_json()["aggregation"]
+
     def test_under_p3_updates_are_clipped_and_only_the_noisy_mean_is_told(
         self, make_case, start_round
     ):
@@ -372,7 +414,7 @@ class TestAggregation:
         self, make_case, start_round, monkeypatch
     ):
         """Another seed would judge anew; the decision is in the journal before the round moves."""
-        case = make_case(cohort_target=9, filter=FilterRule.ROBUST)
+        case = make_case(cohort_target=9, filter=FilterRule.ROBUST, sent=(Factor.B,))
         agents, manifest = start_round(case, 9)
         rng = np.random.default_rng(2)
         n_values = case.federation.charter.layout.n_values
@@ -505,7 +547,7 @@ class TestAggregation:
         by_upload = {
             cell.upload: cell.transcript for cell in case.federation._store.uploads.cells(1)
         }
-        assert [by_upload[upload] for upload in loaded] == transcripts
+        assert [by_upload[upload] for upload in loaded] == 2 * transcripts  # the mean, then its gap
 
 
 class TestFaults:

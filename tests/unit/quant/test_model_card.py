@@ -7,7 +7,7 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
-from protocol.chain import AggregationReport, BlobRef
+from protocol.chain import AggregationReport, BlobRef, CovarianceGap
 from protocol.manifest import BaseBlock, TrainingBlock
 from quant.adapter import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME
 from quant.errors import AdapterError
@@ -68,6 +68,18 @@ def test_the_card_says_what_it_is_how_it_was_made_and_how_private(
         "PeftModel.from_pretrained",
     ):
         assert piece in card, piece
+
+
+def test_the_card_tells_what_averaging_lost_where_the_release_does(
+    manifest, make_release, release
+) -> None:
+    gap = CovarianceGap(estimated_norm=0.03, estimated_change_norm=0.5)
+    report = release.aggregation.model_copy(update={"covariance_gap": gap})
+    told = provenance_of(manifest, release.model_copy(update={"aggregation": report}))
+    assert "| Lost by averaging A and B apart | about 6.0% of the change |" in model_card(told)
+    assert "averaging" not in model_card(provenance_of(manifest, release))
+    still = CovarianceGap(estimated_norm=0.0, estimated_change_norm=0.0)
+    assert still.describe() == "of a round that changed nothing"
 
 
 def test_the_first_and_a_rolled_back_release_name_no_agents(
