@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from aggregator_server.aggregation import optimizers
 from aggregator_server.aggregation.fedavg import average
+from aggregator_server.aggregation.lora_flex import flexlora_step
 from aggregator_server.aggregation.lora_gap import estimate_gap, kept_updates
 from aggregator_server.aggregation.lora_pairs import scale_of
 from aggregator_server.aggregation.robust.outcome import robust_mean
@@ -30,6 +31,7 @@ from privacy.central import noisy_mean
 from privacy.noise import KEY_BYTES, SecureStream
 from privacy.updates import CellSum
 from protocol.chain import AggregationReport, CovarianceGap, NoisyAggregationReport, Release
+from protocol.lora_rules import LoraRule
 from protocol.manifest import Factor, FedAvgBlock, FilterRule, OptimizerBlock
 from protocol.privacy import CentralPrivacy
 
@@ -120,6 +122,8 @@ class Merger:
         manifest, n_values = self._charter.manifest, self._charter.layout.n_values
         if isinstance(manifest.privacy, CentralPrivacy):
             return self._noisy_mean(cells, manifest.privacy, base)
+        if manifest.lora.rule is LoraRule.FLEXLORA:
+            return self._flexlora(cells, base)
         if decision.report.rule is FilterRule.NONE:
             plain = average(map(self._load, cells), n_values=n_values)
             mean, n_agents = plain.mean, plain.n_agents
@@ -133,6 +137,23 @@ class Merger:
             n_agents=n_agents,
             update_norm=float(np.linalg.norm(mean)),
             covariance_gap=self._gap(cells, decision, base),
+        )
+
+    def _flexlora(
+        self, cells: Sequence[CellRow], base: Release
+    ) -> tuple[NDArray[np.float64], Report]:
+        found = flexlora_step(
+            self._units(cells),
+            self._releases.vector(base),
+            self._charter.layout,
+            self._charter.manifest.lora,
+        )
+        return found.step, AggregationReport(
+            rule="flexlora",
+            n_cells=len(cells),
+            n_agents=len(cells),
+            update_norm=float(np.linalg.norm(found.step)),
+            left_out_norm=found.error_norm,
         )
 
     def _gap(

@@ -94,13 +94,15 @@ def is_none(value: object) -> bool:
 class AggregationReport(WireModel):
     """What the server may tell everyone about the average it made."""
 
-    rule: Literal["none", "fedavg"]
+    rule: Literal["none", "fedavg", "flexlora"]
     n_cells: Count
     n_agents: Count
     update_norm: Annotated[float, Field(ge=0.0)]
-    """L2 norm of the mean update."""
+    """L2 norm of the mean update; under FlexLoRA, of the step from the old factors to the new."""
     covariance_gap: Annotated[CovarianceGap | None, Field(exclude_if=is_none)] = None
-    """Where single updates are seen, and hold both factors."""
+    """Where single updates are seen, hold both factors, and these are averaged."""
+    left_out_norm: Annotated[float | None, Field(ge=0.0, exclude_if=is_none)] = None
+    """Under FlexLoRA: Frobenius norm over all modules of the mean product beyond rank r."""
 
 
 class NoisyAggregationReport(WireModel):

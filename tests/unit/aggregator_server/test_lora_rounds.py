@@ -1,4 +1,4 @@
-"""The covariance gap, estimated from updates that pass one by one, against dense products."""
+"""What a round makes of updates read one by one: the covariance gap, FlexLoRA; against products."""
 
 import tracemalloc
 
@@ -8,11 +8,15 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
+from aggregator_server.aggregation.lora import flexlora
+from aggregator_server.aggregation.lora_flex import flexlora_step
 from aggregator_server.aggregation.lora_gap import N_DIMS, estimate_gap, kept_updates
+from aggregator_server.aggregation.lora_pairs import Cohort, local_adapter
 from aggregator_server.aggregation.robust.units import ArrayUnits
 from aggregator_server.errors import AggregationError
-from protocol.manifest import Factor
-from quant.adapter import sent_layout, tensor_name, unflatten
+from privacy.updates import PlainUpdate
+from protocol.manifest import Factor, LoraBlock
+from quant.adapter import flatten, sent_layout, tensor_name, unflatten
 
 SCALE = 2.0
 
@@ -159,3 +163,62 @@ def test_a_factor_that_stays_and_updates_of_another_length_are_refused():
     whole = np.zeros(layout.n_values, np.float32)
     with pytest.raises(AggregationError, match="layout has 14"):
         estimate_gap([(1.0, whole[1:])], start=whole, layout=layout, scale=1.0, seed=seed_of(0))
+
+
+# FlexLoRA, some modules at a time.
+
+
+def flex_case(n_agents=4, rank=3, seed=0):
+    modules = {"m0": (9, 7), "m1": (5, 11), "m2": (30, 20)}
+    layout, _shares, updates, start = draw(modules, rank, n_agents, seed)
+    weights = np.random.default_rng(seed).integers(1, 99, n_agents)
+    units = ArrayUnits(np.stack(updates), weights)
+    lora = LoraBlock(rank=rank, alpha=SCALE * rank, target_modules=("m0",), init_seed=1)
+    return modules, layout, units, start, lora
+
+
+@pytest.mark.parametrize("group_bytes", [1, 4 * 4 * 3 * 40, 1 << 28])
+def test_flexlora_by_groups_is_flexlora_of_all_agents_at_once(group_bytes):
+    _modules, layout, units, start, lora = flex_case()
+    arrays = unflatten(start, layout)
+    agents = tuple(
+        local_adapter(PlainUpdate(vector=units.load(k), weight=int(w)), arrays, layout, scale=SCALE)
+        for k, w in enumerate(units.weights)
+    )
+    best = flexlora(Cohort(agents=agents), rank=lora.rank, scale=SCALE)
+    found = flexlora_step(units, start, layout, lora, group_bytes=group_bytes)
+    np.testing.assert_allclose(
+        start + found.step, flatten(best.adapter.arrays(), layout), atol=1e-5
+    )
+    assert found.error_norm == pytest.approx(best.error_norm, rel=1e-5)
+
+
+def test_the_step_of_flexlora_leads_to_the_nearest_product_of_its_rank():
+    modules, layout, units, start, lora = flex_case(seed=3)
+    found = flexlora_step(units, start, layout, lora)
+    after = products((start + found.step).astype(np.float32), layout, modules)
+    shares = units.weights / units.weights.sum()
+    missing = cut_off = 0.0
+    for name in modules:
+        each = (products(start + units.load(k), layout, modules)[name] for k in range(4))
+        ideal = sum(p * product for p, product in zip(shares, each, strict=True))
+        missing += np.sum((ideal - after[name]) ** 2)
+        cut_off += np.sum(np.linalg.svd(ideal, compute_uv=False)[lora.rank :] ** 2)
+    assert np.sqrt(missing) == pytest.approx(np.sqrt(cut_off), rel=1e-4)
+    assert found.error_norm == pytest.approx(np.sqrt(cut_off), rel=1e-4)
+
+
+def test_groups_are_read_one_after_another():
+    _modules, layout, units, start, lora = flex_case()
+    loads = []
+    load = units.load
+    units.load = lambda index: (loads.append(index), load(index))[1]
+    flexlora_step(units, start, layout, lora, group_bytes=1)
+    assert loads == [0, 1, 2, 3] * 3
+
+
+def test_flexlora_refuses_sums_of_several_agents():
+    _modules, layout, units, start, lora = flex_case()
+    cells = ArrayUnits(np.stack([units.load(0)]), np.array([5]), np.array([3]))
+    with pytest.raises(AggregationError, match="single agents' factors, not sums over 3"):
+        flexlora_step(cells, start, layout, lora)
