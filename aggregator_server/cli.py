@@ -19,10 +19,10 @@ from aggregator_server.cli_shared import (
 from aggregator_server.private_recipes import Profile
 from aggregator_server.recipes import Masking, Optimizer
 from protocol.guarantee import describe_privacy
+from protocol.lora_rules import LoraRule
 from protocol.manifest import (
     CellMasking,
     EvaluatorGate,
-    Factor,
     FilterRule,
     GateBlock,
     HelperMasking,
@@ -85,9 +85,12 @@ def init(  # noqa: PLR0917 - one parameter for each option
         str | None,
         typer.Option(help="Layers, as q_proj,v_proj.  [default: the paper's six, or all linear]"),
     ] = None,
-    sent: Annotated[
-        str | None,
-        typer.Option(help="Factors that agents send: A,B or B.  [default: B if masked, else A,B]"),
+    lora_rule: Annotated[
+        LoraRule | None,
+        typer.Option(
+            help="What agents send, and what becomes of it.  [default: ffa-lora (B alone) under "
+            "masks or noise, else fedit (A and B)]"
+        ),
     ] = None,
     masking: Annotated[
         Masking, typer.Option(help="Secure aggregation; auto: on where 5 or more are expected.")
@@ -185,7 +188,7 @@ def init(  # noqa: PLR0917 - one parameter for each option
     Examples:
     sheepfold-server init fed --embedded --open-enrolment --rounds 5
 
-    sheepfold-server init fed --base base.json --name "Clinic notes" --cohort 10 --sent B
+    sheepfold-server init fed --base base.json --name "Notes" --cohort 10 --lora-rule ffa-lora
 
     sheepfold-server init fed --embedded --database-url postgresql://sheepfold@db.internal/fed
     """
@@ -201,7 +204,6 @@ def init(  # noqa: PLR0917 - one parameter for each option
     if base is not None and embedded:
         message = "give --base or --embedded, not both"
         raise typer.BadParameter(message)
-    factors = None if sent is None else _factors(sent)
     if word_bits not in {16, 32}:
         message = f"--word-bits is 16 or 32, not {word_bits}"
         raise typer.BadParameter(message)
@@ -218,7 +220,7 @@ def init(  # noqa: PLR0917 - one parameter for each option
             alpha=alpha,
             dropout=dropout,
             target_modules=_names(target_modules),
-            sent=factors,
+            lora_rule=lora_rule,
             masking=masking,
             helper=helping,
             helper_url=helper_url,
@@ -424,14 +426,6 @@ def _gate_line(gate: GateBlock) -> str:
     from protocol.signing import format_fingerprint
 
     return f"evaluator {format_fingerprint(gate.evaluator)}"
-
-
-def _factors(text: str) -> tuple[Factor, ...]:
-    try:
-        return tuple(Factor(name.strip().upper()) for name in text.split(","))
-    except ValueError as error:
-        message = f"--sent is A,B or B, not {text!r}"
-        raise typer.BadParameter(message) from error
 
 
 def _announcer(json_path: Path | None, lock: "ServeLock") -> Callable[["Listening"], None]:

@@ -20,14 +20,18 @@ def list_releases(directory: Directory, json_path: JsonPath = None) -> None:
     Example:
     sheepfold-server releases list fed
     """
+    from protocol.chain import AggregationReport
+
     with opened(directory) as federation:
         federation.releases.verify()
         releases = [signed.body for signed in federation.releases.all()]
     lines = ["release  round  agents  update norm  note"]
     for release in releases:
         back = release.rolled_back_to
-        note = "" if back is None else f"rolled back to {back}"
         report = release.aggregation
+        note = "" if back is None else f"rolled back to {back}"
+        if isinstance(report, AggregationReport) and report.covariance_gap is not None:
+            note = f"averaging lost {report.covariance_gap.describe()}"
         lines.append(
             f"{release.number:7d}  {release.round:5d}  {report.n_agents:6d}  "
             f"{report.update_norm:11.4g}  {note}"

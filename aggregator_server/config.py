@@ -18,7 +18,9 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
 
 from aggregator_server.errors import ConfigError
 from protocol import limits
+from protocol.lora_rules import LoraRule
 from protocol.manifest import (
+    SENT,
     AggregationBlock,
     CellMasking,
     ChangeLimitsBlock,
@@ -180,6 +182,9 @@ def parse_config(
     training = tree.get("training", {})
     if training.get("max_grad_norm") == 0:  # TOML has no null
         training["max_grad_norm"] = None
+    lora = tree.get("lora", {})
+    if lora.get("rule") in set(LoraRule):
+        lora.setdefault("sent", SENT[LoraRule(lora["rule"])])
     try:
         # By way of JSON, in which arrays may become tuples and strings enumerations, while the
         # manifest's blocks stay strict about everything else.

@@ -4,6 +4,7 @@ What is decided here depends on the manifest and the stored sums alone, and can 
 a kill: the filter's decision is journalled, the optimiser's state belongs to a release.
 """
 
+import os
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
@@ -12,6 +13,9 @@ from numpy.typing import NDArray
 
 from aggregator_server.aggregation import optimizers
 from aggregator_server.aggregation.fedavg import average
+from aggregator_server.aggregation.lora_flex import flexlora_step
+from aggregator_server.aggregation.lora_gap import estimate_gap, kept_updates
+from aggregator_server.aggregation.lora_pairs import scale_of
 from aggregator_server.aggregation.robust.outcome import robust_mean
 from aggregator_server.aggregation.robust.pipeline import Mode
 from aggregator_server.blobs import Blobs
@@ -24,10 +28,11 @@ from aggregator_server.store.rows import CellRow
 from aggregator_server.store.store import Store
 from aggregator_server.uploads import Uploads
 from privacy.central import noisy_mean
-from privacy.noise import SecureStream
+from privacy.noise import KEY_BYTES, SecureStream
 from privacy.updates import CellSum
-from protocol.chain import AggregationReport, NoisyAggregationReport, Release
-from protocol.manifest import FedAvgBlock, FilterRule, OptimizerBlock
+from protocol.chain import AggregationReport, CovarianceGap, NoisyAggregationReport, Release
+from protocol.lora_rules import LoraRule
+from protocol.manifest import Factor, FedAvgBlock, FilterRule, OptimizerBlock
 from protocol.privacy import CentralPrivacy
 
 Report = AggregationReport | NoisyAggregationReport
@@ -145,10 +150,12 @@ class Merger:
         self, cells: Sequence[CellRow], decision: FilterDecision, base: Release
     ) -> tuple[NDArray[np.float64], Report]:
         manifest, n_values = self._charter.manifest, self._charter.layout.n_values
+        kept = [cell for cell, is_kept in zip(cells, decision.kept, strict=True) if is_kept]
         if isinstance(manifest.privacy, CentralPrivacy):
-            return self._noisy_mean(cells, manifest.privacy, base)
+            return self._noisy_mean(kept, manifest.privacy, base)
+        if manifest.lora.rule is LoraRule.FLEXLORA:
+            return self._flexlora(kept, base)
         if decision.report.rule is FilterRule.NONE:
-            kept = (cell for cell, is_kept in zip(cells, decision.kept, strict=True) if is_kept)
             plain = average(map(self._load, kept), n_values=n_values)
             mean, n_agents = plain.mean, plain.n_agents
         else:
@@ -160,6 +167,39 @@ class Merger:
             n_cells=int(decision.kept.sum()),
             n_agents=n_agents,
             update_norm=float(np.linalg.norm(mean)),
+            covariance_gap=self._gap(cells, decision, base),
+        )
+
+    def _flexlora(
+        self, cells: Sequence[CellRow], base: Release
+    ) -> tuple[NDArray[np.float64], Report]:
+        found = flexlora_step(
+            self._units(cells),
+            self._releases.vector(base),
+            self._charter.layout,
+            self._charter.manifest.lora,
+        )
+        return found.step, AggregationReport(
+            rule="flexlora",
+            n_cells=len(cells),
+            n_agents=len(cells),
+            update_norm=float(np.linalg.norm(found.step)),
+            left_out_norm=found.error_norm,
+        )
+
+    def _gap(
+        self, cells: Sequence[CellRow], decision: FilterDecision, base: Release
+    ) -> CovarianceGap | None:
+        """What the average lost; None where products cannot be seen, or a factor is shared."""
+        lora, layout = self._charter.manifest.lora, self._charter.layout
+        if self._charter.masked is not None or lora.sent != (Factor.A, Factor.B):
+            return None
+        return estimate_gap(
+            kept_updates(self._units(cells), decision.kept, decision.factors),
+            start=self._releases.vector(base),
+            layout=layout,
+            scale=scale_of(lora),
+            seed=os.urandom(KEY_BYTES),
         )
 
     def _noisy_mean(

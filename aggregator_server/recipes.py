@@ -20,11 +20,12 @@ from aggregator_server.private_recipes import PrivacyOptions, Profile, private_b
 from protocol.base_description import BaseDescription
 from protocol.helped import HelperDescription
 from protocol.limits import MIN_CELL
+from protocol.lora_rules import LoraRule
 from protocol.manifest import (
+    SENT,
     AggregationBlock,
     CellMasking,
     EvaluatorGate,
-    Factor,
     FedAdagradBlock,
     FedAdamBlock,
     FedAvgBlock,
@@ -103,8 +104,8 @@ class RecipeOptions:
     dropout: float | None = None
     """None: the paper's; 0 where noise is added."""
     target_modules: tuple[str, ...] | None = None
-    sent: tuple[Factor, ...] | None = None
-    """None: both factors in the open, B alone under masks or noise."""
+    lora_rule: LoraRule | None = None
+    """None: FedIT in the open, FFA-LoRA under masks or noise."""
     privacy: PrivacyOptions = field(default_factory=PrivacyOptions)
     filter: FilterRule = FilterRule.NONE
     evaluator: bytes | None = None
@@ -157,6 +158,8 @@ def make_config(options: RecipeOptions, base: BaseDescription) -> ServerConfig:
     epochs, steps = rules.local_epochs, rules.local_steps
     if steps is None and epochs is None:
         epochs, steps = (None, _PRIVATE_STEPS) if dp_sgd else (1, None)
+    usual_rule = LoraRule.FFA_LORA if masked or private else LoraRule.FEDIT
+    lora_rule = rules.lora_rule or usual_rule
     paper_dropout = 0.0 if dp_sgd else _PAPER_DROPOUT
     try:
         lora = LoraBlock(
@@ -164,7 +167,8 @@ def make_config(options: RecipeOptions, base: BaseDescription) -> ServerConfig:
             alpha=2.0 * rules.rank if rules.alpha is None else rules.alpha,
             dropout=paper_dropout if rules.dropout is None else rules.dropout,
             target_modules=rules.target_modules or default_modules(base),
-            sent=rules.sent or ((Factor.B,) if masked or private else (Factor.A, Factor.B)),
+            sent=SENT[lora_rule],
+            rule=lora_rule,
             init_seed=secrets.randbits(_SEED_BITS),
         )
         rounds = RoundsBlock(

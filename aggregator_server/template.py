@@ -26,7 +26,8 @@ _EXPLAINED: Final[Mapping[str, Mapping[str, str]]] = {
         "alpha": "Scale of the adapter; the update of a layer is alpha / rank * B * A.",
         "dropout": "Dropout before the adapter in training, 0 to 1.",
         "target_modules": "Linear layers that get an adapter, by the last part of their name.",
-        "sent": '["A", "B"] averages both factors; ["B"] keeps A fixed: half the bytes, exact.',
+        "rule": '"fedit" averages A and B; "ffa-lora" keeps A fixed: half the bytes, exact; '
+        '"flexlora" averages the products, in the open.',
         "init_seed": "Seed of A in release 0; drawn at random.",
     },
     "training": {

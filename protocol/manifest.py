@@ -6,12 +6,14 @@ version of the agent can honour. Rounds and releases refer to it: see `protocol.
 """
 
 import math
+from collections.abc import Mapping
 from enum import StrEnum
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import Field, model_validator
 
 from protocol import limits
+from protocol.lora_rules import LoraRule, is_told_by_sent, rules_of_lora
 from protocol.numbers import (
     Decay,
     Fraction,
@@ -77,10 +79,23 @@ class BaseBlock(WireModel):
     tokenizer_digest: Digest
 
 
-class LoraBlock(WireModel):
-    """The adapter's shape, and which factors agents send (LEARNING, "Aggregation of LoRA").
+SENT: Final[Mapping[LoraRule, tuple[Factor, ...]]] = {
+    LoraRule.FEDIT: (Factor.A, Factor.B),
+    LoraRule.FFA_LORA: (Factor.B,),
+    LoraRule.FLEXLORA: (Factor.A, Factor.B),
+}
+"""The factors that agents send under each rule, over all rounds."""
 
-    `sent = (A, B)` is FedIT; `sent = (B,)` freezes A at its common random start (FFA-LoRA).
+
+def _rule_of_sent(found: Mapping[str, Any]) -> LoraRule:
+    is_b = found.get("sent") == SENT[LoraRule.FFA_LORA]
+    return LoraRule.FFA_LORA if is_b else LoraRule.FEDIT
+
+
+class LoraBlock(WireModel):
+    """The adapter's shape, and how agents' adapters become one (`protocol.lora_rules`).
+
+    `rule` is left out where `sent` tells it: `(A, B)` is FedIT, `(B,)` is FFA-LoRA.
     """
 
     version: Literal[1] = 1
@@ -92,12 +107,16 @@ class LoraBlock(WireModel):
         Field(min_length=1, max_length=limits.MAX_TARGET_MODULES),
     ]
     sent: tuple[Factor, ...] = (Factor.A, Factor.B)
+    rule: Annotated[LoraRule, Field(exclude_if=is_told_by_sent)] = Field(
+        default_factory=_rule_of_sent
+    )
     init_seed: Annotated[int, Field(ge=0, le=2**53 - 1)]
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.sent not in {(Factor.A, Factor.B), (Factor.B,)}:
-            msg = f'sent must be ["A", "B"] or ["B"], not {[str(factor) for factor in self.sent]}'
+        if self.sent != SENT[self.rule]:
+            named, right = ([f.value for f in factors] for factors in (self.sent, SENT[self.rule]))
+            msg = f"the rule {self.rule.value!r} sends {right}, not {named}; leave `sent` out"
             raise ValueError(msg)
         if len(set(self.target_modules)) != len(self.target_modules):
             msg = f"target_modules names a module twice: {list(self.target_modules)}"
@@ -391,6 +410,10 @@ class FederationManifest(WireModel):
         for rule, is_broken in self._rules_of_privacy().items():
             if is_broken:
                 msg = f"privacy.profile is {self.privacy.profile}, so {rule}"
+                raise ValueError(msg)
+        for rule, is_broken in rules_of_lora(self).items():
+            if is_broken:
+                msg = f"lora.rule is {self.lora.rule}, so {rule}"
                 raise ValueError(msg)
         return self
 

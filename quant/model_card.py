@@ -14,7 +14,15 @@ from typing import Annotated, Final, Literal
 
 from pydantic import Field
 
-from protocol.chain import EvaluatorVerdict, NoVerdict, Release, Verdict
+from protocol.chain import (
+    AggregationReport,
+    CovarianceGap,
+    EvaluatorVerdict,
+    NoVerdict,
+    Release,
+    Verdict,
+    is_none,
+)
 from protocol.errors import ProtocolError
 from protocol.guarantee import describe_privacy
 from protocol.limits import MAX_JSON_BYTES
@@ -69,6 +77,7 @@ class Provenance(WireModel):
     round: Count
     rolled_back_to: Count | None = None
     n_agents: Count
+    covariance_gap: Annotated[CovarianceGap | None, Field(exclude_if=is_none)] = None
     release_digest: Digest
     weights_sha256: Digest
 
@@ -92,6 +101,7 @@ def provenance_of(manifest: FederationManifest, release: Release) -> Provenance:
         manifest: The federation's.
         release: One of its releases.
     """
+    report = release.aggregation
     return Provenance(
         federation=manifest.federation,
         name=manifest.name,
@@ -110,7 +120,8 @@ def provenance_of(manifest: FederationManifest, release: Release) -> Provenance:
         release=release.number,
         round=release.round,
         rolled_back_to=release.rolled_back_to,
-        n_agents=release.aggregation.n_agents,
+        n_agents=report.n_agents,
+        covariance_gap=report.covariance_gap if isinstance(report, AggregationReport) else None,
         release_digest=release.digest(),
         weights_sha256=release.adapter.sha256,
     )
@@ -272,6 +283,7 @@ def _rows(told: Provenance) -> list[tuple[str, str]]:
             + ", ".join(_code(name) for name in told.lora.target_modules),
         ),
         ("Made in", made),
+        *_gap_rows(told.covariance_gap),
         ("Training", _recipe(told.training)),
         ("Prompt template", _code(told.training.template)),
         ("Privacy", f"{privacy}; masking {told.masking.mode}"),
@@ -299,6 +311,12 @@ def _gate(told: Provenance) -> str:
         f"{who} found a held-out loss of {report.mean_loss(row):.4g} nats per token after "
         f"{report.mean_loss(0):.4g}, averaged over {len(report.categories)} categories{left}"
     )
+
+
+def _gap_rows(gap: CovarianceGap | None) -> list[tuple[str, str]]:
+    if gap is None:
+        return []
+    return [("Lost by averaging A and B apart", gap.describe())]
 
 
 def _recipe(block: TrainingBlock) -> str:

@@ -13,10 +13,11 @@ from edge_agent.errors import AgentError
 from privacy.errors import PrivacyError
 from protocol.errors import ProtocolError
 from protocol.guarantee import describe_privacy
+from protocol.lora_rules import LoraRule
 from quant.errors import QuantError
 from quant.quiet import quiet_libraries
 from simulations import cli_audit
-from simulations.cli_shared import console, parse_factors, write_json
+from simulations.cli_shared import console, write_json
 from simulations.errors import SimulationError
 from simulations.partition.schemes import DRAWN_SCHEMES, Scheme
 
@@ -52,9 +53,12 @@ def demo(
     masking: Annotated[
         Masking, typer.Option(help="Secure aggregation: cells, or off.")
     ] = Masking.CELLS,
-    sent: Annotated[
-        str | None,
-        typer.Option(help="Factors that agents send: A,B or B.  [default: B if masked, else A,B]"),
+    lora_rule: Annotated[
+        LoraRule | None,
+        typer.Option(
+            help="What agents send, and what becomes of it.  [default: ffa-lora (B alone) if "
+            "masked, else fedit (A and B)]"
+        ),
     ] = None,
     json_path: Annotated[
         str | None, typer.Option("--json", metavar="PATH", help="Write JSON here; `-` for stdout.")
@@ -68,10 +72,11 @@ def demo(
     from simulations import demo_report
     from simulations.demo import DemoFolder, DemoRecipe, run_demo
 
-    factors = parse_factors(sent or ("A,B" if masking is Masking.OFF else "B"))
+    usual = LoraRule.FEDIT if masking is Masking.OFF else LoraRule.FFA_LORA
+    recipe = DemoRecipe(lora_rule=lora_rule or usual, masking=masking)
     folder = DemoFolder.create(out, force=force)
     with demo_report.DemoDisplay(console) as display:
-        result = run_demo(folder, DemoRecipe(sent=factors, masking=masking), display)
+        result = run_demo(folder, recipe, display)
     found = demo_report.as_json(result)
     figure = out / "results.png"
     demo_report.draw(result, figure)

@@ -27,7 +27,8 @@ from edge_agent.journal import Journal
 from edge_agent.transport import Transport
 from protocol.chain import Release
 from protocol.clock import SystemClock
-from protocol.manifest import Factor, FederationManifest, Schedule
+from protocol.lora_rules import LoraRule
+from protocol.manifest import FederationManifest, Schedule
 from protocol.messages import FederationStatus
 from quant.adapter import AdapterArrays, adapter_shapes, from_safetensors
 from quant.base_model import LoadedBase, load_base, set_threads
@@ -65,7 +66,7 @@ class DemoRecipe:
     learning_rate: float = 8e-3
     rank: int = 8
     alpha: float = 16.0
-    sent: tuple[Factor, ...] = (Factor.B,)
+    lora_rule: LoraRule = LoraRule.FFA_LORA
     masking: Masking = Masking.CELLS
     ready_delay_s: float = 0.5
     max_length: int = 192
@@ -299,7 +300,7 @@ def _found(folder: DemoFolder, recipe: DemoRecipe) -> None:
         *("--cohort", str(recipe.n_agents), "--min-cohort", str(recipe.n_agents)),
         *("--rank", str(recipe.rank), "--alpha", str(recipe.alpha), "--dropout", "0"),
         *("--target-modules", "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"),
-        *("--sent", ",".join(recipe.sent), "--max-length", str(recipe.max_length)),
+        *("--lora-rule", recipe.lora_rule.value, "--max-length", str(recipe.max_length)),
         *("--batch-size", str(recipe.batch_size), "--local-steps", str(recipe.local_steps)),
         *("--learning-rate", str(recipe.learning_rate), "--schedule", Schedule.LINEAR.value),
         *("--masking", recipe.masking.value, "--ready-delay-s", str(recipe.ready_delay_s)),

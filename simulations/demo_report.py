@@ -143,7 +143,7 @@ def as_json(result: DemoResult) -> dict[str, Any]:
         "bytes_down_per_agent": result.bytes_down_per_agent,
         "rounds": result.recipe.n_rounds,
         "agents": result.recipe.n_agents,
-        "lora_sent": [factor.value for factor in result.recipe.sent],
+        "lora_rule": result.recipe.lora_rule.value,
         "wall_s": round(result.wall_s, 1),
         "adapter": str(result.folder.adapter.absolute()),
         "privacy": privacy_json(result.manifest),

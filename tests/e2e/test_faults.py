@@ -57,7 +57,8 @@ from edge_agent.training.trainer import TrainingResult
 from edge_agent.transport import Transport
 from privacy.updates import PlainUpdate
 from protocol.base_description import BaseDescription, LinearModule
-from protocol.manifest import BaseBlock, CellMasking, Factor, FederationManifest, Weighting
+from protocol.lora_rules import LoraRule
+from protocol.manifest import BaseBlock, CellMasking, FederationManifest, Weighting
 from protocol.messages import Enrolment
 from protocol.phases import AgentPhase, CellPhase, RoundPhase
 from protocol.signing import sign
@@ -404,7 +405,7 @@ class World:
     def __post_init__(self) -> None:
         self.rng = random.Random(self.seed)
         base = make_base()
-        sent = (Factor.A, Factor.B) if self.seed % 2 and not self.masked else (Factor.B,)
+        plain = self.seed % 2 and not self.masked
         # Cells of 5 to 7, which lose one or two, with words of both sizes.
         n_agents = 6 + self.seed % 2 if self.masked else N_AGENTS
         options = RecipeOptions(
@@ -417,7 +418,7 @@ class World:
             ready_delay_s=5.0 * (self.seed // 8 % 2),
             rank=2,
             target_modules=("q_proj",),
-            sent=sent,
+            lora_rule=LoraRule.FEDIT if plain else LoraRule.FFA_LORA,
             deadline_s=DEADLINE_S,
             open_enrolment=True,
         )

@@ -150,7 +150,16 @@ def test_agents_add_noise_under_masks_and_it_is_in_what_the_server_sees(
     tmp_path: Path, found, start_agent, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """P2: the sum of five has the noise that the manifest says, and the ledgers count it."""
-    small = ("--profile", "P2", "--rank", "1", "--target-modules", "v_proj", "--sent", "B")
+    small = (
+        "--profile",
+        "P2",
+        "--rank",
+        "1",
+        "--target-modules",
+        "v_proj",
+        "--lora-rule",
+        "ffa-lora",
+    )
     cells = ("--masking", "cells", "--ready-delay-s", "0.1", "--clip-norm", "0.5")
     url = found("agents", *small, *cells, epsilon=12.0, cohort=5)
     agents = [start_agent(url, "agents", number) for number in range(5)]

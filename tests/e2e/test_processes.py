@@ -52,9 +52,9 @@ def wait_for(what: str, condition) -> None:
 
 
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize("sent", ["A,B", "B"])
+@pytest.mark.parametrize("rule", ["fedit", "ffa-lora"])
 def test_a_federation_survives_the_kill_of_its_server_and_of_an_agent(
-    sent: str, tmp_path: Path, random_base_dir: Path, processes: list[Process]
+    rule: str, tmp_path: Path, random_base_dir: Path, processes: list[Process]
 ) -> None:
     from peft import PeftModel
 
@@ -67,7 +67,7 @@ def test_a_federation_survives_the_kill_of_its_server_and_of_an_agent(
         "aggregator_server.cli",
         *("init", str(folder), "--base", str(base_json), "--rounds", str(N_ROUNDS)),
         *("--cohort", str(N_AGENTS), "--min-cohort", str(N_AGENTS), "--local-steps", "40"),
-        *("--batch-size", "4", "--learning-rate", "0.01", "--sent", sent),
+        *("--batch-size", "4", "--learning-rate", "0.01", "--lora-rule", rule),
         *("--target-modules", "q_proj,v_proj,down_proj", "--dropout", "0.05"),
     )
     invite = json.loads(

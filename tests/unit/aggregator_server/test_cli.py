@@ -59,8 +59,8 @@ def founded(run, base_file, tmp_path):
 def test_init_writes_what_it_was_told(run, base_file, tmp_path):
     result = run(
         "init", tmp_path / "fed", "--base", base_file, "--name", "Clinic", "--rounds", 7,
-        "--cohort", 9, "--min-cohort", 3, "--rank", 2, "--sent", "B", "--open-enrolment",
-        "--local-steps", 11, "--target-modules", "q_proj", "--json", "-",
+        "--cohort", 9, "--min-cohort", 3, "--rank", 2, "--open-enrolment",
+        "--lora-rule", "ffa-lora", "--local-steps", 11, "--target-modules", "q_proj", "--json", "-",
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     answer = json.loads(result.stdout)
@@ -353,7 +353,7 @@ def test_what_goes_wrong_is_one_sentence_and_exit_code_1(
         ("init",),
         ("nonsense",),
         ("init", "NEW", "--embedded", "--base", "BASE"),
-        ("init", "NEW", "--base", "BASE", "--sent", "C"),
+        ("init", "NEW", "--base", "BASE", "--lora-rule", "C"),
         ("invite", "DIR", "--uses", "0"),
         ("releases", "show", "DIR", "-1"),
     ],

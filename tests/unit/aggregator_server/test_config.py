@@ -30,10 +30,11 @@ from aggregator_server.recipes import (
 from aggregator_server.template import _EXPLAINED, render
 from privacy.accounting import SampledGaussian, spent
 from privacy.errors import AccountingError, PrivacyError
+from protocol.lora_rules import LoraRule
 from protocol.manifest import (
+    SENT,
     CellMasking,
     EvaluatorGate,
-    Factor,
     FilterRule,
     HelperMasking,
     NoMasking,
@@ -64,7 +65,7 @@ def test_the_written_file_keeps_every_kind_of_value(base):
         name='Zoë\'s "quoted" \\ name \x7f\ttab',
         description="two\nlines — ünïcode 🐑",
         local_steps=7,
-        sent=(Factor.B,),
+        lora_rule=LoraRule.FFA_LORA,
         learning_rate=3e-5,
     )
     config = make_config(options, base)
@@ -119,9 +120,23 @@ def test_a_public_url_is_one(config, url):
         parse_text(text)
 
 
+@pytest.mark.parametrize("rule", LoraRule)
+def test_what_is_sent_follows_from_the_rule_and_an_older_file_still_says_it(config, rule):
+    lora = config.lora.model_copy(update={"rule": rule, "sent": SENT[rule]})
+    text = render(config.model_copy(update={"lora": lora}))
+    assert "\nsent" not in text
+    assert parse_text(text).lora == lora
+    older = text.replace(f'rule = "{rule.value}"', f"sent = {json.dumps(SENT[rule])}", 1)
+    usual = LoraRule.FFA_LORA if rule is LoraRule.FFA_LORA else LoraRule.FEDIT
+    if SENT[rule] == SENT[usual]:
+        assert parse_text(older).lora.rule is usual
+
+
 def test_every_setting_is_explained(config):
     for section, model in ((name, getattr(config, name)) for name in ServerConfig.model_fields):
         fields = set(type(model).model_fields) - {"version"}
+        if section == "lora":
+            fields -= {"sent"}  # which follows from the rule
         if section == "masking":  # whose modes have settings of their own
             modes = (NoMasking, CellMasking, HelperMasking)
             fields = {field for mode in modes for field in mode.model_fields} - {"version"}
@@ -217,7 +232,7 @@ def test_a_recipe_with_epsilon_is_one_that_the_protocol_takes(base):
     assert config.privacy == ExamplePrivacy(epsilon=3.0, delta=1e-6, clip_norm=0.5)
     assert config.aggregation.weighting is Weighting.UNIFORM
     assert (config.lora.dropout, config.training.local_epochs) == (0.0, None)
-    assert config.lora.sent == (Factor.B,)
+    assert config.lora.sent == ("B",)
     assert parse_text(render(config)) == config
 
 

@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 
 from aggregator_server.aggregation import optimizers
+from aggregator_server.aggregation.lora import covariance_gap, flexlora
+from aggregator_server.aggregation.lora_pairs import Cohort, local_adapter, pairs_of, scale_of
 from aggregator_server.config import Retention
 from aggregator_server.errors import NoSpaceError, Refusal, StoreBusyError
 from aggregator_server.filtering import FilterDecision
@@ -14,7 +16,9 @@ from aggregator_server.rounds import Gated
 from aggregator_server.selection import rank
 from aggregator_server.store.rows import BlobRole
 from aggregator_server.store.store import Store
+from privacy.updates import PlainUpdate
 from protocol.chain import RoundManifest
+from protocol.lora_rules import LoraRule
 from protocol.manifest import Factor, FilterRule
 from protocol.messages import TrainTask, WaitReason, WithdrawalReason
 from protocol.phases import RoundPhase
@@ -243,9 +247,9 @@ class TestClosing:
 
 
 class TestAggregation:
-    @pytest.mark.parametrize("sent", [(Factor.A, Factor.B), (Factor.B,)])
-    def test_the_release_is_its_base_plus_the_weighted_mean(self, make_case, start_round, sent):
-        case = make_case(cohort_target=3, sent=sent)
+    @pytest.mark.parametrize("rule", [LoraRule.FEDIT, LoraRule.FFA_LORA])
+    def test_the_release_is_its_base_plus_the_weighted_mean(self, make_case, start_round, rule):
+        case = make_case(cohort_target=3, lora_rule=rule)
         agents, manifest = start_round(case, 3)
         rng = np.random.default_rng(1)
         n_values = case.federation.charter.layout.n_values
@@ -262,6 +266,77 @@ class TestAggregation:
         assert after.aggregation.update_norm == pytest.approx(np.linalg.norm(expected), rel=1e-5)
         assert len(after.accepted) == after.aggregation.n_cells == 3
         assert after.round_digest == manifest.digest()
+
+    def test_a_release_tells_what_averaging_both_factors_lost(self, make_case, start_round):
+        case = make_case(cohort_target=3)
+        agents, manifest = start_round(case, 3)
+        rng = np.random.default_rng(1)
+        n_values = case.federation.charter.layout.n_values
+        vectors = [rng.standard_normal(n_values).astype(np.float32) for _ in agents]
+        weights = (1, 20, 300)
+        for agent, vector, weight in zip(agents, vectors, weights, strict=True):
+            agent.upload(manifest, vector, weight=weight)
+        case.advance()
+        releases, layout = case.federation.releases, case.federation.charter.layout
+        start = releases.arrays(releases.get(0))
+        scale = case.manifest.lora.alpha / case.manifest.lora.rank
+        locals_ = [
+            local_adapter(PlainUpdate(vector=v, weight=w), start, layout, scale=scale)
+            for v, w in zip(vectors, weights, strict=True)
+        ]
+        exact = covariance_gap(Cohort(agents=tuple(locals_))).gap_norm
+        told = releases.get(1).aggregation.covariance_gap
+        assert told.estimated_norm == pytest.approx(exact, rel=1e-4)  # layers of 64: exact
+        assert told.estimated_change_norm > 0
+        assert releases.get(0).aggregation.covariance_gap is None
+
+    def test_flexlora_releases_the_best_adapter_for_the_mean_product(self, make_case, start_round):
+        case = make_case(cohort_target=3, n_rounds=2, lora_rule=LoraRule.FLEXLORA)
+        agents, manifest = start_round(case, 3)
+        releases, layout = case.federation.releases, case.federation.charter.layout
+        rng = np.random.default_rng(1)
+        weights = (1, 20, 300)
+        for number in (1, 2):  # the second starts from factors of another basis
+            base = releases.get(number - 1)
+            vectors = [rng.standard_normal(layout.n_values).astype(np.float32) for _ in agents]
+            manifest = agents[0].round()
+            for agent, vector, weight in zip(agents, vectors, weights, strict=True):
+                agent.upload(manifest, vector, weight=weight)
+            case.advance()
+            lora, start = case.manifest.lora, releases.arrays(base)
+            scale = scale_of(lora)
+            locals_ = tuple(
+                local_adapter(PlainUpdate(vector=v, weight=w), start, layout, scale=scale)
+                for v, w in zip(vectors, weights, strict=True)
+            )
+            best = flexlora(Cohort(agents=locals_), rank=lora.rank, scale=scale)
+            release = releases.get(number)
+            found = pairs_of(releases.arrays(release))
+            for module, pair in best.adapter.pairs.items():  # an SVD's factors have no sign
+                got = found[module].B @ found[module].A
+                np.testing.assert_allclose(got, pair.B @ pair.A, atol=1e-4)
+            report = release.aggregation
+            assert (report.rule, report.n_agents, report.covariance_gap) == ("flexlora", 3, None)
+            assert report.left_out_norm == pytest.approx(best.error_norm, rel=1e-6)
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"lora_rule": LoraRule.FFA_LORA},
+            {"privacy": PrivacyOptions(epsilon=8.0, profile=Profile.CENTRAL)},
+        ],
+    )
+    def test_where_nothing_is_lost_or_nothing_may_be_told_a_release_has_no_gap(
+        self, make_case, start_round, options
+    ):
+        case = make_case(cohort_target=2, **options)
+        agents, manifest = start_round(case, 2)
+        for agent in agents:
+            agent.upload(manifest, agent.constant(1e-3))
+        case.advance()
+        release = case.federation.releases.newest()
+        assert release.number == 1
+        assert "covariance_gap" not in release.as_json()["aggregation"]
 
     def test_under_p3_updates_are_clipped_and_only_the_noisy_mean_is_told(
         self, make_case, start_round
@@ -372,7 +447,7 @@ class TestAggregation:
         self, make_case, start_round, monkeypatch
     ):
         """Another seed would judge anew; the decision is in the journal before the round moves."""
-        case = make_case(cohort_target=9, filter=FilterRule.ROBUST)
+        case = make_case(cohort_target=9, filter=FilterRule.ROBUST, lora_rule=LoraRule.FFA_LORA)
         agents, manifest = start_round(case, 9)
         rng = np.random.default_rng(2)
         n_values = case.federation.charter.layout.n_values
@@ -423,7 +498,7 @@ class TestAggregation:
         assert releases.optimizer_state(4) == releases.optimizer_state(1)
 
     def test_with_b_only_the_frozen_a_completes_the_adapter(self, make_case, start_round):
-        case = make_case(cohort_target=2, sent=(Factor.B,))
+        case = make_case(cohort_target=2, lora_rule=LoraRule.FFA_LORA)
         agents, manifest = start_round(case, 2)
         for agent in agents:
             agent.upload(manifest, agent.constant(1))
@@ -505,7 +580,7 @@ class TestAggregation:
         by_upload = {
             cell.upload: cell.transcript for cell in case.federation._store.uploads.cells(1)
         }
-        assert [by_upload[upload] for upload in loaded] == transcripts
+        assert [by_upload[upload] for upload in loaded] == 2 * transcripts  # the mean, then its gap
 
 
 class TestFaults:

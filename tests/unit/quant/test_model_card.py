@@ -7,7 +7,7 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
-from protocol.chain import AggregationReport, BlobRef, EvaluatorVerdict
+from protocol.chain import AggregationReport, BlobRef, CovarianceGap, EvaluatorVerdict
 from protocol.gating import EvaluationReport
 from protocol.manifest import BaseBlock, EvaluatorGate, TrainingBlock
 from protocol.signing import format_fingerprint, sign
@@ -100,6 +100,18 @@ def test_the_card_of_a_gated_adapter_says_what_the_evaluator_found(
     ) in card
     assert format_fingerprint(agent_key.identity) in card
     assert "not asked, as no round made this release" in model_card(provenance_of(manifest, first))
+
+
+def test_the_card_tells_what_averaging_lost_where_the_release_does(
+    manifest, make_release, release
+) -> None:
+    gap = CovarianceGap(estimated_norm=0.03, estimated_change_norm=0.5)
+    report = release.aggregation.model_copy(update={"covariance_gap": gap})
+    told = provenance_of(manifest, release.model_copy(update={"aggregation": report}))
+    assert "| Lost by averaging A and B apart | about 6.0% of the change |" in model_card(told)
+    assert "averaging" not in model_card(provenance_of(manifest, release))
+    still = CovarianceGap(estimated_norm=0.0, estimated_change_norm=0.0)
+    assert still.describe() == "of a round that changed nothing"
 
 
 def test_the_first_and_a_rolled_back_release_name_no_agents(

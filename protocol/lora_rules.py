@@ -1,0 +1,51 @@
+"""How the factors of all agents become one adapter, and what a rule asks of the other blocks.
+
+```
+rule        sent                     mean of what is sent                          masks
+fedit       A and B                  off by their covariance                       yes
+ffa-lora    B                        exact: A stays at its common random start     yes
+flexlora    A and B                  of the products, cut to the adapter's rank    no
+```
+
+Rules that are not here, and why, stand in docs/adr/0016-lora-rules.md.
+"""
+
+from enum import StrEnum
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from protocol.manifest import FederationManifest
+
+
+class LoraRule(StrEnum):
+    """What agents send of an adapter, and what the server makes of it."""
+
+    FEDIT = "fedit"
+    """Both factors, averaged apart from each other (FedIT, arXiv 2305.05644)."""
+    FFA_LORA = "ffa-lora"
+    """B alone; A is never trained (FFA-LoRA, arXiv 2403.12313)."""
+    FLEXLORA = "flexlora"
+    """Both factors; the mean of their products is cut to rank r (FlexLoRA, arXiv 2402.11505)."""
+
+
+def is_told_by_sent(rule: LoraRule) -> bool:
+    """Whether `lora.sent` says it all, as it did before there were other rules."""
+    return rule in {LoraRule.FEDIT, LoraRule.FFA_LORA}
+
+
+def rules_of_lora(manifest: "FederationManifest") -> dict[str, bool]:
+    """What the LoRA rule asks of the other blocks, and whether it is broken."""
+    optimizer = manifest.aggregation.optimizer
+    is_plain = optimizer.kind == "fedavg" and optimizer.learning_rate == 1.0
+    if manifest.lora.rule is LoraRule.FLEXLORA:
+        return {
+            'masking.mode must be "off": the server multiplies the factors of each agent, and no '
+            "sum tells them": manifest.masking.mode != "off",
+            'filter.rule must be "none": the filter scales factors and takes medians of them, '
+            "which says nothing of their products": manifest.filter.rule != "none",
+            'aggregation.optimizer must be "fedavg" with learning_rate 1: the factors of a round '
+            "have a basis of their own, in which earlier steps mean nothing": not is_plain,
+            'privacy.profile must be "P0" or "P1": the noise of the others is planned for a mean '
+            "of factors": manifest.privacy.profile not in {"P0", "P1"},
+        }
+    return {}
