@@ -6,12 +6,17 @@ import typer
 
 from aggregator_server.cli_shared import Directory, JsonPath, answer, opened
 
-app = typer.Typer(help="The members: list them, end a membership.", no_args_is_help=True)
+app = typer.Typer(
+    help="The members: list them, end a membership or a quarantine.", no_args_is_help=True
+)
 
 
 @app.command("list")
 def list_agents(directory: Directory, json_path: JsonPath = None) -> None:
-    """List all members, past ones too.
+    """List all members, past ones too, and what filter and evaluator say of their updates.
+
+    "removed" counts the updates, or cells with this member, that were left out. The log-odds say by
+    how much a unit is likelier to be left out with it; a member is suspected at 3 standard errors.
 
     Example:
     sheepfold-server agents list fed
@@ -20,7 +25,8 @@ def list_agents(directory: Directory, json_path: JsonPath = None) -> None:
 
     with opened(directory) as federation:
         members = federation.membership.members()
-    answer(json_path, table(members), as_json(members))
+        evidence = federation.evidence.reputations()
+    answer(json_path, table(members, evidence), as_json(members, evidence))
 
 
 # One identity in 64 begins with a dash, which is no option then.
@@ -45,3 +51,23 @@ def revoke_agent(
     with opened(directory) as federation:
         agent = b64u_encode(federation.membership.expel(identity))
     answer(json_path, f"{agent} is no member any more.", {"agent": agent})
+
+
+@app.command("readmit", context_settings={"ignore_unknown_options": True})
+def readmit_agent(
+    directory: Directory,
+    identity: Annotated[
+        str, typer.Argument(metavar="IDENTITY", help="From the list; its beginning will do.")
+    ],
+    json_path: JsonPath = None,
+) -> None:
+    """End a member's quarantine; what rounds up to now said of it no longer counts.
+
+    Example:
+    sheepfold-server agents readmit fed k3Jx9Qb
+    """
+    from protocol.wire import b64u_encode
+
+    with opened(directory) as federation:
+        agent = b64u_encode(federation.membership.readmit(identity))
+    answer(json_path, f"{agent} may be drawn again.", {"agent": agent})

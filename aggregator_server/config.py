@@ -104,6 +104,7 @@ class ServerSection(_Section):
     retention: Retention = Retention.DELETE
     min_free_bytes: Annotated[int, Field(ge=0)] = 512 * _MIB
     presence_s: Annotated[float, Field(ge=2 * limits.LONG_POLL_S, le=24 * 3600)] = 120.0
+    quarantine: bool = False
     helper_url: Annotated[str, Field(pattern=r"^(https?://[^\s/]+/?)?$")] = ""
     unmask_processes: Annotated[int, Field(ge=1, le=256)] = 1
     log_format: LogFormat = LogFormat.CONSOLE

@@ -11,6 +11,7 @@ from aggregator_server.charter import Charter
 from aggregator_server.config import ServerConfig, ServerSection, Setting, load_config
 from aggregator_server.errors import BlobError, Refusal, StoreError
 from aggregator_server.evaluations import Evaluations
+from aggregator_server.evidence import Evidence
 from aggregator_server.founding import CONFIG_NAME, places_of, reconcile, stored_charter
 from aggregator_server.helper.client import HelperClient
 from aggregator_server.keys import load_keys
@@ -86,6 +87,7 @@ class Federation:
         self.uploads = Uploads(store, blobs, charter, clock, retention=config.server.retention)
         self.releases = Releases(store, blobs, charter, clock)
         self.evaluations = Evaluations(store, blobs, charter)
+        self.evidence = Evidence(store, charter, clock)
         self.unmasker = Unmasker(config.server.unmask_processes)
         self.cells: Cells | None = None
         """At work where updates are masked."""
@@ -117,7 +119,7 @@ class Federation:
             uploads=self.uploads,
             releases=self.releases,
             clock=clock,
-            presence_s=config.server.presence_s,
+            settings=config.server,
             masked=self.cells or helped,
         )
         self._changes = -1

@@ -86,6 +86,8 @@ class FilteredCell(WireModel):
     """What its mean is scaled by."""
     removed: Annotated[str, Field(max_length=500)] | None
     """Why it does not count; None: it does."""
+    score: Annotated[float, Field(ge=0.0)] | None = None
+    """How far apart it lies, where the rule says so; 1 is ordinary."""
 
     def without(self, reason: str) -> "FilteredCell":
         """The same, removed for a reason, unless it had been already."""
@@ -146,6 +148,7 @@ def decide(
                 transcript=cell.transcript,
                 factor=float(found.factors[index]),
                 removed=None if found.kept[index] else found.reasons[index][:500],
+                score=float(found.scores[index]) if np.isfinite(found.scores[index]) else None,
             )
             for index, cell in enumerate(cells)
         ),

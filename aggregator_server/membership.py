@@ -184,6 +184,28 @@ class Membership:
         Raises:
             MemberError: No agent, or several, whose identity begins so.
         """
+        identity = self._named(name)
+        self._store.agents.revoke(identity, now=self._clock.now(), bar=True)
+        return identity
+
+    def readmit(self, name: str) -> bytes:
+        """End a quarantine; the evidence of rounds up to now no longer counts.
+
+        Args:
+            name: As in `expel`.
+
+        Returns:
+            The identity.
+
+        Raises:
+            MemberError: No agent, or several, whose identity begins so.
+        """
+        identity = self._named(name)
+        last = self._store.rounds.latest()
+        self._store.agents.readmit(identity, judged_from=1 if last is None else last.number + 1)
+        return identity
+
+    def _named(self, name: str) -> bytes:
         found = [
             member.identity
             for member in self._store.agents.members()
@@ -193,7 +215,6 @@ class Membership:
             begins = f"{len(found)} agents have" if found else "no agent has"
             msg = f"{begins} an identity that begins with {name!r}; `agents list` shows them"
             raise MemberError(msg)
-        self._store.agents.revoke(found[0], now=self._clock.now(), bar=True)
         return found[0]
 
     def invite(self, *, n_uses: int = 1) -> Invite:

@@ -18,6 +18,7 @@ from aggregator_server.blobs import Blobs
 from aggregator_server.candidates import CandidateMaker
 from aggregator_server.charter import Charter
 from aggregator_server.closing import Ending, decide
+from aggregator_server.config import ServerSection
 from aggregator_server.errors import (
     BlobError,
     BlobMissingError,
@@ -28,6 +29,7 @@ from aggregator_server.errors import (
     StoreBusyError,
 )
 from aggregator_server.evaluations import Evaluations
+from aggregator_server.evidence import Evidence
 from aggregator_server.gating import EvaluatorsGate, Passed, Ungated
 from aggregator_server.masking.cells import Cells
 from aggregator_server.masking.gathering import FIRST_WAVE, Waves
@@ -254,16 +256,18 @@ class Rounds:
         uploads: Uploads,
         releases: Releases,
         clock: Clock,
-        presence_s: float,
+        settings: ServerSection,
         masked: Cells | HelpedRounds | None = None,
     ) -> None:
         """Build the phases; with `masked`, those of its trust model."""
+        presence_s = settings.presence_s
         self._store = store
         self._blobs = blobs
         self._charter = charter
         self._uploads = uploads
         self._releases = releases
         self._evaluations = Evaluations(store, blobs, charter)
+        self._evidence = Evidence(store, charter, clock) if settings.quarantine else None
         self._clock = clock
         self._presence_s = presence_s
         self._lock = threading.Lock()
@@ -364,6 +368,8 @@ class Rounds:
         n_done = self._store.releases.n_of_rounds()
         if n_done >= rules.n_rounds:
             return False
+        if self._evidence is not None:
+            self._evidence.review()
         now = self._clock.now()
         present = self._store.agents.present(seen_after=now - self._presence_s)
         if len(present) < rules.min_cohort:

@@ -22,7 +22,7 @@ def task_reply(view: AgentView, *, after: int, n_rounds: int, has_space: bool) -
     | the federation is finished | wait `finished` |
     | the open round has a place for the agent, above `after`, no update yet | train |
     | the open round has its update, or the agent is done with it (`after`) | wait `round-ending` |
-    | the open round has no place for the agent | wait `not-selected` |
+    | the open round has no place for the agent | wait `not-selected`, or `set-aside` |
     | a round is being averaged | wait `round-ending` |
     | no round is open | wait `gathering-agents`, or `no-space` |
 
@@ -45,7 +45,7 @@ def _task(view: AgentView, *, after: int, n_rounds: int, has_space: bool) -> Tra
     if row.phase is not RoundPhase.OPEN or view.accepted:
         return _wait(WaitReason.ROUND_ENDING)
     if not view.selected:
-        return _wait(WaitReason.NOT_SELECTED)
+        return _wait(WaitReason.SET_ASIDE if view.quarantined else WaitReason.NOT_SELECTED)
     if row.number <= after:
         return _wait(WaitReason.ROUND_ENDING)
     return TrainTask(round=parse(Signed[RoundManifest], row.manifest))

@@ -121,6 +121,8 @@ _EXPLAINED: Final[Mapping[str, Mapping[str, str]]] = {
         "unmask_processes": "Processes that share the unmasking of large adapters.",
         "min_free_bytes": "Below this much free disk space, uploads are refused.",
         "presence_s": "An agent counts as present for this long after it was last seen (seconds).",
+        "quarantine": "true: members against whom the evidence of many rounds repeats are drawn no "
+        "more, until `agents readmit`.",
         "log_format": '"console" for people, "json" for machines.',
     },
 }

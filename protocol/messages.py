@@ -83,6 +83,8 @@ class WaitReason(StrEnum):
 
     GATHERING_AGENTS = "gathering-agents"
     NOT_SELECTED = "not-selected"
+    SET_ASIDE = "set-aside"
+    """The operator's server draws this agent for no round; its owner may ask the operator why."""
     ROUND_ENDING = "round-ending"
     FINISHED = "finished"
     NO_SPACE = "no-space"

@@ -8,7 +8,14 @@ from aggregator_server.errors import Refusal
 from aggregator_server.store import counters
 from aggregator_server.store.counters import Counter
 from aggregator_server.store.database import Database
-from aggregator_server.store.rows import AgentRow, InviteRow, MemberRow, UploadPhase
+from aggregator_server.store.incidents import add_incident
+from aggregator_server.store.rows import (
+    AgentRow,
+    InviteRow,
+    MemberRow,
+    NewIncident,
+    UploadPhase,
+)
 from aggregator_server.store.schema import agents, invite_uses, invites, uploads
 from aggregator_server.store.uploads import free_places
 from protocol.problems import ProblemType
@@ -67,7 +74,9 @@ class AgentStore:
             }
             if known is None:
                 connection.execute(
-                    insert(agents).values(identity=identity, enrolled_at=now, **values)
+                    insert(agents).values(
+                        identity=identity, enrolled_at=now, judged_from=0, **values
+                    )
                 )
             else:
                 connection.execute(
@@ -115,6 +124,8 @@ class AgentStore:
             agents.c.last_seen,
             agents.c.revoked_at,
             agents.c.barred,
+            agents.c.quarantined_at,
+            agents.c.judged_from,
         )
         query = (
             select(*shown, func.count(uploads.c.id).label("n_accepted"))
@@ -124,6 +135,47 @@ class AgentStore:
         )
         with self._database.reading() as connection:
             return tuple(MemberRow(**row._mapping) for row in connection.execute(query))
+
+    def quarantine(self, identity: bytes, incident: NewIncident, *, now: float) -> bool:
+        """Draw a member for no round any more; an open round keeps what it has.
+
+        Args:
+            identity: The member.
+            incident: Journalled with it.
+            now: Seconds since the Unix epoch.
+
+        Returns:
+            Whether anything changed: False for one that is in quarantine already, or no member.
+        """
+        with self._database.writing() as connection:
+            changed = connection.execute(
+                update(agents)
+                .where(
+                    agents.c.identity == identity,
+                    agents.c.quarantined_at.is_(None),
+                    agents.c.revoked_at.is_(None),
+                )
+                .values(quarantined_at=now)
+            )
+            if changed.rowcount:
+                add_incident(connection, incident)
+                counters.add(connection, Counter.CHANGES)
+            return bool(changed.rowcount)
+
+    def readmit(self, identity: bytes, *, judged_from: int) -> None:
+        """End a quarantine; only rounds from a number on are evidence from now on.
+
+        Args:
+            identity: The member.
+            judged_from: The first of these rounds.
+        """
+        with self._database.writing() as connection:
+            connection.execute(
+                update(agents)
+                .where(agents.c.identity == identity)
+                .values(quarantined_at=None, judged_from=judged_from)
+            )
+            counters.add(connection, Counter.CHANGES)
 
     def saw(self, last_seen: Mapping[bytes, float], *, bytes_down: int) -> None:
         """Journal when agents were last seen, and what they fetched.
@@ -141,7 +193,7 @@ class AgentStore:
                 counters.add(connection, Counter.BYTES_DOWN, bytes_down)
 
     def present(self, *, seen_after: float) -> tuple[bytes, ...]:
-        """The members who were seen after a moment, by key."""
+        """The members who may be drawn, by key: seen after a moment, and not in quarantine."""
         with self._database.reading() as connection:
             return present_agents(connection, seen_after)
 
@@ -172,10 +224,14 @@ class AgentStore:
 
 
 def present_agents(connection: Connection, seen_after: float) -> tuple[bytes, ...]:
-    """The members who were seen after a moment, inside the caller's transaction."""
+    """The members who may be drawn: seen after a moment, and not in quarantine."""
     query = (
         select(agents.c.identity)
-        .where(agents.c.revoked_at.is_(None), agents.c.last_seen >= seen_after)
+        .where(
+            agents.c.revoked_at.is_(None),
+            agents.c.quarantined_at.is_(None),
+            agents.c.last_seen >= seen_after,
+        )
         .order_by(agents.c.identity)
     )
     return tuple(bytes(identity) for identity in connection.execute(query).scalars())

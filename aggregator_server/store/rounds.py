@@ -1,6 +1,7 @@
 """Rounds and who was selected for them."""
 
 import dataclasses
+import json
 from collections.abc import Mapping, Sequence
 
 from sqlalchemy import Connection, func, insert, select, update
@@ -14,13 +15,21 @@ from aggregator_server.store.incidents import add_incident
 from aggregator_server.store.releases import count_of_rounds, newest_number
 from aggregator_server.store.rows import (
     AgentView,
+    JudgedRow,
     NewIncident,
     RoundProgress,
     RoundRow,
     SelectionRow,
     UploadPhase,
 )
-from aggregator_server.store.schema import readies, rounds, selections, uploads
+from aggregator_server.store.schema import (
+    agents,
+    cells,
+    readies,
+    rounds,
+    selections,
+    uploads,
+)
 from aggregator_server.store.uploads import (
     end_uploads,
     has_accepted,
@@ -29,6 +38,7 @@ from aggregator_server.store.uploads import (
 )
 from protocol.phases import RoundPhase
 from protocol.problems import ProblemType
+from protocol.wire import b64u_decode
 
 TERMINAL = frozenset({RoundPhase.PUBLISHED, RoundPhase.FAILED})
 """The phases that nothing leaves."""
@@ -186,6 +196,32 @@ class RoundStore:
             )
             end_uploads(connection, number, agent)
 
+    def judged(self, *, limit: int) -> tuple[JudgedRow, ...]:
+        """The published rounds with what was decided of their cells, the newest first.
+
+        Args:
+            limit: At most so many.
+        """
+        query = (
+            select(rounds.c.number, rounds.c.filter_report, rounds.c.passed)
+            .where(rounds.c.phase == RoundPhase.PUBLISHED.value)
+            .order_by(rounds.c.number.desc())
+            .limit(limit)
+        )
+        with self._database.reading() as connection:
+            found = connection.execute(query).all()
+            numbers = [row.number for row in found]
+            in_them = select(cells.c.round, cells.c.transcript, cells.c.members).where(
+                cells.c.round.in_(numbers)
+            )
+            by_round: dict[int, list[tuple[bytes, tuple[bytes, ...]]]] = {n: [] for n in numbers}
+            for cell in connection.execute(in_them):
+                members = tuple(b64u_decode(name) for name, _ in json.loads(cell.members))
+                by_round[cell.round].append((bytes(cell.transcript), members))
+            return tuple(
+                JudgedRow(**row._mapping, cells=tuple(by_round[row.number])) for row in found
+            )
+
     def view(self, agent: bytes) -> AgentView:
         """All that decides what an agent should do now."""
         with self._database.reading() as connection:
@@ -198,10 +234,12 @@ class RoundStore:
                 row = connection.execute(query).first()
                 selected = row is not None and row.withdrawn_reason is None
                 accepted = has_accepted(connection, last.number, agent)
+            set_aside = select(agents.c.quarantined_at).where(agents.c.identity == agent)
             return AgentView(
                 round=last,
                 selected=selected,
                 accepted=accepted,
+                quarantined=connection.execute(set_aside).scalar_one_or_none() is not None,
                 newest_release=newest_number(connection),
                 n_releases_of_rounds=count_of_rounds(connection),
             )

@@ -41,6 +41,10 @@ class AgentRow:
     """Canonical JSON of the `Signed[Credential]` that was answered."""
     barred: bool
     """The operator ended the membership: only an invite made since then lets the agent in again."""
+    quarantined_at: float | None
+    """Since when it is drawn for no round; None: it may be."""
+    judged_from: int
+    """Evidence of earlier rounds no longer counts: the operator has let it back in since."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +56,8 @@ class MemberRow:
     last_seen: float
     revoked_at: float | None
     barred: bool
+    quarantined_at: float | None
+    judged_from: int
     n_accepted: int
     """Updates of its that were accepted, over all rounds."""
 
@@ -91,6 +97,17 @@ class RoundRow:
 
 
 @dataclass(frozen=True, kw_only=True)
+class JudgedRow:
+    """A published round and what was decided of its cells; the JSON as `RoundRow` has it."""
+
+    number: int
+    filter_report: str
+    passed: str
+    cells: tuple[tuple[bytes, tuple[bytes, ...]], ...]
+    """Transcript and members of each cell."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvaluationRow:
     """What the evaluator was asked of a round, and what it answered.
 
@@ -118,6 +135,8 @@ class IncidentKind(StrEnum):
     """A round passed only without some of its cells."""
     EVALUATOR_SILENT = "evaluator-silent"
     """The evaluator did not answer in time; the old release stays."""
+    QUARANTINED = "quarantined"
+    """An agent is drawn for no round any more, as the evidence against it repeats."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -345,6 +364,7 @@ class AgentView:
     round: RoundRow | None
     selected: bool
     accepted: bool
+    quarantined: bool
     newest_release: int
     n_releases_of_rounds: int
 

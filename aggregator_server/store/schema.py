@@ -44,6 +44,8 @@ agents = Table(
     Column("last_seen", Double, nullable=False, index=True),
     Column("credential", LargeBinary, nullable=False),
     Column("barred", Boolean, nullable=False),
+    Column("quarantined_at", Double),
+    Column("judged_from", Integer, nullable=False),
 )
 
 invites = Table(
