@@ -2,7 +2,7 @@
 
 | units that are finite | open mode | cells |
 | --- | --- | --- |
-| 8 or more | tensors' sizes, cap to the median norm, sketch, opposition, copies, weighted mean | the same without tensors' sizes |
+| 8 or more | sizes, cap to the median norm, sketch, opposition, copies, weighted mean | the same, without the sizes of tensors |
 | 4 to 7 | cap, geometric median; nothing removed | the same |
 | 1 to 3 | cap, geometric median; nothing removed | weighted mean |
 
@@ -32,6 +32,7 @@ from aggregator_server.aggregation.robust.outcome import (
 from aggregator_server.aggregation.robust.sanity import (
     NOT_FINITE,
     oversized_tensors,
+    oversized_units,
     tensor_norms,
 )
 from aggregator_server.aggregation.robust.sketch import N_DIMS, Sketcher
@@ -122,8 +123,8 @@ def run_pipeline(units: Units, *, mode: Mode, layout: VectorLayout, seed: bytes)
            units of equal scores.
         5. At most one unit, or `SLICE_BYTES` of all, is in memory at a time; units are read
            twice with sketches, three times with the geometric median.
-        6. A finite unit is removed for a tensor out of scale, for pulling against the others, or as
-           a copy of another; nothing is removed for its distance.
+        6. A finite unit is removed for its size or a tensor's, for pulling against the others, or
+           as a copy of another; nothing is removed for its distance.
 
     Args:
         units: The round's units.
@@ -175,7 +176,7 @@ def plain(found: Survey) -> FilterOutcome:
 
 @dataclass(frozen=True, kw_only=True)
 class Sized:
-    """What is left once tensors' sizes are judged, capped to the median norm."""
+    """What is left once sizes are judged, capped to the median norm."""
 
     places: Int64Array
     """[k], the units that are left."""
@@ -187,8 +188,10 @@ class Sized:
     """How many of those left may be removed."""
 
 
-def sized(found: Survey, layout: VectorLayout, *, judge_tensors: bool) -> Sized:
-    """Drop what is not finite, and units of oversized tensors, the worst of them; cap the rest.
+def sized(
+    found: Survey, layout: VectorLayout, *, judge_tensors: bool, judge_lengths: bool
+) -> Sized:
+    """Drop what is not finite, and what is out of scale, the worst of it; cap the rest.
 
     All removals share one allowance, a quarter of the finite units.
 
@@ -196,6 +199,7 @@ def sized(found: Survey, layout: VectorLayout, *, judge_tensors: bool) -> Sized:
         found: Of all units.
         layout: Names of the tensors.
         judge_tensors: Whether the tensors' sizes are judged.
+        judge_lengths: Whether the units' lengths are.
 
     Raises:
         AggregationError: No unit is finite.
@@ -203,23 +207,23 @@ def sized(found: Survey, layout: VectorLayout, *, judge_tensors: bool) -> Sized:
     reasons = dropped(found)
     places = np.flatnonzero(found.finite)
     allowance = len(places) // REMOVED_DIVISOR
+    oversized = oversized_units(found.lengths[places]) if judge_lengths else {}
     if judge_tensors:
-        oversized = oversized_tensors(found.norms[places], layout)
-        worst_first = sorted(oversized, key=lambda place: -oversized[place][0])[:allowance]
-        reasons |= {int(places[place]): oversized[place][1] for place in worst_first}
-        allowance -= len(worst_first)
-        places = np.delete(places, worst_first)
+        oversized |= oversized_tensors(found.norms[places], layout)
+    worst_first = sorted(oversized, key=lambda place: -oversized[place][0])[:allowance]
+    reasons |= {int(places[place]): oversized[place][1] for place in worst_first}
+    places = np.delete(places, worst_first)
     lengths = found.lengths[places]
     return Sized(
         places=places,
         caps=cap_factors(lengths, median_norm(lengths)),
         reasons=reasons,
-        allowance=allowance,
+        allowance=allowance - len(worst_first),
     )
 
 
 def capped_evidence(found: Survey, layout: VectorLayout, *, judge_tensors: bool) -> FilterOutcome:
-    """Tensors' sizes, a cap to the median norm, then opposition and copies on the capped sketches.
+    """Sizes, a cap to the median norm, then opposition and copies on the capped sketches.
 
     Args:
         found: Of all units, with sketches.
@@ -229,7 +233,7 @@ def capped_evidence(found: Survey, layout: VectorLayout, *, judge_tensors: bool)
     Raises:
         AggregationError: No unit is finite, or there are no sketches.
     """
-    left = sized(found, layout, judge_tensors=judge_tensors)
+    left = sized(found, layout, judge_tensors=judge_tensors, judge_lengths=True)
     points = sketches_of(found)[left.places] * left.caps[:, None]
     gram = points @ points.T
     against = opposed(

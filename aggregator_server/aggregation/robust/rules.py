@@ -150,7 +150,7 @@ def _capped_dnc(
     found: Survey, layout: VectorLayout, *, seed: bytes, judge_tensors: bool
 ) -> FilterOutcome:
     """Tensors' sizes, a cap to the median norm, then DnC on the capped sketches."""
-    left = sized(found, layout, judge_tensors=judge_tensors)
+    left = sized(found, layout, judge_tensors=judge_tensors, judge_lengths=False)
     points = sketches_of(found)[left.places] * left.caps[:, None]
     spectral = spectral_filter(points, max_removed=left.allowance, seed=seed)
     reasons = dict(left.reasons)

@@ -55,7 +55,7 @@ def test_units_turned_round_are_removed_and_no_other(n_against):
 
 def test_many_that_send_nearly_the_same_do_not_pass_for_what_all_have_in_common():
     """In the plain sum, five colluders of twenty outweigh the little that honest ones share."""
-    points = make_points(20, common=0.25, n_kinds=20)
+    points = make_points(20, common=0.35, n_kinds=20)
     rng = np.random.default_rng(1)
     against = -points.mean(axis=0)
     against *= np.linalg.norm(points, axis=1).mean() / np.linalg.norm(against)

@@ -123,7 +123,7 @@ def test_the_geometric_median_is_that_of_the_capped_updates():
 def make_agreeing(n, *, n_against=0, common=0.5):
     """Unlike units with something in common, the first `n_against` of them turned round."""
     means = make_means(n) + np.float32(common) * make_means(1, seed=1000)
-    means[:n_against] *= np.float32(-3.0)
+    means[:n_against] *= np.float32(-1.5)
     return means
 
 
@@ -185,7 +185,22 @@ def test_a_tensor_far_out_of_scale_is_removed_in_the_open_mode_and_named():
     assert not outcome.kept[4]
     assert outcome.reasons[4].startswith("a is ")
     assert "the limit is 20" in outcome.reasons[4]
-    assert "the limit" not in run(means, mode=Mode.CELLS).outcome.reasons.get(4, "")
+    assert "times as long as the median" in run(means, mode=Mode.CELLS).outcome.reasons[4]
+
+
+def test_a_unit_twice_as_long_goes_where_all_others_are_of_one_length():
+    means = make_means(9)
+    means[2] *= 2.5
+    for mode in Mode:
+        assert run(means, mode=mode).outcome.reasons[2] == (
+            "it is 2.52 times as long as the median; the limit is 2"
+        )
+
+
+def test_where_lengths_differ_a_longer_unit_is_cut_and_kept():
+    means = make_means(9) * np.linspace(0.5, 3.0, 9, dtype=np.float32)[:, None]
+    means[8] *= 2.0
+    assert run(means).outcome.kept.all()
 
 
 def test_the_worst_go_where_more_tensors_are_out_of_scale_than_may_be_removed():
