@@ -31,7 +31,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import numpy as np
 from rich.console import Console
 
-from benchmarks import dp_utility_jobs
+from benchmarks import dp_utility_jobs, tiny_federation
 from benchmarks.dolly_base import default_cache
 from benchmarks.dp_utility_jobs import QUICK, Job, Model, Settings, run_job
 from benchmarks.report import Better, Row, add_options, write_report
@@ -124,7 +124,8 @@ def _show(text: str) -> None:
 def run_name(settings: Settings) -> str:
     """A name that changes with whatever changes the results: settings and jobs."""
     digest = hashlib.sha256(json.dumps(asdict(settings), sort_keys=True).encode())
-    digest.update(Path(dp_utility_jobs.__file__).read_bytes())
+    for file in (dp_utility_jobs.__file__, tiny_federation.__file__):
+        digest.update(Path(file).read_bytes())
     return f"dp-utility-run-{digest.hexdigest()[:16]}"
 
 

@@ -10,25 +10,31 @@ a run can be repeated.
 import functools
 import hashlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any, Final
 
-import numpy as np
-
 from aggregator_server.aggregation.fedavg import apply_mean, average
+from benchmarks.tiny_federation import (
+    MAX_NEW_TOKENS,
+    Recipe,
+    Visit,
+    adapted_base,
+    draw_records,
+    exact_match_by_category,
+    generator,
+    loss_by_category,
+    tokenized,
+    train_update,
+)
 from edge_agent.data.records import Record
-from edge_agent.data.tokens import Example, tokenize
-from edge_agent.evaluation import Scores, held_out_loss, score_answers
+from edge_agent.data.tokens import Example
 from edge_agent.private import PrivacyTerms
-from edge_agent.training.gradients import MeanGradient, PrivateGradient
-from edge_agent.training.sampling import BatchSampler, PoissonBatches, ShuffledBatches
-from edge_agent.training.trainer import LocalTrainer, RoundRecipe, TrainerOptions
+from edge_agent.training.gradients import GradientRule, PrivateGradient
+from edge_agent.training.sampling import BatchSampler, PoissonBatches
 from privacy.accounting import calibrate, spent, usual_delta
 from privacy.updates import CellSum
-from protocol.clock import SystemClock
-from protocol.manifest import Factor, LoraBlock, LossOn, Schedule, Template, TrainingBlock
 from quant.adapter import (
     AdapterArrays,
     adapter_shapes,
@@ -37,18 +43,12 @@ from quant.adapter import (
     sent_layout,
     unflatten,
 )
-from quant.base_model import load_base
 from quant.lora import AdaptedModel
-from quant.memory import StepSettings
-from quant.tiny.instructions import Category, InstructionRecord, make_records
-from quant.tiny.world import Split, make_world
+from quant.tiny.instructions import Category
+from quant.tiny.world import Split
 from simulations.demo import DemoRecipe
 
-BASE: Final = "embedded:tiny"
-MODULES: Final = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _RECORDS_STREAM, _HELD_OUT_STREAM, _ORDER_STREAM, _ADAPTER_STREAM = range(4)
-_SETTINGS: Final = StepSettings(micro_tokens=2048)
-"""The fastest on a processor's core; it changes no gradient."""
 
 
 class Model(StrEnum):
@@ -57,73 +57,6 @@ class Model(StrEnum):
     BASE = "base"
     ALONE = "one agent alone"
     FEDERATED = "federated"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Recipe:
-    """A federation with profile P1; found by trials at ε = 8, see docs/LOG.md.
-
-    Attributes:
-        n_agents: All take part in every round; agent k owns the demo's k-th pair of categories,
-            from the sixth agent on the pairs come again.
-        n_records: Of each agent, half of them of each of its categories.
-        batch_size: Expected, under differential privacy.
-        clip_norm: Of an example's gradient; without differential privacy, of the batch's mean.
-    """
-
-    n_agents: int = 5
-    n_records: int = 3000
-    n_rounds: int = 5
-    local_steps: int = 4
-    batch_size: int = 96
-    learning_rate: float = 4e-2
-    schedule: Schedule = Schedule.LINEAR
-    final_frac: float = 0.1
-    beta1: float = 0.9
-    beta2: float = 0.999
-    eps: float = 1e-8
-    weight_decay: float = 0.0
-    clip_norm: float = 1.0
-    rank: int = 16
-    alpha: float = 32.0
-    sent: tuple[Factor, ...] = (Factor.B,)
-    modules: tuple[str, ...] = MODULES
-    max_length: int = 192
-
-    @property
-    def n_steps(self) -> int:
-        """Of an agent, in all rounds."""
-        return self.n_rounds * self.local_steps
-
-    @property
-    def training(self) -> TrainingBlock:
-        """What the manifest would say."""
-        return TrainingBlock(
-            template=Template.ALPACA,
-            loss_on=LossOn.RESPONSE,
-            max_length=self.max_length,
-            batch_size=self.batch_size,
-            local_steps=self.local_steps,
-            learning_rate=self.learning_rate,
-            schedule=self.schedule,
-            final_frac=self.final_frac,
-            beta1=self.beta1,
-            beta2=self.beta2,
-            eps=self.eps,
-            weight_decay=self.weight_decay,
-            max_grad_norm=self.clip_norm,
-        )
-
-    def lora(self, seed: int) -> LoraBlock:
-        """The adapter; dropout 0, as P1 demands."""
-        return LoraBlock(
-            rank=self.rank,
-            alpha=self.alpha,
-            dropout=0.0,
-            target_modules=self.modules,
-            sent=self.sent,
-            init_seed=seed,
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,7 +79,7 @@ class Settings:
     sweep_epsilon: float = 1.0
     record_counts: tuple[int, ...] = (300, 1000)
     n_held_out: int = 40
-    max_new_tokens: int = 28
+    max_new_tokens: int = MAX_NEW_TOKENS
 
     def jobs(self) -> tuple["Job", ...]:
         """All, under every seed; none twice."""
@@ -281,38 +214,24 @@ def categories_of(agent: int) -> tuple[Category, ...]:
 def agent_records(recipe: Recipe, seed: int, agent: int) -> list[Record]:
     """The records of an agent; each draws its own."""
     categories = categories_of(agent)
-    rows = make_records(
-        make_world(),
-        n_per_category=recipe.n_records // len(categories),
+    return draw_records(
+        categories,
+        recipe.n_records // len(categories),
         split=Split.TRAIN,
-        rng=_generator(seed, _RECORDS_STREAM, agent),
-        categories=categories,
-        courteous=True,
+        rng=generator(seed, _RECORDS_STREAM, agent),
+        source=f"agent-{agent + 1}",
     )
-    return _as_records(rows, f"agent-{agent + 1}")
 
 
 def held_out_records(n_per_category: int, seed: int) -> list[Record]:
     """Records about subjects that no agent has records about."""
-    rows = make_records(
-        make_world(),
-        n_per_category=n_per_category,
+    return draw_records(
+        tuple(Category),
+        n_per_category,
         split=Split.TEST,
-        rng=_generator(seed, _HELD_OUT_STREAM),
-        courteous=True,
+        rng=generator(seed, _HELD_OUT_STREAM),
+        source="held-out",
     )
-    return _as_records(rows, "held-out")
-
-
-def _as_records(rows: Sequence[InstructionRecord], source: str) -> list[Record]:
-    return [
-        Record(**row, messages=None, source=f"{source}:{number}")
-        for number, row in enumerate(rows, start=1)
-    ]
-
-
-def _generator(*words: int) -> np.random.Generator:
-    return np.random.Generator(np.random.PCG64(np.random.SeedSequence(words)))
 
 
 def _secret(*words: int) -> bytes:
@@ -320,25 +239,9 @@ def _secret(*words: int) -> bytes:
     return hashlib.sha256(repr(("benchmarks.dp_utility", words)).encode()).digest()
 
 
-@functools.cache
-def _adapted(lora: LoraBlock) -> AdaptedModel:
-    return AdaptedModel(load_base(BASE), lora)
-
-
 @functools.lru_cache(maxsize=64)
 def _examples(recipe: Recipe, seed: int, agent: int) -> tuple[Example, ...]:
-    block = recipe.training
-    examples = tokenize(
-        agent_records(recipe, seed, agent),
-        _adapted(recipe.lora(0)).base.tokenizer,
-        template=block.template,
-        loss_on=block.loss_on,
-        max_length=block.max_length,
-    ).examples
-    if len(examples) != recipe.n_records:
-        msg = f"{len(examples)} of {recipe.n_records} records can be used; choose an even number"
-        raise ValueError(msg)
-    return tuple(examples)
+    return tokenized(agent_records(recipe, seed, agent), recipe)
 
 
 def run_job(job: Job, settings: Settings) -> dict[str, Any]:
@@ -353,9 +256,9 @@ def run_job(job: Job, settings: Settings) -> dict[str, Any]:
     """
     began, began_cpu = time.perf_counter(), time.process_time()
     recipe = job.recipe(settings.recipe)
-    adapted = _adapted(recipe.lora(0))
+    adapted = adapted_base(recipe.lora(0))
     terms = None if job.epsilon is None else make_terms(recipe, job.epsilon)
-    init_seed = int(_generator(job.seed, _ADAPTER_STREAM).integers(2**31))
+    init_seed = int(generator(job.seed, _ADAPTER_STREAM).integers(2**31))
     start = initial_adapter(adapted.base.description, recipe.lora(init_seed))
     agents: list[int] = []
     norms: list[float] = []
@@ -422,36 +325,29 @@ def federate(
         release = start | unflatten(vector, layout)
         cells = []
         for agent in agents:
-            order = int(_generator(seed, _ORDER_STREAM, number, agent).integers(2**31))
+            order = int(generator(seed, _ORDER_STREAM, number, agent).integers(2**31))
             secret = _secret(seed, number, agent)
-            sampler: BatchSampler
-            if terms is None:
-                sampler = ShuffledBatches(
-                    n_examples=recipe.n_records, batch_size=recipe.batch_size, seed=order
-                )
-                rule: MeanGradient | PrivateGradient = MeanGradient()
-            else:
+            sampler: BatchSampler | None = None
+            rule: GradientRule | None = None
+            if terms is not None:
                 sampler = PoissonBatches(
                     n_examples=recipe.n_records,
                     probability=terms.sampling_probability,
                     secret=secret,
                 )
                 rule = PrivateGradient(mechanism=terms.mechanism, secret=secret)
-            trainer = LocalTrainer(
+            update = train_update(
                 adapted,
                 _examples(recipe, seed, agent),
-                RoundRecipe(
-                    training=block,
-                    schedule_start=number / n_rounds,
-                    schedule_end=(number + 1) / n_rounds,
-                    seed=order,
-                ),
+                block,
+                Visit(number=number, n_rounds=n_rounds, seed=order),
+                release,
+                layout,
                 sampler=sampler,
-                clock=SystemClock(),
-                options=TrainerOptions(rule=rule, settings=_SETTINGS),
+                rule=rule,
             )
             # Uniform weights, as P1 demands: a weight would tell the number of examples.
-            cells.append(CellSum.of_plain(trainer.run(release, layout, weight=1).update))
+            cells.append(CellSum.of_plain(update))
         mean = average(cells, n_values=layout.n_values)
         vector = apply_mean(vector, mean.mean)
         norms.append(mean.norm)
@@ -460,27 +356,11 @@ def federate(
 
 def measure(adapted: AdaptedModel, settings: Settings, seed: int) -> dict[str, Any]:
     """Held-out loss and exact match by category, of the model as it stands."""
-    block, tokenizer = settings.recipe.training, adapted.base.tokenizer
+    recipe = settings.recipe
     records = held_out_records(settings.n_held_out, seed)
-    examples = tokenize(
-        records,
-        tokenizer,
-        template=block.template,
-        loss_on=block.loss_on,
-        max_length=block.max_length,
-    ).examples
-    pad_id = int(tokenizer.pad_token_id or tokenizer.eos_token_id or 0)
-    answered = score_answers(
-        adapted.model,
-        tokenizer,
-        records,
-        template=block.template,
-        max_length=block.max_length,
-        max_new_tokens=settings.max_new_tokens,
-    )
-    loss = held_out_loss(adapted.model, examples, pad_id=pad_id)
-    return {"loss": _by_category(loss), "exact_match": _by_category(answered.exact_match)}
-
-
-def _by_category(scores: Scores) -> Mapping[str, float]:
-    return {name: one.score for name, one in scores.by_category.items()}
+    return {
+        "loss": loss_by_category(adapted, tokenized(records, recipe)),
+        "exact_match": exact_match_by_category(
+            adapted, records, recipe, max_new_tokens=settings.max_new_tokens
+        ),
+    }

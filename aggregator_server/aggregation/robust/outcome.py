@@ -17,8 +17,9 @@ class Rule(StrEnum):
     """How units become one mean update."""
 
     PIPELINE = "pipeline"
-    """The default: one of MEAN, CAPPED_GEOMETRIC_MEDIAN and CAPPED_DNC, by the number of units."""
+    """The default: one of MEAN, CAPPED_GEOMETRIC_MEDIAN and CAPPED_EVIDENCE, by how many units."""
     MEAN = "mean"
+    CAPPED_EVIDENCE = "capped-evidence"
     CAPPED_DNC = "capped-dnc"
     CAPPED_GEOMETRIC_MEDIAN = "capped-geometric-median"
     COORDINATE_MEDIAN = "coordinate-median"
@@ -44,7 +45,8 @@ class FilterOutcome:
     reasons: Mapping[int, str]
     """Why, in words, for each unit that was not kept."""
     scores: Float64Array
-    """[n] float64, finite: DnC's scores (1 is ordinary) or Krum's; 0 where the rule gives none."""
+    """[n] float64, finite: the pulls of the default filter or DnC's scores (1 is ordinary in both),
+    or Krum's; 0 where the rule gives none."""
 
     @property
     def n_removed(self) -> int:

@@ -2,13 +2,14 @@
 
 | units that are finite | open mode | cells |
 | --- | --- | --- |
-| 8 or more | tensors' sizes, cap to the median norm, sketch, DnC, weighted mean | the same without tensors' sizes |
+| 8 or more | sizes, cap to the median norm, sketch, opposition, copies, weighted mean | the same, without the sizes of tensors |
 | 4 to 7 | cap, geometric median; nothing removed | the same |
 | 1 to 3 | cap, geometric median; nothing removed | weighted mean |
 
 What a cell must satisfy by itself (counts, checks, its mean's norm) is judged where it is unmasked.
-None of this stops a bounded targeted backdoor, instructions that are poisoned in meaning, or a
-third and more of the units: that is why at most a quarter is removed, and why a gate follows.
+A unit is removed on evidence only (see `evidence`), never because it lies apart: honest agents with
+data of their own do. None of this stops a bounded targeted backdoor, instructions that are poisoned
+in meaning, or a third and more of the units.
 """  # noqa: E501 - a table
 
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from typing import Final
 import numpy as np
 
 from aggregator_server.aggregation.robust.caps import cap_factors, median_norm
-from aggregator_server.aggregation.robust.dnc import spectral_filter
+from aggregator_server.aggregation.robust.evidence import copies, opposed
 from aggregator_server.aggregation.robust.gram import gram_matrix
 from aggregator_server.aggregation.robust.medians import geometric_median
 from aggregator_server.aggregation.robust.outcome import (
@@ -31,14 +32,21 @@ from aggregator_server.aggregation.robust.outcome import (
 from aggregator_server.aggregation.robust.sanity import (
     NOT_FINITE,
     oversized_tensors,
+    oversized_units,
     tensor_norms,
 )
 from aggregator_server.aggregation.robust.sketch import N_DIMS, Sketcher
-from aggregator_server.aggregation.robust.units import BoolArray, Float64Array, Units, loaded
+from aggregator_server.aggregation.robust.units import (
+    BoolArray,
+    Float64Array,
+    Int64Array,
+    Units,
+    loaded,
+)
 from aggregator_server.errors import AggregationError
 from protocol.layout import VectorLayout
 
-MIN_DNC_UNITS: Final = 8
+MIN_FILTER_UNITS: Final = 8
 MIN_MEDIAN_CELLS: Final = 4
 REMOVED_DIVISOR: Final = 4
 """At most one in so many finite units is removed."""
@@ -114,7 +122,9 @@ def run_pipeline(units: Units, *, mode: Mode, layout: VectorLayout, seed: bytes)
         4. Equal inputs give equal results; the order of the units changes no verdict, but for
            units of equal scores.
         5. At most one unit, or `SLICE_BYTES` of all, is in memory at a time; units are read
-           twice with DnC, three times with the geometric median.
+           twice with sketches, three times with the geometric median.
+        6. A finite unit is removed for its size or a tensor's, for pulling against the others, or
+           as a copy of another; nothing is removed for its distance.
 
     Args:
         units: The round's units.
@@ -127,11 +137,11 @@ def run_pipeline(units: Units, *, mode: Mode, layout: VectorLayout, seed: bytes)
             length, or a mean that is not finite.
     """
     sketcher = Sketcher(seed, n_values=layout.n_values, n_dims=N_DIMS)
-    enough = len(units.weights) >= MIN_DNC_UNITS
+    enough = len(units.weights) >= MIN_FILTER_UNITS
     found = survey(units, layout, sketcher if enough else None)
     n_finite = int(found.finite.sum())
-    if n_finite >= MIN_DNC_UNITS:
-        outcome = capped_dnc(found, layout, seed=seed, judge_tensors=mode is Mode.OPEN)
+    if n_finite >= MIN_FILTER_UNITS:
+        outcome = capped_evidence(found, layout, judge_tensors=mode is Mode.OPEN)
     elif mode is Mode.OPEN or n_finite >= MIN_MEDIAN_CELLS:
         outcome = capped_geometric_median(units, found)
     else:
@@ -164,56 +174,123 @@ def plain(found: Survey) -> FilterOutcome:
     )
 
 
-def capped_dnc(
-    found: Survey, layout: VectorLayout, *, seed: bytes, judge_tensors: bool
-) -> FilterOutcome:
-    """Tensors' sizes, a cap to the median norm, then DnC on the capped sketches.
+@dataclass(frozen=True, kw_only=True)
+class Sized:
+    """What is left once sizes are judged, capped to the median norm."""
 
-    Both removals share one allowance, a quarter of the finite units: units of oversized tensors
-    go first, the worst of them where there are too many. Those that stay are capped like all.
+    places: Int64Array
+    """[k], the units that are left."""
+    caps: Float64Array
+    """[k], what they are scaled by."""
+    reasons: dict[int, str]
+    """Why the others are not."""
+    allowance: int
+    """How many of those left may be removed."""
+
+
+def sized(
+    found: Survey, layout: VectorLayout, *, judge_tensors: bool, judge_lengths: bool
+) -> Sized:
+    """Drop what is not finite, and what is out of scale, the worst of it; cap the rest.
+
+    All removals share one allowance, a quarter of the finite units.
+
+    Args:
+        found: Of all units.
+        layout: Names of the tensors.
+        judge_tensors: Whether the tensors' sizes are judged.
+        judge_lengths: Whether the units' lengths are.
+
+    Raises:
+        AggregationError: No unit is finite.
+    """
+    reasons = dropped(found)
+    places = np.flatnonzero(found.finite)
+    allowance = len(places) // REMOVED_DIVISOR
+    oversized = oversized_units(found.lengths[places]) if judge_lengths else {}
+    if judge_tensors:
+        oversized |= oversized_tensors(found.norms[places], layout)
+    worst_first = sorted(oversized, key=lambda place: -oversized[place][0])[:allowance]
+    reasons |= {int(places[place]): oversized[place][1] for place in worst_first}
+    places = np.delete(places, worst_first)
+    lengths = found.lengths[places]
+    return Sized(
+        places=places,
+        caps=cap_factors(lengths, median_norm(lengths)),
+        reasons=reasons,
+        allowance=allowance - len(worst_first),
+    )
+
+
+def capped_evidence(found: Survey, layout: VectorLayout, *, judge_tensors: bool) -> FilterOutcome:
+    """Sizes, a cap to the median norm, then opposition and copies on the capped sketches.
 
     Args:
         found: Of all units, with sketches.
         layout: Names of the tensors.
-        seed: Of the coordinate subsets.
         judge_tensors: Whether the tensors' sizes are judged.
 
     Raises:
         AggregationError: No unit is finite, or there are no sketches.
     """
-    reasons = dropped(found)
-    kept = found.finite
-    if found.sketches is None:
-        msg = "DnC wants the units' sketches, and the survey made none"
-        raise AggregationError(msg)
-    allowance = int(kept.sum()) // REMOVED_DIVISOR
-    scores = uncounted(len(kept))
-    if judge_tensors:
-        places = np.flatnonzero(kept)
-        oversized = oversized_tensors(found.norms[kept], layout)
-        worst_first = sorted(oversized, key=lambda place: -oversized[place][0])
-        for place in worst_first[:allowance]:
-            reasons[int(places[place])] = oversized[place][1]
-            kept[places[place]] = False
-            allowance -= 1
-    places = np.flatnonzero(kept)
-    lengths = found.lengths[kept]
-    caps = cap_factors(lengths, median_norm(lengths))
-    verdict = spectral_filter(
-        found.sketches[kept] * caps[:, None], max_removed=allowance, seed=seed
+    left = sized(found, layout, judge_tensors=judge_tensors, judge_lengths=True)
+    points = sketches_of(found)[left.places] * left.caps[:, None]
+    gram = points @ points.T
+    against = opposed(
+        gram, max_removed=left.allowance, cosine_std=1.0 / float(np.sqrt(points.shape[1]))
     )
-    scores[places] = verdict.scores
-    for place in places[verdict.removed]:
-        reasons[int(place)] = (
-            f"along the direction in which the units differ most, its squared distance is "
-            f"{scores[place]:.3g} times the mean of all"
+    n_opposed = int(against.removed.sum())
+    rest = np.flatnonzero(~against.removed)
+    again = rest[copies(gram[np.ix_(rest, rest)], max_removed=left.allowance - n_opposed)]
+    reasons = dict(left.reasons)
+    for index in np.flatnonzero(against.removed):
+        reasons[int(left.places[index])] = (
+            "it pulls against what the others have in common, "
+            f"{-against.pulls[index]:.3g} times as hard as the median unit pulls with it"
         )
-    factors = np.zeros(len(kept))
-    factors[places] = np.where(verdict.removed, 0.0, caps)
-    kept[places[verdict.removed]] = False
+    for index in again:
+        reasons[int(left.places[index])] = (
+            "it is nearly the same as another one, as no two trainings are"
+        )
+    return verdict(Rule.CAPPED_EVIDENCE, found, left, reasons=reasons, scores=against.pulls)
+
+
+def verdict(
+    rule: Rule, found: Survey, left: Sized, *, reasons: dict[int, str], scores: Float64Array
+) -> FilterOutcome:
+    """The outcome of a rule that removes some of the capped units.
+
+    Args:
+        rule: Which.
+        found: Of all units.
+        left: What it was chosen from.
+        reasons: For each unit that is not kept.
+        scores: [k], of those that were left.
+    """
+    kept = found.finite
+    kept[list(reasons)] = False
+    factors, all_scores = np.zeros(len(kept)), uncounted(len(kept))
+    factors[left.places] = left.caps
+    all_scores[left.places] = scores
     return FilterOutcome(
-        rule=Rule.CAPPED_DNC, kept=kept, factors=factors, reasons=reasons, scores=scores
+        rule=rule,
+        kept=kept,
+        factors=np.where(kept, factors, 0.0),
+        reasons=reasons,
+        scores=all_scores,
     )
+
+
+def sketches_of(found: Survey) -> Float64Array:
+    """The sketches of all units, [n, n_dims].
+
+    Raises:
+        AggregationError: The survey made none.
+    """
+    if found.sketches is None:
+        msg = "the rule wants the units' sketches, and the survey made none"
+        raise AggregationError(msg)
+    return found.sketches
 
 
 def capped_geometric_median(units: Units, found: Survey) -> FilterOutcome:

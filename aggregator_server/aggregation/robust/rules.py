@@ -11,6 +11,7 @@ import numpy as np
 
 from aggregator_server.aggregation.robust.caps import cap_factors, median_norm
 from aggregator_server.aggregation.robust.centred import N_ITERATIONS, centred_clipping
+from aggregator_server.aggregation.robust.dnc import spectral_filter
 from aggregator_server.aggregation.robust.gram import gram_matrix, squared_distances
 from aggregator_server.aggregation.robust.krum import krum, krum_scores, most_hostile
 from aggregator_server.aggregation.robust.medians import (
@@ -29,12 +30,15 @@ from aggregator_server.aggregation.robust.pipeline import (
     Mode,
     Survey,
     as_factors,
-    capped_dnc,
+    capped_evidence,
     capped_geometric_median,
     dropped,
     plain,
     run_pipeline,
+    sized,
+    sketches_of,
     survey,
+    verdict,
 )
 from aggregator_server.aggregation.robust.sketch import Sketcher
 from aggregator_server.aggregation.robust.units import BoolArray, Float64Array, Units
@@ -89,9 +93,9 @@ def aggregate(
     Args:
         units: The round's units.
         rule: How.
-        mode: What a unit is; for the default pipeline and `CAPPED_DNC`.
+        mode: What a unit is; for the default pipeline, `CAPPED_EVIDENCE` and `CAPPED_DNC`.
         layout: Of the values.
-        seed: 32 bytes, drawn after the uploads were closed; for the same two.
+        seed: 32 bytes, drawn after the uploads were closed; for the same three.
         options: Of the baselines.
 
     Raises:
@@ -101,7 +105,7 @@ def aggregate(
     if rule is Rule.PIPELINE:
         return run_pipeline(units, mode=mode, layout=layout, seed=seed)
     sketcher = None
-    if rule is Rule.CAPPED_DNC:
+    if rule in {Rule.CAPPED_EVIDENCE, Rule.CAPPED_DNC}:
         sketcher = Sketcher(seed, n_values=layout.n_values)
     found = survey(units, layout, sketcher)
     chosen = RuleOptions() if options is None else options
@@ -111,7 +115,9 @@ def aggregate(
         case Rule.MEAN:
             outcome = plain(found)
         case Rule.CAPPED_DNC:
-            outcome = capped_dnc(found, layout, seed=seed, judge_tensors=mode is Mode.OPEN)
+            outcome = _capped_dnc(found, layout, seed=seed, judge_tensors=mode is Mode.OPEN)
+        case Rule.CAPPED_EVIDENCE:
+            outcome = capped_evidence(found, layout, judge_tensors=mode is Mode.OPEN)
         case Rule.CAPPED_GEOMETRIC_MEDIAN:
             outcome = capped_geometric_median(units, found)
         case Rule.NORM_BOUNDING:
@@ -138,6 +144,22 @@ def _outcome(
         reasons=reasons,
         scores=uncounted(len(kept)) if scores is None else scores,
     )
+
+
+def _capped_dnc(
+    found: Survey, layout: VectorLayout, *, seed: bytes, judge_tensors: bool
+) -> FilterOutcome:
+    """Tensors' sizes, a cap to the median norm, then DnC on the capped sketches."""
+    left = sized(found, layout, judge_tensors=judge_tensors, judge_lengths=False)
+    points = sketches_of(found)[left.places] * left.caps[:, None]
+    spectral = spectral_filter(points, max_removed=left.allowance, seed=seed)
+    reasons = dict(left.reasons)
+    for index in np.flatnonzero(spectral.removed):
+        reasons[int(left.places[index])] = (
+            f"along the direction in which the units differ most, its squared distance is "
+            f"{spectral.scores[index]:.3g} times the mean of all"
+        )
+    return verdict(Rule.CAPPED_DNC, found, left, reasons=reasons, scores=spectral.scores)
 
 
 def _by_coordinate(units: Units, rule: Rule, found: Survey, options: RuleOptions) -> Aggregated:

@@ -1,4 +1,4 @@
-"""Finite values, and tensors of a size that other units' tensors have too.
+"""Finite values, and sizes that other units and their tensors have too.
 
 A broken agent, with a learning rate that exploded or weights in another unit, shows in one tensor
 long before it shows in the whole norm. The factor is wide on purpose: an honest agent with unusual
@@ -15,7 +15,10 @@ from privacy.updates import Float32Array, l2_norm
 from protocol.layout import VectorLayout
 
 TENSOR_FACTOR: Final = 20.0
+LENGTH_FACTOR: Final = 2.0
+_LENGTH_MADS: Final = 8.0
 _CHUNK_VALUES: Final = 1 << 16
+_LARGEST_LOG: Final = 700.0
 _TINY_SQUARES: Final = 1e-24
 """Below this a float32 sum of squares of 2^31 values may have lost more than it kept."""
 
@@ -94,3 +97,37 @@ def oversized_tensors(
         reason = f"{name} is {ratio:.3g} times as large as the median; the limit is {factor:g}"
         found[int(index)] = (ratio, reason)
     return found
+
+
+def oversized_units(lengths: Float64Array) -> dict[int, tuple[float, str]]:
+    """Units far longer than the others, where the others are nearly of one length.
+
+    A cap makes an update as long as others, and leaves a cell's mean in the direction of the one
+    member that outgrew the rest. Where all train alike, lengths hardly differ; where agents make
+    more steps the more records they have, they differ much, and the limit is as much wider.
+
+    Guarantees:
+        1. A unit is named exactly where its length exceeds the median (the lower one of an even
+           number) by a factor of 2, and of e to eight times the median deviation of the log length.
+
+    Args:
+        lengths: [n] float64 norms, finite, n at least 1.
+
+    Returns:
+        For each unit named, its ratio to the median, and the reason in words.
+    """
+    median = float(np.sort(lengths)[(len(lengths) - 1) // 2])
+    if median == 0.0:
+        return {}
+    ratios = lengths / median
+    apart = np.abs(np.log(np.maximum(ratios, np.finfo(np.float64).tiny)))
+    deviation = float(np.sort(apart)[(len(apart) - 1) // 2])
+    # Beyond the largest float the limit is none; ratios are finite.
+    limit = max(LENGTH_FACTOR, float(np.exp(min(_LENGTH_MADS * deviation, _LARGEST_LOG))))
+    return {
+        int(index): (
+            float(ratios[index]),
+            f"it is {ratios[index]:.3g} times as long as the median; the limit is {limit:.3g}",
+        )
+        for index in np.flatnonzero(ratios > limit)
+    }

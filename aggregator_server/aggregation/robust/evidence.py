@@ -1,0 +1,131 @@
+"""What an honest update is never like: one that undoes the others' work, and one that is a copy.
+
+Honest updates differ, and those of agents with like data differ in like ways: that a group lies
+apart is no evidence against it. Two things are:
+
+*Opposition.* What agents with unlike data have in common may be small, but they share it: an honest
+update has a positive inner product with the others' sum. One that pulls against it takes away what
+they bring. Many of a kind do not pass for what all have in common: k that are alike count as one in
+that sum, and none is vouched for by its kind.
+
+*Copies.* Two trainings, even on the same records in another order, end apart. Updates far nearer to
+each other than updates are to their nearest neighbours are one update under several names.
+"""
+
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+
+from aggregator_server.aggregation.robust.gram import squared_distances
+from aggregator_server.aggregation.robust.units import BoolArray, Float64Array
+
+MIN_PULL: Final = -0.25
+"""Of the median unit's pull: one that pulls back no harder than this does little harm."""
+COPY_FRAC: Final = 0.4
+"""Of the median distance to the nearest neighbour: what is nearer is a copy."""
+_N_STDS: Final = 4.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Opposition:
+    """Which units pull against what the others have in common."""
+
+    removed: BoolArray
+    """[n], at most as many as were allowed."""
+    pulls: Float64Array
+    """[n], each unit's inner product with the others' sum ÷ the median of these: 1 is ordinary,
+    below 0 is against. Of a removed unit as it was when it went; zeros where there is nothing
+    in common."""
+
+
+def opposed(gram: Float64Array, *, max_removed: int, cosine_std: float) -> Opposition:
+    """Find the units that pull against the others.
+
+    The one that pulls back most goes, then all others are judged anew without it.
+
+    Guarantees:
+        1. At most `max_removed` are removed; none whose pull is above `MIN_PULL`, and none whose
+           cosine with the others' sum is within four standard deviations of 0.
+        2. None is removed while the median unit's cosine with the others' sum is within four
+           standard deviations of 0: then there is no common direction to be against.
+        3. The order of the units does not matter, but for units of equal pulls.
+
+    Args:
+        gram: [n, n] float64 inner products of capped units or of their sketches, n at least 2.
+        max_removed: Most units to remove, 0 to n - 2.
+        cosine_std: Standard deviation of a cosine between two sketches; 0 for exact products.
+
+    Source: ours; docs/adr/0018-evidence-before-removal.md. Counting the like of one another less is
+    the idea of FoolsGold (Fung et al., RAID 2020, arXiv 1808.04866), here for the direction that is
+    compared with, never for the mean.
+    """
+    noise = _N_STDS * cosine_std
+    kept = np.ones(len(gram), np.bool_)
+    pulls = np.zeros(len(gram))
+    while True:
+        places = np.flatnonzero(kept)
+        products, cosines = _with_the_others(gram[np.ix_(places, places)])
+        common = _lower_median(products)
+        if common <= 0.0 or _lower_median(cosines) <= noise:
+            pulls[places] = 0.0
+            break
+        pulls[places] = products / common
+        against = (pulls[places] <= MIN_PULL) & (cosines < -noise)
+        if not against.any() or len(gram) - len(places) == max_removed:
+            break
+        kept[places[np.argmin(np.where(against, pulls[places], np.inf))]] = False
+    return Opposition(removed=~kept, pulls=pulls)
+
+
+def copies(gram: Float64Array, *, max_removed: int) -> BoolArray:
+    """Find units that are one update under several names; the shortest of each set stays.
+
+    Guarantees:
+        1. At most `max_removed` are removed, and of a set of copies never all.
+        2. Units that are all equal are all kept: no distance says what is near.
+        3. The order of the units does not matter, but for units of equal norms.
+
+    Args:
+        gram: [n, n] float64 inner products of capped units or of their sketches, n at least 1.
+        max_removed: Most units to remove, at least 0.
+    """
+    distances = np.sqrt(squared_distances(gram))
+    np.fill_diagonal(distances, np.inf)
+    nearest = distances.min(axis=1)
+    near = distances < COPY_FRAC * _lower_median(nearest)
+    removed = np.zeros(len(gram), np.bool_)
+    for place in np.argsort(-np.diag(gram), kind="stable"):
+        if removed.sum() < max_removed and (near[place] & ~removed).any():
+            removed[place] = True
+    return removed
+
+
+def _with_the_others(gram: Float64Array) -> tuple[Float64Array, Float64Array]:
+    """What each unit has in common with the others, as inner products and as cosines; [n], [n].
+
+    Two units are of a kind by how far their cosine, or its negative, lies above the median cosine
+    of all pairs, as a part of what is left to 1, squared. Unit i is compared with the sum over j of
+    (1 - alike_ij) · x_j ÷ Σ_k alike_jk: without itself, and hardly with its kind. The cosine's
+    length is that of the sum over all.
+    """
+    lengths = np.sqrt(np.diag(gram))
+    cosines = _ratio(gram, np.outer(lengths, lengths))
+    usual = max(_lower_median(cosines[~np.eye(len(gram), dtype=np.bool_)]), 0.0)
+    above = np.maximum(np.abs(cosines) - usual, 0.0)
+    alike = np.square(_ratio(above, np.full_like(above, 1.0 - usual)))
+    np.fill_diagonal(alike, 1.0)
+    shares = 1.0 / alike.sum(axis=1)
+    products: Float64Array = ((1.0 - alike) * gram) @ shares
+    whole = float(np.sqrt(max(shares @ gram @ shares, 0.0)))
+    return products, _ratio(products, lengths * whole)
+
+
+def _ratio(of: Float64Array, to: Float64Array) -> Float64Array:
+    """`of` ÷ `to`, 0 where that is 0."""
+    found: Float64Array = np.divide(of, to, out=np.zeros_like(of), where=to > 0.0)
+    return found
+
+
+def _lower_median(values: Float64Array) -> float:
+    return float(np.sort(values)[(len(values) - 1) // 2])
