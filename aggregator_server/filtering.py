@@ -11,7 +11,7 @@ from typing import Annotated, Final
 import numpy as np
 from pydantic import Field
 
-from aggregator_server.aggregation.robust.outcome import FilterOutcome
+from aggregator_server.aggregation.robust.outcome import FilterOutcome, Rule
 from aggregator_server.aggregation.robust.pipeline import Mode, run_pipeline
 from aggregator_server.aggregation.robust.units import BoolArray, Float64Array, Int64Array
 from aggregator_server.errors import AggregationError
@@ -148,7 +148,7 @@ def decide(
                 transcript=cell.transcript,
                 factor=float(found.factors[index]),
                 removed=None if found.kept[index] else found.reasons[index][:500],
-                score=float(found.scores[index]) if np.isfinite(found.scores[index]) else None,
+                score=float(found.scores[index]) if found.rule is Rule.CAPPED_EVIDENCE else None,
             )
             for index, cell in enumerate(cells)
         ),
