@@ -87,6 +87,21 @@ def test_without_anything_in_common_none_is_removed_and_no_pull_is_told():
     assert not found.pulls.any()
 
 
+def test_kinds_that_pull_apart_once_all_is_learnt_are_kept():
+    """Their own directions add up to nothing, so each is against the sum of the others."""
+    rng = np.random.default_rng(3)
+    kinds = rng.standard_normal((5, N_VALUES))
+    kinds -= kinds.mean(axis=0)
+    points = kinds[np.arange(20) % 5] + rng.standard_normal((20, N_VALUES))
+    gram = gram_of(points)
+    sums = gram.sum(axis=0) - np.diag(gram)
+    by_kind = np.kron(np.ones((4, 4)), np.eye(5))
+    assert (sums - (gram * by_kind).sum(axis=0) + np.diag(gram)).max() < 0.0
+    assert not judge(points).removed.any()
+    points[:4] *= -1.0  # nor does anybody become the direction that is common
+    assert not judge(points).removed[4:].any()
+
+
 @pytest.mark.parametrize(("pull", "goes"), [(-0.15, False), (-0.6, True)])
 def test_a_pull_within_the_limit_is_left_alone(pull, goes):
     points = make_points(20)
