@@ -55,8 +55,8 @@ def opposed(gram: Float64Array, *, max_removed: int, cosine_std: float) -> Oppos
         3. The order of the units does not matter, but for units of equal pulls.
 
     Args:
-        gram: [n, n] float64 inner products of capped units or of their sketches, n at least 2.
-        max_removed: Most units to remove, 0 to n - 2.
+        gram: [n, n] float64 inner products of capped units or of their sketches, n at least 1.
+        max_removed: Most units to remove, 0 to n - 1.
         cosine_std: Standard deviation of a cosine between two sketches; 0 for exact products.
 
     Source: ours; docs/adr/0018-evidence-before-removal.md. Counting the like of one another less is
@@ -126,7 +126,8 @@ def _with_the_others(gram: Float64Array) -> _WithOthers:
     """
     lengths = np.sqrt(np.diag(gram))
     cosines = _ratio(gram, np.outer(lengths, lengths))
-    usual = max(_lower_median(cosines[~np.eye(len(gram), dtype=np.bool_)]), 0.0)
+    pairs = cosines[~np.eye(len(gram), dtype=np.bool_)]
+    usual = max(_lower_median(pairs), 0.0) if pairs.size else 0.0
     above = np.maximum(np.abs(cosines) - usual, 0.0)
     alike = np.square(_ratio(above, np.full_like(above, 1.0 - usual)))
     np.fill_diagonal(alike, 1.0)

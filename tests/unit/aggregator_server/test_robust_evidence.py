@@ -122,7 +122,7 @@ def test_a_cosine_within_four_deviations_is_chance():
 
 @settings(deadline=None, max_examples=60)
 @given(
-    n=st.integers(2, 24),
+    n=st.integers(1, 24),
     n_against=st.integers(0, 24),
     max_removed=st.integers(0, 8),
     seed=st.integers(0, 50),
@@ -133,7 +133,7 @@ def test_whatever_is_sent_the_limit_holds_and_the_order_is_no_matter(
 ):
     points = make_points(n, seed=seed)
     points[: min(n_against, n)] *= -2.0
-    limit = min(max_removed, n - 2)
+    limit = min(max_removed, n - 1)
     found = judge(points, max_removed=limit)
     assert found.removed.sum() <= limit
     assert np.isfinite(found.pulls).all()
