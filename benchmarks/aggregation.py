@@ -141,8 +141,8 @@ def measure(
     jobs = {
         "fedavg": ("fedavg", n_units),
         "mean": ("mean", n_units),
-        "dnc": ("pipeline", n_units),
-        "dnc of few": ("pipeline", N_FILES),
+        "filter": ("pipeline", n_units),
+        "filter of few": ("pipeline", N_FILES),
         "mean of seven": ("mean", 7),
         "median of seven": ("pipeline", 7),
     }
@@ -158,8 +158,8 @@ def measure(
     size = f"{n_units} updates of {n_values / 1e6:.3g} million values"
     rows = [
         Row.of(
-            f"default filter (cap, sketch, DnC) and mean: {size}",
-            figures("dnc", "time_s"),
+            f"default filter (cap, sketch, evidence) and mean: {size}",
+            figures("filter", "time_s"),
             figures(peer, "time_s"),
             peer_name=peer_name,
             unit="s",
@@ -170,8 +170,8 @@ def measure(
     rows.append(
         Row.of(
             f"default filter, peak memory: {n_units} units ÷ {N_FILES} units",
-            figures("dnc", "peak_mb"),
-            figures("dnc of few", "peak_mb"),
+            figures("filter", "peak_mb"),
+            figures("filter of few", "peak_mb"),
             peer_name=f"{N_FILES} units",
             unit="MB",
             target=MAX_MEMORY_RATIO,
@@ -180,7 +180,7 @@ def measure(
     rows.append(
         Row.of(
             f"default filter, peak memory: {size}",
-            figures("dnc", "peak_mb"),
+            figures("filter", "peak_mb"),
             figures("fedavg", "peak_mb"),
             peer_name="FedAvg alone",
             unit="MB",

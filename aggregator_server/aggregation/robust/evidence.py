@@ -20,6 +20,9 @@ import numpy as np
 from aggregator_server.aggregation.robust.gram import squared_distances
 from aggregator_server.aggregation.robust.units import BoolArray, Float64Array
 
+MIN_COMMON: Final = 0.03
+"""Least cosine, of the median unit with units of other kinds, that makes a common direction. Once a
+federation has learnt what all can agree on, its agents pull apart, and none of them is hostile."""
 MIN_PULL: Final = -0.25
 """Of the median unit's pull: one that pulls back no harder than this does little harm."""
 COPY_FRAC: Final = 0.4
@@ -46,32 +49,33 @@ def opposed(gram: Float64Array, *, max_removed: int, cosine_std: float) -> Oppos
 
     Guarantees:
         1. At most `max_removed` are removed; none whose pull is above `MIN_PULL`, and none whose
-           cosine with the others' sum is within four standard deviations of 0.
-        2. None is removed while the median unit's cosine with the others' sum is within four
-           standard deviations of 0: then there is no common direction to be against.
+           mean cosine with the others is within four standard deviations of 0.
+        2. None is removed while the median unit's mean cosine with the others is below `MIN_COMMON`
+           or within its four standard deviations: then there is no common direction to be against.
         3. The order of the units does not matter, but for units of equal pulls.
 
     Args:
-        gram: [n, n] float64 inner products of capped units or of their sketches, n at least 2.
-        max_removed: Most units to remove, 0 to n - 2.
+        gram: [n, n] float64 inner products of capped units or of their sketches, n at least 1.
+        max_removed: Most units to remove, 0 to n - 1.
         cosine_std: Standard deviation of a cosine between two sketches; 0 for exact products.
 
     Source: ours; docs/adr/0018-evidence-before-removal.md. Counting the like of one another less is
     the idea of FoolsGold (Fung et al., RAID 2020, arXiv 1808.04866), here for the direction that is
     compared with, never for the mean.
     """
-    noise = _N_STDS * cosine_std
     kept = np.ones(len(gram), np.bool_)
     pulls = np.zeros(len(gram))
     while True:
         places = np.flatnonzero(kept)
-        products, cosines = _with_the_others(gram[np.ix_(places, places)])
-        common = _lower_median(products)
-        if common <= 0.0 or _lower_median(cosines) <= noise:
+        found = _with_the_others(gram[np.ix_(places, places)])
+        noise = _N_STDS * cosine_std * found.noise
+        ordinary = _lower_median(found.products)
+        common = _lower_median(found.cosines)
+        if ordinary <= 0.0 or common < MIN_COMMON or common <= _lower_median(noise):
             pulls[places] = 0.0
             break
-        pulls[places] = products / common
-        against = (pulls[places] <= MIN_PULL) & (cosines < -noise)
+        pulls[places] = found.products / ordinary
+        against = (pulls[places] <= MIN_PULL) & (found.cosines < -noise)
         if not against.any() or len(gram) - len(places) == max_removed:
             break
         kept[places[np.argmin(np.where(against, pulls[places], np.inf))]] = False
@@ -101,24 +105,39 @@ def copies(gram: Float64Array, *, max_removed: int) -> BoolArray:
     return removed
 
 
-def _with_the_others(gram: Float64Array) -> tuple[Float64Array, Float64Array]:
-    """What each unit has in common with the others, as inner products and as cosines; [n], [n].
+@dataclass(frozen=True, kw_only=True)
+class _WithOthers:
+    """What each unit has in common with the others, each [n]."""
+
+    products: Float64Array
+    """Weighted sum of its inner products with them."""
+    cosines: Float64Array
+    """Weighted mean of its cosines with them."""
+    noise: Float64Array
+    """Standard deviation of that mean, where that of one cosine is 1."""
+
+
+def _with_the_others(gram: Float64Array) -> _WithOthers:
+    """Compare each unit with the others, those of its own kind left out.
 
     Two units are of a kind by how far their cosine, or its negative, lies above the median cosine
-    of all pairs, as a part of what is left to 1, squared. Unit i is compared with the sum over j of
-    (1 - alike_ij) · x_j ÷ Σ_k alike_jk: without itself, and hardly with its kind. The cosine's
-    length is that of the sum over all.
+    of all pairs, as a part of what is left to 1, squared. For unit i, unit j weighs
+    (1 - alike_ij) ÷ Σ_k alike_jk: itself nothing, its kind little, and k that are alike as one.
     """
     lengths = np.sqrt(np.diag(gram))
     cosines = _ratio(gram, np.outer(lengths, lengths))
-    usual = max(_lower_median(cosines[~np.eye(len(gram), dtype=np.bool_)]), 0.0)
+    pairs = cosines[~np.eye(len(gram), dtype=np.bool_)]
+    usual = max(_lower_median(pairs), 0.0) if pairs.size else 0.0
     above = np.maximum(np.abs(cosines) - usual, 0.0)
     alike = np.square(_ratio(above, np.full_like(above, 1.0 - usual)))
     np.fill_diagonal(alike, 1.0)
-    shares = 1.0 / alike.sum(axis=1)
-    products: Float64Array = ((1.0 - alike) * gram) @ shares
-    whole = float(np.sqrt(max(shares @ gram @ shares, 0.0)))
-    return products, _ratio(products, lengths * whole)
+    weights = (1.0 - alike) / alike.sum(axis=1)
+    total = weights.sum(axis=1)
+    return _WithOthers(
+        products=(weights * gram).sum(axis=1),
+        cosines=_ratio((weights * cosines).sum(axis=1), total),
+        noise=_ratio(np.sqrt(np.square(weights).sum(axis=1)), total),
+    )
 
 
 def _ratio(of: Float64Array, to: Float64Array) -> Float64Array:

@@ -115,7 +115,13 @@ def oversized_units(lengths: Float64Array) -> dict[int, tuple[float, str]]:
 
     Returns:
         For each unit named, its ratio to the median, and the reason in words.
+
+    Raises:
+        AggregationError: No length, or one that is not finite.
     """
+    if lengths.size == 0 or not np.isfinite(lengths).all():
+        msg = f"{lengths.size} lengths of units; expected at least one, and all finite"
+        raise AggregationError(msg)
     median = float(np.sort(lengths)[(len(lengths) - 1) // 2])
     if median == 0.0:
         return {}

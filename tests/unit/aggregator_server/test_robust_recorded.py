@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from aggregator_server.aggregation.robust import evidence
 from aggregator_server.aggregation.robust.outcome import Rule
 from aggregator_server.aggregation.robust.pipeline import Mode, run_pipeline
 from aggregator_server.aggregation.robust.rules import aggregate
@@ -48,6 +49,15 @@ def test_unlike_honest_units_are_all_kept_and_cut_to_the_median_norm(name):
     assert (outcome.scores[case["rare"]] > 0.5).all()
 
 
+def test_kinds_that_pull_apart_in_a_late_round_are_kept_as_nothing_is_common(monkeypatch):
+    _, outcome = decide("open: late")
+    assert outcome.kept.all()
+    assert not outcome.scores.any()
+    monkeypatch.setattr(evidence, "MIN_COMMON", 0.0)
+    _, outcome = decide("open: late")
+    assert set(outcome.reasons) == {2, 7, 12, 17}  # all of one pair of categories
+
+
 def test_dnc_on_the_same_honest_updates_removes_five_of_twenty():
     """Why the default filter is not DnC."""
     units = units_of(CASES["open: no attacker"])
@@ -58,7 +68,7 @@ def test_dnc_on_the_same_honest_updates_removes_five_of_twenty():
 @pytest.mark.parametrize(
     ("name", "n_hostile", "n_left", "reason"),
     [
-        ("open: sign flip", 4, 0, "pulls against what the others have in common"),
+        ("open: sign flip", 2, 0, "pulls against what the others have in common"),
         ("open: inner product, ε = 0.5", 4, 0, "pulls against what the others have in common"),
         ("open: clones, jittered", 4, 0, "pulls against what the others have in common"),
         ("open: scaling × 10", 4, 0, "times as long as the median; the limit is 2"),

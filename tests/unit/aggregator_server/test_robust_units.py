@@ -6,7 +6,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aggregator_server.aggregation.robust.caps import cap_factors, median_norm, norms
-from aggregator_server.aggregation.robust.sanity import oversized_tensors, tensor_norms
+from aggregator_server.aggregation.robust.sanity import (
+    oversized_tensors,
+    oversized_units,
+    tensor_norms,
+)
 from aggregator_server.aggregation.robust.units import ArrayUnits, loaded, slices
 from aggregator_server.errors import AggregationError
 from protocol.layout import VectorLayout
@@ -108,6 +112,38 @@ def test_sanity_refuses_norms_that_are_not_finite_and_a_factor_of_one():
         oversized_tensors(np.full((3, 3), np.nan), LAYOUT)
     with pytest.raises(AggregationError, match="more than 1"):
         oversized_tensors(np.ones((3, 3)), LAYOUT, factor=1.0)
+    with pytest.raises(AggregationError, match="finite"):
+        oversized_units(np.array([1.0, np.inf]))
+    with pytest.raises(AggregationError, match="at least one"):
+        oversized_units(np.array([]))
+
+
+@pytest.mark.parametrize(
+    ("lengths", "named"),
+    [
+        ([1.0] * 8 + [1.99], []),
+        ([1.0] * 8 + [2.01], [8]),
+        ([1.0] * 5 + [2.5] * 4, [5, 6, 7, 8]),
+        ([0.5, 0.7, 1.0, 1.4, 2.0, 2.8], []),
+        ([0.0] * 5 + [1e30] * 4, []),
+    ],
+)
+def test_a_unit_is_oversized_by_how_much_the_lengths_of_the_others_differ(lengths, named):
+    assert list(oversized_units(np.array(lengths))) == named
+
+
+def test_the_limit_is_e_to_eight_median_deviations_of_the_log_length():
+    lengths = np.array([0.8, 0.9, 1.0, 1.0, 1.2, 1.25, 1.3])
+    limit = np.exp(8 * np.log(1.2))
+    assert list(oversized_units(np.append(lengths, limit * 0.99))) == []
+    assert list(oversized_units(np.append(lengths, limit * 1.01))) == [7]
+
+
+def test_hostile_lengths_cannot_make_an_honest_unit_look_oversized():
+    lengths = np.random.default_rng(0).uniform(1.0, 1.9, 9)
+    for hostile in (0.0, 1e-12, 1e30):
+        lengths[:4] = hostile
+        assert not set(oversized_units(lengths)) & set(range(4, 9))
 
 
 def test_norms_are_those_of_each_unit():
