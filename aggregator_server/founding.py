@@ -274,7 +274,7 @@ def _found(
 ) -> Charter:
     signed = sign(keys.server, "federation", manifest).signed
     charter = make_charter(signed, base, keys)
-    files = store_adapter(blobs, manifest, initial_adapter(base, manifest.lora))
+    files = store_adapter(blobs, manifest, initial_adapter(base, manifest.lora), number=0)
     release = first_release(manifest, files, created_at=manifest.created_at)
     row = sign_release(keys.server, release, round_number=None)
     store.found(signed.canonical(), row, files.rows())

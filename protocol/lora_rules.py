@@ -4,6 +4,7 @@
 rule        sent                     mean of what is sent                          masks
 fedit       A and B                  off by their covariance                       yes
 ffa-lora    B                        exact: A stays at its common random start     yes
+rolora      B and A in turn          exact in each turn                            yes
 flexlora    A and B                  of the products, cut to the adapter's rank    no
 ```
 
@@ -24,6 +25,8 @@ class LoraRule(StrEnum):
     """Both factors, averaged apart from each other (FedIT, arXiv 2305.05644)."""
     FFA_LORA = "ffa-lora"
     """B alone; A is never trained (FFA-LoRA, arXiv 2403.12313)."""
+    ROLORA = "rolora"
+    """The factors in alternate releases, B first (RoLoRA, arXiv 2502.01755)."""
     FLEXLORA = "flexlora"
     """Both factors; the mean of their products is cut to rank r (FlexLoRA, arXiv 2402.11505)."""
 
@@ -47,5 +50,12 @@ def rules_of_lora(manifest: "FederationManifest") -> dict[str, bool]:
             "have a basis of their own, in which earlier steps mean nothing": not is_plain,
             'privacy.profile must be "P0" or "P1": the noise of the others is planned for a mean '
             "of factors": manifest.privacy.profile not in {"P0", "P1"},
+        }
+    if manifest.lora.rule is LoraRule.ROLORA:
+        return {
+            'aggregation.optimizer must be "fedavg" with learning_rate 1: what another remembers '
+            "of one factor means nothing in the turn of the other": not is_plain,
+            'privacy.profile must be "P0" or "P1": the noise of the others is planned for updates '
+            "of one length": manifest.privacy.profile not in {"P0", "P1"},
         }
     return {}
