@@ -12,10 +12,11 @@ Rules that are not here, and why, stand in docs/adr/0016-lora-rules.md.
 """
 
 from enum import StrEnum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from protocol.manifest import FederationManifest
+    from protocol.manifest import AggregationBlock, FilterBlock, LoraBlock, MaskingBlock
+    from protocol.privacy import PrivacyBlock
 
 
 class LoraRule(StrEnum):
@@ -36,7 +37,36 @@ def is_told_by_sent(rule: LoraRule) -> bool:
     return rule in {LoraRule.FEDIT, LoraRule.FFA_LORA}
 
 
-def rules_of_lora(manifest: "FederationManifest") -> dict[str, bool]:
+class Recipe(Protocol):
+    """What a LoRA rule has a say in: a manifest, or the settings that make one."""
+
+    @property
+    def lora(self) -> "LoraBlock":
+        """The rule."""
+        ...
+
+    @property
+    def aggregation(self) -> "AggregationBlock":
+        """The optimiser."""
+        ...
+
+    @property
+    def masking(self) -> "MaskingBlock":
+        """The mode."""
+        ...
+
+    @property
+    def privacy(self) -> "PrivacyBlock":
+        """The profile."""
+        ...
+
+    @property
+    def filter(self) -> "FilterBlock":
+        """The rule."""
+        ...
+
+
+def rules_of_lora(manifest: Recipe) -> dict[str, bool]:
     """What the LoRA rule asks of the other blocks, and whether it is broken."""
     optimizer = manifest.aggregation.optimizer
     is_plain = optimizer.kind == "fedavg" and optimizer.learning_rate == 1.0
