@@ -15,7 +15,7 @@ import torch
 
 from aggregator_server.aggregation import optimizers
 from aggregator_server.aggregation.fedavg import average
-from aggregator_server.aggregation.lora import WithResidual, fedex, flora
+from aggregator_server.aggregation.lora import fedex, flora
 from aggregator_server.aggregation.lora_core import core_name, core_shapes
 from aggregator_server.aggregation.lora_flex import flexlora_step
 from aggregator_server.aggregation.lora_pairs import (
@@ -334,12 +334,12 @@ def _beside_frozen_rows(method: Method, federation: Federation) -> Made:
             agents.append(local_adapter(plain, release, narrow, scale=scale))
         adapted.detach()
         n_up += narrow.n_values
+        # The stack of all; or the mean, and a gap of the rank of all but one.
+        n_down += len(cohort) * narrow.n_values
         if method is Method.FLORA:
             release, frozen = _stacked(agents, federation, frozen, number + 1)
-            n_down += len(cohort) * narrow.n_values
         else:
             found = fedex(Cohort(agents=tuple(agents)), previous=frozen)
-            n_down += narrow.n_values * (1 + _added_rank(found, frozen) // lora.rank)
             release, frozen = found.adapter.arrays(), found.residual
     wide = _Wide.of(lora, release, frozen)
     last = AdaptedModel(federation.base, wide.lora)
@@ -362,9 +362,3 @@ def _stacked(
     seed = federation.lora.init_seed + number
     fresh = replace(federation, lora=federation.lora.model_copy(update={"init_seed": seed})).start()
     return fresh, LoraAdapter(pairs=exact, scale=1.0)
-
-
-def _added_rank(found: WithResidual, before: LoraAdapter | None) -> int:
-    """How much rank a round adds to the residual that agents fetch."""
-    after = next(iter(found.residual.pairs.values())).rank
-    return after - (0 if before is None else next(iter(before.pairs.values())).rank)
