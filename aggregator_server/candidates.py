@@ -92,8 +92,9 @@ class CandidateMaker:
             decision = self._merger.decide_without(cells, decision, left_out)
         merged = self._merger.merge(cells, decision, base)
         moved = apply_mean(self._releases.vector(base), merged.step)
-        arrays = with_vector(self._releases.arrays(base), moved, self._charter)
-        files = store_adapter(self._blobs, self._charter.manifest, arrays)
+        layout = self._charter.turns.at(base.number).layout
+        arrays = with_vector(self._releases.arrays(base), moved, layout)
+        files = store_adapter(self._blobs, self._charter.manifest, arrays, number=base.number + 1)
         state = merged.optimizer_state
         return Candidate(
             adapter=files.adapter,

@@ -5,13 +5,15 @@ from dataclasses import dataclass
 
 from aggregator_server.errors import ConfigError
 from aggregator_server.keys import Keys
-from privacy.fixed_point import EncodingPlan, agreed_layout
+from privacy.fixed_point import agreed_layout
+from privacy.turns import Turns
 from protocol.base_description import BaseDescription
 from protocol.layout import VectorLayout
 from protocol.manifest import CellMasking, FederationManifest, HelperMasking
 from protocol.signing import Signed
 from protocol.wire import b64u_encode
 from quant.adapter import adapter_shapes, sent_layout
+from quant.lora_turns import turn_layouts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,7 +21,7 @@ class MaskedTerms:
     """How a federation masks its updates, whatever the trust model."""
 
     masking: CellMasking | HelperMasking
-    plan: EncodingPlan
+    turns: Turns
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +31,8 @@ class Charter:
     signed: Signed[FederationManifest]
     digest: bytes
     layout: VectorLayout
-    """Of what agents send."""
+    """Of all that agents send, over all rounds; `turns` says what a round's updates hold."""
+    turns: Turns
     shapes: Mapping[str, tuple[int, ...]]
     """Of every tensor of the adapter."""
     keys: Keys
@@ -38,8 +41,8 @@ class Charter:
 
     @property
     def update_n_bytes(self) -> int:
-        """Size of the body of an update, masked or not."""
-        return self.layout.n_bytes if self.masked is None else self.masked.plan.n_bytes
+        """Size of the body of the largest update, masked or not."""
+        return self.turns.max_n_bytes
 
     @property
     def manifest(self) -> FederationManifest:
@@ -76,19 +79,15 @@ def make_charter(signed: Signed[FederationManifest], base: BaseDescription, keys
     if layout.digest() != manifest.layout or base.base != manifest.base:
         msg = "base.json is not the manifest's base model; restore it from a backup"
         raise ConfigError(msg)
+    turns = Turns.of(turn_layouts(manifest.lora.rule, shapes), manifest)
     terms = None
     if isinstance(manifest.masking, CellMasking | HelperMasking):
-        plan = EncodingPlan.of(
-            layout,
-            manifest.masking,
-            max_weight=manifest.max_weight,
-            privacy=manifest.privacy,
-        )
-        terms = MaskedTerms(masking=manifest.masking, plan=plan)
+        terms = MaskedTerms(masking=manifest.masking, turns=turns)
     return Charter(
         signed=signed,
         digest=manifest.digest(),
         layout=layout,
+        turns=turns,
         shapes=shapes,
         keys=keys,
         masked=terms,

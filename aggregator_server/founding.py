@@ -35,6 +35,7 @@ from protocol.base_description import BaseDescription
 from protocol.clock import Clock
 from protocol.errors import ProtocolError
 from protocol.limits import MAX_JSON_BYTES, MAX_WAVE
+from protocol.lora_rules import rules_of_lora
 from protocol.manifest import FederationManifest, HelperMasking, SumMasking
 from protocol.privacy import AgentPrivacy, CentralPrivacy
 from protocol.signing import Signed, sign, verify
@@ -204,11 +205,16 @@ def check_recipe(config: ServerConfig, base: BaseDescription) -> None:
     """Refuse a recipe that no round could be made from.
 
     Raises:
-        ConfigError: A round could have more updates than its release can name.
+        ConfigError: A round could have more updates than its release can name, or the LoRA rule
+            does not go with the rest.
         AccountingError: The noise of P2 or P3 does not keep the ε that it promises.
         EncodingPlanError: A masked sum could wrap.
         ManifestError: A target module is not in the base.
     """
+    for rule, is_broken in rules_of_lora(config).items():
+        if is_broken:
+            msg = f"lora.rule is {config.lora.rule}, so {rule}"
+            raise ConfigError(msg)
     layout = sent_layout(adapter_shapes(base, config.lora), config.lora.sent)
     agreed_layout(layout, config.masking, config.privacy)
     if isinstance(config.privacy, AgentPrivacy | CentralPrivacy):
@@ -274,7 +280,7 @@ def _found(
 ) -> Charter:
     signed = sign(keys.server, "federation", manifest).signed
     charter = make_charter(signed, base, keys)
-    files = store_adapter(blobs, manifest, initial_adapter(base, manifest.lora))
+    files = store_adapter(blobs, manifest, initial_adapter(base, manifest.lora), number=0)
     release = first_release(manifest, files, created_at=manifest.created_at)
     row = sign_release(keys.server, release, round_number=None)
     store.found(signed.canonical(), row, files.rows())

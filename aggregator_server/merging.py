@@ -23,16 +23,18 @@ from aggregator_server.charter import Charter
 from aggregator_server.errors import AggregationError
 from aggregator_server.filtering import LEFT_OUT, FilterDecision, StoredUnits, decide
 from aggregator_server.masking.vectors import load_sum
+from aggregator_server.phase import base_release
 from aggregator_server.releases import Releases
 from aggregator_server.store.rows import CellRow
 from aggregator_server.store.store import Store
 from aggregator_server.uploads import Uploads
 from privacy.central import noisy_mean
 from privacy.noise import KEY_BYTES, SecureStream
+from privacy.turns import UpdateTerms
 from privacy.updates import CellSum
 from protocol.chain import AggregationReport, CovarianceGap, NoisyAggregationReport, Release
 from protocol.lora_rules import LoraRule
-from protocol.manifest import Factor, FedAvgBlock, FilterRule, OptimizerBlock
+from protocol.manifest import FedAvgBlock, FilterRule, OptimizerBlock
 from protocol.privacy import CentralPrivacy
 
 Report = AggregationReport | NoisyAggregationReport
@@ -84,7 +86,7 @@ class Merger:
             self._units(cells),
             rule=self._charter.manifest.filter.rule,
             mode=Mode.OPEN if self._charter.masked is None else Mode.CELLS,
-            layout=self._charter.layout,
+            layout=self._terms(cells).layout,
         )
 
     def decide_without(
@@ -149,7 +151,7 @@ class Merger:
     def _mean(
         self, cells: Sequence[CellRow], decision: FilterDecision, base: Release
     ) -> tuple[NDArray[np.float64], Report]:
-        manifest, n_values = self._charter.manifest, self._charter.layout.n_values
+        manifest, n_values = self._charter.manifest, self._terms(cells).layout.n_values
         kept = [cell for cell, is_kept in zip(cells, decision.kept, strict=True) if is_kept]
         if isinstance(manifest.privacy, CentralPrivacy):
             return self._noisy_mean(kept, manifest.privacy, base)
@@ -191,13 +193,13 @@ class Merger:
         self, cells: Sequence[CellRow], decision: FilterDecision, base: Release
     ) -> CovarianceGap | None:
         """What the average lost; None where products cannot be seen, or a factor is shared."""
-        lora, layout = self._charter.manifest.lora, self._charter.layout
-        if self._charter.masked is not None or lora.sent != (Factor.A, Factor.B):
+        lora = self._charter.manifest.lora
+        if self._charter.masked is not None or lora.rule is not LoraRule.FEDIT:
             return None
         return estimate_gap(
             kept_updates(self._units(cells), decision.kept, decision.factors),
             start=self._releases.vector(base),
-            layout=layout,
+            layout=self._charter.layout,
             scale=scale_of(lora),
             seed=os.urandom(KEY_BYTES),
         )
@@ -205,13 +207,13 @@ class Merger:
     def _noisy_mean(
         self, cells: Sequence[CellRow], privacy: CentralPrivacy, base: Release
     ) -> tuple[NDArray[np.float64], Report]:
-        masked = self._charter.masked
+        terms = self._terms(cells)
         noisy = noisy_mean(
             map(self._load, cells),
-            n_values=self._charter.layout.n_values,
+            n_values=terms.layout.n_values,
             privacy=privacy,
             clip_norm=self._clip_norm(base, privacy),
-            rounding_norm=0.0 if masked is None else masked.plan.rounding_norm,
+            rounding_norm=0.0 if terms.plan is None else terms.plan.rounding_norm,
             # Fresh, also where a killed server does this again: the first was seen by nobody.
             stream=SecureStream(),
         )
@@ -233,16 +235,20 @@ class Merger:
             release = self._releases.get(release.number - 1)
         return release.aggregation.next_clip_norm
 
+    def _terms(self, cells: Sequence[CellRow]) -> UpdateTerms:
+        """Of the one round that cells belong to."""
+        return self._charter.turns.at(base_release(self._store, cells[0].round))
+
     def _units(self, cells: Sequence[CellRow]) -> StoredUnits:
-        return StoredUnits(cells, self._load, n_values=self._charter.layout.n_values)
+        return StoredUnits(cells, self._load, n_values=self._terms(cells).layout.n_values)
 
     def _load(self, cell: CellRow) -> CellSum:
         if cell.upload is not None:
             return self._uploads.load(self._store.uploads.get(cell.upload))
-        if self._charter.masked is None or cell.sum_sha256 is None:
+        plan = self._terms([cell]).plan
+        if plan is None or cell.sum_sha256 is None:
             msg = f"cell {cell.transcript.hex()[:8]} of round {cell.round} has no sum"
             raise AggregationError(msg)
-        plan = self._charter.masked.plan
         return load_sum(self._blobs, cell.transcript, cell.sum_sha256, plan)
 
 

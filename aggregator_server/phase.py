@@ -3,7 +3,9 @@
 from dataclasses import dataclass
 from typing import Protocol
 
+from aggregator_server.errors import StoreError
 from aggregator_server.store.rows import NewIncident, RoundRow
+from aggregator_server.store.store import Store
 from protocol.chain import RoundManifest
 from protocol.phases import RoundEvent, RoundPhase
 from protocol.signing import Signed
@@ -35,6 +37,19 @@ class Phase(Protocol):
     def work(self, row: RoundRow) -> Found | None:
         """Do the phase's work, which may have been done before; None to wait."""
         ...
+
+
+def base_release(store: Store, round_number: int) -> int:
+    """The release that a round started from.
+
+    Raises:
+        StoreError: There is no such round.
+    """
+    row = store.rounds.get(round_number)
+    if row is None:  # cannot be: what asks belongs to the round
+        msg = f"there is no round {round_number}"
+        raise StoreError(msg)
+    return round_manifest(row).release
 
 
 def round_manifest(row: RoundRow) -> RoundManifest:

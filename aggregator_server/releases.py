@@ -24,6 +24,7 @@ from protocol.chain import (
 )
 from protocol.clock import Clock
 from protocol.errors import SignatureError
+from protocol.layout import VectorLayout
 from protocol.limits import MAX_JSON_BYTES, MAX_RELEASES_PER_REPLY
 from protocol.manifest import FederationManifest, FilterRule
 from protocol.messages import ReleasePage
@@ -39,6 +40,7 @@ from quant.adapter import (
     to_safetensors,
     unflatten,
 )
+from quant.lora_turns import changed_factors
 from quant.model_card import write_release
 
 ADAPTERS: Final = "adapters"
@@ -159,7 +161,7 @@ class Releases:
             ChainError: The release's file has changed on disk.
             BlobError: It cannot be read.
         """
-        return flatten(self.arrays(release), self._charter.layout)
+        return flatten(self.arrays(release), self._charter.turns.at(release.number).layout)
 
     def arrays(self, release: Release) -> AdapterArrays:
         """The whole adapter of a release.
@@ -365,7 +367,7 @@ def first_release(
 
 
 def store_adapter(
-    blobs: Blobs, manifest: FederationManifest, arrays: AdapterArrays
+    blobs: Blobs, manifest: FederationManifest, arrays: AdapterArrays, *, number: int
 ) -> AdapterFiles:
     """Store an adapter's three files under their digests.
 
@@ -373,11 +375,13 @@ def store_adapter(
         blobs: Where to.
         manifest: Says which factors are sent.
         arrays: The whole adapter.
+        number: Of the release: the factors that its round changed are what agents fetch.
 
     Raises:
         NoSpaceError: They do not fit.
     """
-    sent = {name: array for name, array in arrays.items() if factor_of(name) in manifest.lora.sent}
+    changed = changed_factors(manifest.lora.rule, number)
+    sent = {name: array for name, array in arrays.items() if factor_of(name) in changed}
     return AdapterFiles(
         adapter=store_file(blobs, to_safetensors(arrays)),
         sent=store_file(blobs, to_safetensors(sent)),
@@ -385,9 +389,9 @@ def store_adapter(
     )
 
 
-def with_vector(arrays: AdapterArrays, vector: Float32Array, charter: Charter) -> AdapterArrays:
-    """The whole adapter with its sent factors replaced; with `sent = (B,)` A stays as it was."""
-    return {**arrays, **unflatten(vector, charter.layout)}
+def with_vector(arrays: AdapterArrays, vector: Float32Array, layout: VectorLayout) -> AdapterArrays:
+    """The whole adapter with the factors of a round replaced; others stay as they were."""
+    return {**arrays, **unflatten(vector, layout)}
 
 
 def sign_release(server: Signer, release: Release, *, round_number: int | None) -> ReleaseRow:

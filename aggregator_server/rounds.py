@@ -417,7 +417,7 @@ class Rounds:
             cohort_size=cohort_size(rules, n_present=n_present),
             schedule_start=n_done / rules.n_rounds,
             schedule_end=(n_done + 1) / rules.n_rounds,
-            update_n_bytes=self._charter.update_n_bytes,
+            update_n_bytes=self._charter.turns.at(release.number).n_bytes,
             opened_at=now,
             deadline_at=now + rules.deadline_s,
             cap_at=now + rules.cap_s,

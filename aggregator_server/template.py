@@ -27,7 +27,7 @@ _EXPLAINED: Final[Mapping[str, Mapping[str, str]]] = {
         "dropout": "Dropout before the adapter in training, 0 to 1.",
         "target_modules": "Linear layers that get an adapter, by the last part of their name.",
         "rule": '"fedit" averages A and B; "ffa-lora" keeps A fixed: half the bytes, exact; '
-        '"flexlora" averages the products, in the open.',
+        '"rolora" trains B and A in turn: the same; "flexlora", in the open, averages products.',
         "init_seed": "Seed of A in release 0; drawn at random.",
     },
     "training": {

@@ -186,6 +186,7 @@ class Uploads:
         if row is None:
             raise Refusal(ProblemType.NOT_FOUND, f"there is no round {header.round}")
         credential = header.credential.body
+        n_bytes = parse(Signed[RoundManifest], row.manifest).body.update_n_bytes
         refuse_first(
             ProblemType.BAD_MESSAGE,
             {
@@ -199,8 +200,8 @@ class Uploads:
                 "the sealed seed is not the one that was signed": (
                     sha256(upload.sealed) != header.sealed_sha256
                 ),
-                f"body_n_bytes is {header.body_n_bytes}, not {self._charter.update_n_bytes}": (
-                    header.body_n_bytes != self._charter.update_n_bytes
+                f"body_n_bytes is {header.body_n_bytes}, not {n_bytes}": (
+                    header.body_n_bytes != n_bytes
                 ),
             },
         )
@@ -356,9 +357,10 @@ class Uploads:
     def _check_header(self, header: UploadHeader, row: RoundRow) -> None:
         manifest = parse(Signed[RoundManifest], row.manifest).body
         max_weight = self._charter.manifest.max_weight
+        layout = self._charter.turns.at(manifest.release).layout
         problems = {
             "round_digest is not that of the round's manifest": header.round_digest != row.digest,
-            "layout is not the federation's": header.layout != self._charter.manifest.layout,
+            "layout is not the round's": header.layout != layout.digest(),
             f"attempt {header.attempt} is above {_MAX_ATTEMPTS}": header.attempt > _MAX_ATTEMPTS,
             f"weight {header.weight} is above {max_weight}": header.weight > max_weight,
             f"body_n_bytes is {header.body_n_bytes}, not {manifest.update_n_bytes}": (

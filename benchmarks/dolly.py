@@ -15,83 +15,23 @@ Each model's result is kept as soon as it is there: a run that was interrupted g
 import argparse
 import hashlib
 import json
-import multiprocessing
 import shutil
-import sys
-import time
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any, Final, Self
+from typing import Any, Final
 
 from rich.console import Console
 
 from benchmarks import dolly_base, dolly_jobs, dolly_report
 from benchmarks.dolly_jobs import LOCALS, PAPER_RATE, Job, Model, Settings, run_job
 from benchmarks.report import add_options, write_report
+from benchmarks.running import Result, Runner, show
 from quant.quiet import quiet_libraries
 from simulations.partition.manifest import read_source
 
-_N_WORKERS: Final = 2
 _N_ANSWERS_SHOWN: Final = 8
-Result = Mapping[str, Any]
-
-
-class Runner:
-    """Runs jobs in two processes of one thread each, and keeps what they found.
-
-    Args:
-        work: What a process does with a job.
-        kept: Where results are kept; what is there already is not run again.
-    """
-
-    def __init__(self, work: Callable[[Job], Result], kept: Path) -> None:
-        """Start the processes."""
-        self._work = work
-        self._kept = kept
-        kept.mkdir(parents=True, exist_ok=True)
-        context = multiprocessing.get_context("spawn")  # a fork of a process with threads may hang
-        self._pool = ProcessPoolExecutor(
-            _N_WORKERS, mp_context=context, initializer=dolly_jobs.prepare_process
-        )
-
-    def __enter__(self) -> Self:
-        """Begin."""
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """End the processes; what has not begun never will."""
-        self._pool.shutdown(cancel_futures=True)
-
-    def run(self, jobs: Sequence[Job], what: str) -> list[Result]:
-        """Run what has not been run; results in the order of the jobs."""
-        missing = [job for job in jobs if not self._path(job).exists()]
-        if len(missing) < len(jobs):
-            show(f"{what}: {len(jobs) - len(missing)} of {len(jobs)} kept from an earlier run")
-        began = time.perf_counter()
-        running = {self._pool.submit(self._work, job): job for job in missing}
-        for done, future in enumerate(as_completed(running), start=1):
-            job, found = running[future], future.result()
-            path = self._path(job)
-            half = path.with_suffix(".part")
-            half.write_text(json.dumps(found, allow_nan=False), encoding="utf-8")
-            half.replace(path)
-            spent = time.perf_counter() - began
-            show(
-                f"{what}: {done} of {len(missing)}, {job.name}, {_headline(found)}, "
-                f"{found['cpu_s']:.0f} s of a core; {spent:.0f} s so far"
-            )
-        return [json.loads(self._path(job).read_text(encoding="utf-8")) for job in jobs]
-
-    def _path(self, job: Job) -> Path:
-        return self._kept / f"{job.name}.json"
-
-
-def show(text: str) -> None:
-    """Say how it goes, on standard error."""
-    print(text, file=sys.stderr, flush=True)
 
 
 def _headline(found: Result) -> str:
@@ -152,7 +92,8 @@ def measure(settings: Settings, *, base: Path, data: Path, kept: Path) -> dict[s
     Returns:
         All that was found, as JSON.
     """
-    with Runner(partial(run_job, settings=settings, base=base, data=data), kept) as runner:
+    work = partial(run_job, settings=settings, base=base, data=data)
+    with Runner(work, kept, headline=_headline) as runner:
         tuning = runner.run(tuning_jobs(settings), "learning rate")
         rate = min(tuning, key=lambda one: float(one["validation_loss"]))["rate"]
         show(f"learning rate {rate:g} of {', '.join(f'{one:g}' for one in settings.rates)}")

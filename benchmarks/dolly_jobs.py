@@ -19,9 +19,15 @@ from edge_agent.data.records import Record
 from edge_agent.data.tokens import tokenize
 from edge_agent.evaluation import Scores, held_out_loss, score_answers
 from edge_agent.training.sampling import ShuffledBatches
-from edge_agent.training.trainer import LocalTrainer, RoundRecipe
-from privacy.updates import CellSum
+from edge_agent.training.trainer import (
+    GradientTransform,
+    LocalTrainer,
+    RoundRecipe,
+    TrainerOptions,
+)
+from privacy.updates import CellSum, PlainUpdate
 from protocol.clock import SystemClock
+from protocol.layout import VectorLayout
 from protocol.manifest import LoraBlock, LossOn, Template, TrainingBlock
 from quant.adapter import (
     AdapterArrays,
@@ -31,9 +37,8 @@ from quant.adapter import (
     sent_layout,
     unflatten,
 )
-from quant.base_model import load_base, set_threads
+from quant.base_model import load_base
 from quant.lora import AdaptedModel
-from quant.quiet import quiet_libraries
 from simulations.partition.manifest import read_source, selected
 from simulations.partition.schemes import PartitionRecipe, Scheme, make_partition
 from simulations.yardsticks import train_in_one_place
@@ -224,12 +229,6 @@ def lora_block(seed: int) -> LoraBlock:
     return LoraBlock(rank=8, alpha=16.0, dropout=0.05, target_modules=PAPER_MODULES, init_seed=seed)
 
 
-def prepare_process() -> None:
-    """What a worker process does first: it has one core."""
-    quiet_libraries()
-    set_threads(1)
-
-
 @functools.cache
 def _adapted(base: Path) -> AdaptedModel:
     return AdaptedModel(load_base(base), lora_block(0))
@@ -269,7 +268,7 @@ def run_job(job: Job, settings: Settings, *, base: Path, data: Path) -> dict[str
     arrays, found = _make(adapted, job, settings, split, train)
     trained = time.perf_counter()
     adapted.load(arrays)
-    found |= _measure(adapted, settings, split, tuning=job.tuning)
+    found |= measure(adapted, settings, split, tuning=job.tuning)
     return found | {
         "model": job.model.value,
         "seed": job.seed,
@@ -306,50 +305,98 @@ def _federate(
 ) -> tuple[AdapterArrays, dict[str, Any]]:
     """Rounds of local training and averaging, as agents and server do them."""
     layout = sent_layout(adapter_shapes(adapted.base.description, adapted.lora), adapted.lora.sent)
-    rng = _generator(seed, _COHORT_STREAM)
+    clients = Clients(block=block, settings=settings, split=split, seed=seed)
     vector = flatten(start, layout)
-    cohorts, norms = [], []
-    for number in range(settings.n_rounds):
-        cohort = rng.choice(settings.n_clients, settings.cohort, replace=False).tolist()
+    cohorts, norms = clients.cohorts(), []
+    for number, cohort in enumerate(cohorts):
         release = unflatten(vector, layout)
-        cells = []
-        for client in cohort:
-            examples = tokenize(
-                split.clients[client],
-                adapted.base.tokenizer,
-                template=block.template,
-                loss_on=block.loss_on,
-                max_length=block.max_length,
-            ).examples
-            mixed = int(_generator(seed, _ORDER_STREAM + number * 1000 + client).integers(2**31))
-            trainer = LocalTrainer(
-                adapted,
-                examples,
-                RoundRecipe(
-                    training=block,
-                    schedule_start=number / settings.n_rounds,
-                    schedule_end=(number + 1) / settings.n_rounds,
-                    seed=mixed,
-                ),
-                sampler=ShuffledBatches(
-                    n_examples=len(examples), batch_size=block.batch_size, seed=mixed
-                ),
-                clock=SystemClock(),
-            )
-            update = trainer.run(release, layout, weight=len(examples)).update
-            cells.append(CellSum.of_plain(update))
+        cells = [
+            CellSum.of_plain(clients.train(adapted, release, layout, number=number, agent=client))
+            for client in cohort
+        ]
         mean = average(cells, n_values=layout.n_values)
         vector = apply_mean(vector, mean.mean)
-        cohorts.append(cohort)
         norms.append(mean.norm)
     seen = sum(len(split.clients[client]) for cohort in cohorts for client in cohort)
     found = {"n_trained_on": seen, "cohorts": cohorts, "update_norms": norms}
     return unflatten(vector, layout), found
 
 
-def _measure(
-    adapted: AdaptedModel, settings: Settings, split: Split, *, tuning: bool
+@dataclass(frozen=True, kw_only=True)
+class Clients:
+    """The clients of one federation under one seed."""
+
+    block: TrainingBlock
+    settings: Settings
+    split: Split
+    seed: int
+
+    def cohorts(self) -> list[list[int]]:
+        """Who takes part in each round."""
+        rng, settings = _generator(self.seed, _COHORT_STREAM), self.settings
+        return [
+            rng.choice(settings.n_clients, settings.cohort, replace=False).tolist()
+            for _ in range(settings.n_rounds)
+        ]
+
+    def train(
+        self,
+        adapted: AdaptedModel,
+        start: AdapterArrays,
+        layout: VectorLayout,
+        *,
+        number: int,
+        agent: int,
+        transforms: tuple[GradientTransform, ...] | None = None,
+    ) -> PlainUpdate:
+        """What a client sends in a round, weighted by its records.
+
+        Args:
+            adapted: The model; its adapter is replaced.
+            start: What the round starts from.
+            layout: Of the update.
+            number: The round's, from 0.
+            agent: The client's number.
+            transforms: Of the gradient; None: the recipe's clipping.
+        """
+        block, settings = self.block, self.settings
+        examples = tokenize(
+            self.split.clients[agent],
+            adapted.base.tokenizer,
+            template=block.template,
+            loss_on=block.loss_on,
+            max_length=block.max_length,
+        ).examples
+        order = int(_generator(self.seed, _ORDER_STREAM + number * 1000 + agent).integers(2**31))
+        trainer = LocalTrainer(
+            adapted,
+            examples,
+            RoundRecipe(
+                training=block,
+                schedule_start=number / settings.n_rounds,
+                schedule_end=(number + 1) / settings.n_rounds,
+                seed=order,
+            ),
+            sampler=ShuffledBatches(
+                n_examples=len(examples), batch_size=block.batch_size, seed=order
+            ),
+            clock=SystemClock(),
+            options=TrainerOptions(transforms=transforms),
+        )
+        return trainer.run(start, layout, weight=len(examples)).update
+
+
+def measure(
+    adapted: AdaptedModel, settings: Settings, split: Split, *, tuning: bool = False
 ) -> dict[str, Any]:
+    """What the model as it stands scores by category.
+
+    Args:
+        adapted: With the adapter that is measured.
+        settings: Of the run.
+        split: Whose held-out records are asked.
+        tuning: On validation records, by the loss alone.
+    """
     tokenizer = adapted.base.tokenizer
     pad_id = int(tokenizer.pad_token_id or tokenizer.eos_token_id or 0)
 

@@ -240,7 +240,8 @@ def _secret(*words: int) -> bytes:
 
 
 @functools.lru_cache(maxsize=64)
-def _examples(recipe: Recipe, seed: int, agent: int) -> tuple[Example, ...]:
+def agent_examples(recipe: Recipe, seed: int, agent: int) -> tuple[Example, ...]:
+    """The same, tokenised."""
     return tokenized(agent_records(recipe, seed, agent), recipe)
 
 
@@ -338,7 +339,7 @@ def federate(
                 rule = PrivateGradient(mechanism=terms.mechanism, secret=secret)
             update = train_update(
                 adapted,
-                _examples(recipe, seed, agent),
+                agent_examples(recipe, seed, agent),
                 block,
                 Visit(number=number, n_rounds=n_rounds, seed=order),
                 release,

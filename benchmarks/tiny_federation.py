@@ -16,7 +16,12 @@ from edge_agent.data.tokens import Example, tokenize
 from edge_agent.evaluation import Scores, held_out_loss, score_answers
 from edge_agent.training.gradients import GradientRule, MeanGradient
 from edge_agent.training.sampling import BatchSampler, ShuffledBatches
-from edge_agent.training.trainer import LocalTrainer, RoundRecipe, TrainerOptions
+from edge_agent.training.trainer import (
+    GradientTransform,
+    LocalTrainer,
+    RoundRecipe,
+    TrainerOptions,
+)
 from privacy.updates import PlainUpdate
 from protocol.clock import SystemClock
 from protocol.layout import VectorLayout
@@ -163,11 +168,13 @@ class Visit:
         number: Of the round, from 0.
         n_rounds: In all, over which the learning rate's schedule runs.
         seed: Of the order of batches.
+        transforms: Of the gradient; None: the recipe's clipping.
     """
 
     number: int
     n_rounds: int
     seed: int
+    transforms: tuple[GradientTransform, ...] | None = None
 
 
 def train_update(
@@ -208,7 +215,11 @@ def train_update(
         ),
         sampler=sampler,
         clock=SystemClock(),
-        options=TrainerOptions(rule=MeanGradient() if rule is None else rule, settings=_SETTINGS),
+        options=TrainerOptions(
+            rule=MeanGradient() if rule is None else rule,
+            settings=_SETTINGS,
+            transforms=visit.transforms,
+        ),
     )
     return trainer.run(release, layout, weight=1).update
 

@@ -40,7 +40,6 @@ from edge_agent.training.sampling import BatchSampler, ShuffledBatches
 from edge_agent.training.trainer import LocalTrainer, RoundRecipe, TrainerOptions, TrainingProgress
 from edge_agent.transport import Transport, Upload
 from privacy.errors import AccountingError, LedgerError, PrivacyError
-from privacy.fixed_point import EncodingPlan
 from privacy.ledger import Quote
 from privacy.updates import PlainUpdate
 from protocol.chain import RoundManifest
@@ -67,6 +66,7 @@ from protocol.wire import domain_hash, sha256
 from quant.adapter import vector_to_bytes
 from quant.base_model import LoadedBase
 from quant.lora import AdaptedModel
+from quant.lora_turns import sent_factors
 
 _MAX_UPLOAD_TRIES: Final = 5
 _WAIT_SLICE_S: Final = 0.5
@@ -148,30 +148,24 @@ class Agent:
             base=base.description,
             transport=transport,
         )
-        self._layout = self._releases.layout
+        self._turns = self._releases.turns
         adapt = AdaptedModel if self._private is None else self._private.adapt
         self._adapted = adapt(base, self._manifest.lora)
         self._max_vram_bytes = max_vram_bytes
         self._chosen: Chosen | None = None
-        self._update_n_bytes = self._layout.n_bytes
         self._masked: MaskedRounds | None = None
         self._helped: HelpedRounds | None = None
         masking = self._manifest.masking
         if isinstance(masking, CellMasking | HelperMasking):
-            plan = EncodingPlan.of(
-                self._layout,
-                masking,
-                max_weight=self._manifest.max_weight,
-                privacy=self._manifest.privacy,
-            )
-            self._update_n_bytes = plan.n_bytes
             if isinstance(masking, HelperMasking):
-                self._helped = HelpedRounds(member=member, masking=masking, plan=plan, clock=clock)
+                self._helped = HelpedRounds(
+                    member=member, masking=masking, turns=self._turns, clock=clock
+                )
             else:
                 self._masked = MaskedRounds(
                     member=member,
                     masking=masking,
-                    plan=plan,
+                    turns=self._turns,
                     transport=transport,
                     clock=clock,
                     say=self._say,
@@ -272,7 +266,7 @@ class Agent:
             signed,
             self._manifest,
             newest,
-            self._update_n_bytes,
+            self._turns.at(newest.number).n_bytes,
             last_round=self._journal.last_ended_round(),
         )
         open_part = self._journal.open_part()
@@ -321,7 +315,9 @@ class Agent:
                 settings=chosen.settings,
             ),
         )
-        result = trainer.run(start, self._layout, weight=self._weight(n_examples))
+        self._adapted.train_only(sent_factors(self._manifest.lora.rule, release.number))
+        layout = self._turns.at(release.number).layout
+        result = trainer.run(start, layout, weight=self._weight(n_examples))
         part = self._keeper()(part, result.update)
         self._end_training()
         if self._helped is not None:
@@ -366,7 +362,7 @@ class Agent:
             attempt=part.attempt,
             agent=self._signer.identity,
             round_digest=part.manifest.body.digest(),
-            layout=self._layout.digest(),
+            layout=self._turns.at(part.manifest.body.release).layout.digest(),
             weight=update.weight,
             body_sha256=sha256(body),
             body_n_bytes=len(body),

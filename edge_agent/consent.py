@@ -6,6 +6,7 @@ from typing import Final
 from urllib.parse import urlsplit
 
 from edge_agent.explaining import explain
+from protocol.lora_rules import LoraRule
 from protocol.manifest import (
     EvaluatorGate,
     FederationManifest,
@@ -89,6 +90,8 @@ def disclose(
     """
     masked = isinstance(manifest.masking, SumMasking)
     factors = " and ".join(manifest.lora.sent)
+    if manifest.lora.rule is LoraRule.ROLORA:
+        factors = "B or A, which take turns,"
     if isinstance(manifest.masking, SumMasking):  # words of 16 or 32 bits for float32
         round_n_bytes = round_n_bytes * manifest.masking.word_bits // 32
     size = f"{round_n_bytes / _MB:.2f} MB"

@@ -4,8 +4,10 @@ from edge_agent.chain import check_change, check_releases
 from edge_agent.errors import JournalError, OtherBytesError, TrustError
 from edge_agent.home import AgentHome
 from edge_agent.journal import Journal
+from edge_agent.release_parts import Parts, parts_of
 from edge_agent.transport import Transport
 from privacy.fixed_point import agreed_layout
+from privacy.turns import Turns
 from protocol.base_description import BaseDescription
 from protocol.chain import Release
 from protocol.checks import Check
@@ -14,11 +16,13 @@ from protocol.wire import sha256
 from quant.adapter import (
     AdapterArrays,
     adapter_shapes,
+    factor_of,
     from_safetensors,
     sent_layout,
     to_safetensors,
 )
 from quant.errors import AdapterError
+from quant.lora_turns import turn_layouts
 
 
 class ReleaseFollower:
@@ -57,8 +61,9 @@ class ReleaseFollower:
         self._transport = transport
         self._shapes = adapter_shapes(base, manifest.lora)
         sent = sent_layout(self._shapes, manifest.lora.sent)
-        self.layout = agreed_layout(sent, manifest.masking, manifest.privacy)
-        if self.layout.digest() != manifest.layout:
+        layout = agreed_layout(sent, manifest.masking, manifest.privacy)
+        self.turns = Turns.of(turn_layouts(manifest.lora.rule, self._shapes), manifest)
+        if layout.digest() != manifest.layout:
             msg = "the manifest's layout is not the one of its base and adapter; nothing is trained"
             raise TrustError(msg, Check.OTHER_LAYOUT)
         self._accepted: tuple[int, AdapterArrays] | None = None
@@ -120,9 +125,9 @@ class ReleaseFollower:
         return number, self._arrays_of(release)
 
     def _prune_cache(self, newest: Release) -> None:
-        """Keep the newest release and the frozen factors; the rest can be fetched again."""
+        """Keep the parts of the newest release, and release 0; the rest can be fetched again."""
+        kept = {ref.sha256.hex() for ref, _ in self._parts_of(newest)}
         first = self._journal.release(0)
-        kept = {newest.sent.sha256.hex()}
         if first is not None:
             kept.add(first.adapter.sha256.hex())
         for path in self._home.cached_files():
@@ -139,19 +144,15 @@ class ReleaseFollower:
             raise TrustError(msg, Check.BROKEN_ADAPTER) from error
 
     def _checked_arrays_of(self, release: Release) -> AdapterArrays:
-        path = self._transport.fetch(release.sent, self._home.cache)
-        sent_shapes = {slot.name: slot.shape for slot in self.layout.slots}
-        arrays = from_safetensors(path.read_bytes(), sent_shapes)
-        if release.sent == release.adapter and len(sent_shapes) == len(self._shapes):
-            return arrays
-        first = self._journal.release(0)
-        if first is None:  # cannot be: the chain begins with release 0
-            msg = "the chain does not begin with release 0"
-            raise TrustError(msg)
-        frozen = self._transport.fetch(first.adapter, self._home.cache)
-        whole = from_safetensors(frozen.read_bytes(), self._shapes)
-        arrays |= {name: array for name, array in whole.items() if name not in sent_shapes}
+        arrays: AdapterArrays = {}
+        for ref, factors in self._parts_of(release):
+            path = self._transport.fetch(ref, self._home.cache)
+            shapes = {n: shape for n, shape in self._shapes.items() if factor_of(n) in factors}
+            arrays = from_safetensors(path.read_bytes(), shapes) | arrays
         if sha256(to_safetensors(arrays)) != release.adapter.sha256:
             msg = f"release {release.number} does not hold what its signature promises"
             raise TrustError(msg, Check.OTHER_ADAPTER)
         return arrays
+
+    def _parts_of(self, release: Release) -> Parts:
+        return parts_of(release, self._manifest.lora, self._journal.release)

@@ -12,11 +12,11 @@ from edge_agent.errors import JournalError, TrustError
 from edge_agent.journal import Part
 from edge_agent.masked import encoded
 from edge_agent.member import Member
-from privacy.fixed_point import EncodingPlan
 from privacy.helper import SEED_BYTES, mask_seed, seal_context, seal_seed
 from privacy.masked_vector import masked_runs
 from privacy.masking import Mask
 from privacy.secagg.derive import check_words
+from privacy.turns import Turns
 from privacy.updates import PlainUpdate
 from protocol.checks import Check
 from protocol.clock import Clock
@@ -37,7 +37,7 @@ class HelpedRounds:
     Args:
         member: Home, journal, manifest, identity, and what the owner asks of a cell.
         masking: The manifest's block.
-        plan: How updates become words.
+        turns: How the updates of each round become words.
         clock: Time.
 
     Raises:
@@ -46,7 +46,7 @@ class HelpedRounds:
     """
 
     def __init__(
-        self, *, member: Member, masking: HelperMasking, plan: EncodingPlan, clock: Clock
+        self, *, member: Member, masking: HelperMasking, turns: Turns, clock: Clock
     ) -> None:
         """Check the manifest against the owner's wishes; nothing is sent."""
         credential = member.membership.credential
@@ -65,7 +65,7 @@ class HelpedRounds:
         self._member = member
         self._credential = credential
         self._masking = masking
-        self._plan = plan
+        self._turns = turns
         self._clock = clock
 
     def delay_s(self) -> float:
@@ -80,13 +80,14 @@ class HelpedRounds:
             JournalError: It cannot be written.
         """
         manifest, signer = part.manifest.body, self._member.signer
-        words = encoded(update, self._plan)
+        plan = self._turns.plan_at(manifest.release)
+        words = encoded(update, plan)
         seed = os.urandom(SEED_BYTES)
         mask = Mask(seed=mask_seed(seed, manifest, signer.identity), sign=1)
-        checks = check_words(manifest.digest(), word_bits=self._plan.word_bits)
+        checks = check_words(manifest.digest(), word_bits=plan.word_bits)
         path = self._member.home.masked_update(part.round, part.attempt)
         try:
-            runs = masked_runs(words, [mask], checks, self._plan)
+            runs = masked_runs(words, [mask], checks, plan)
             digest = write_hashed(path, (run.data for run in runs))
         except OSError as error:
             msg = f"cannot keep the finished update at {path}: {error}; free some space"
@@ -102,7 +103,7 @@ class HelpedRounds:
             credential=self._credential,
             sealed_sha256=sha256(sealed),
             body_sha256=digest,
-            body_n_bytes=self._plan.n_bytes,
+            body_n_bytes=plan.n_bytes,
         )
         upload = HelperUpload(header=sign(signer, "helper-upload", header).signed, sealed=sealed)
         return self._member.journal.move_part(

@@ -26,6 +26,7 @@ from privacy.masking import Words
 from privacy.noise import SecureStream
 from privacy.secagg.agent import SecAggAgent
 from privacy.secagg.checks import CellPolicy
+from privacy.turns import Turns
 from privacy.updates import PlainUpdate
 from protocol.checks import Check, CheckError
 from protocol.clock import Clock
@@ -90,7 +91,7 @@ class MaskedRounds:
     Args:
         member: Home, journal, manifest, identity, and what the owner asks of a cell.
         masking: The manifest's block.
-        plan: How updates become words.
+        turns: How the updates of each round become words.
         transport: To the server.
         clock: Time.
         say: Tells the owner what happens.
@@ -107,7 +108,7 @@ class MaskedRounds:
         *,
         member: Member,
         masking: CellMasking,
-        plan: EncodingPlan,
+        turns: Turns,
         transport: Transport,
         clock: Clock,
         say: Callable[[str, str], None],
@@ -131,7 +132,7 @@ class MaskedRounds:
         self._credential = credential
         self._manifest = member.membership.federation.body
         self._masking = masking
-        self._plan = plan
+        self._turns = turns
         self._owner = owner
         self._transport = transport
         self._clock = clock
@@ -151,7 +152,7 @@ class MaskedRounds:
             TrainingError: It is zero, not finite, or does not fit the agreed range (checks 15, 18).
             JournalError: It cannot be written.
         """
-        words = encoded(update, self._plan)
+        words = encoded(update, self._plan(part))
         path = self._home.encoded_update(part.round, part.attempt)
         try:
             write_durably(path, words.data)
@@ -189,6 +190,9 @@ class MaskedRounds:
             self._say("refused", f"round {part.round}: {error}")
             self._abandon(part, str(error))
 
+    def _plan(self, part: Part) -> EncodingPlan:
+        return self._turns.plan_at(part.manifest.body.release)
+
     def _policy(self, part: Part) -> CellPolicy:
         return CellPolicy(
             federation=self._manifest.federation,
@@ -197,7 +201,7 @@ class MaskedRounds:
             server=self._manifest.server,
             registrar=self._manifest.registrar,
             masking=self._masking,
-            body_n_bytes=self._plan.n_bytes,
+            body_n_bytes=self._plan(part).n_bytes,
             min_members=max(self._masking.min_cell, self._owner.min_cell),
             friends=self._owner.friends,
             min_friends=self._owner.min_friends,
@@ -223,7 +227,8 @@ class MaskedRounds:
             attempt=n_attempts + 1,
             expires_at=math.ceil(part.manifest.body.cap_at),
             # Under P2 one noisy update goes into one upload: two sums would average its noise out.
-            tried_again=self._plan.noise is not None or self._journal.upload_begun(part.round),
+            tried_again=self._plan(part).noise is not None
+            or self._journal.upload_begun(part.round),
         )
         self._say("ready", f"round {part.round}: waiting for a cell")
         return self._journal.save_attempt(part, agent.state)
@@ -408,14 +413,14 @@ class MaskedRounds:
         Returns:
             Its SHA-256.
         """
-        plan = agent.mask_plan()
+        plan, encoding = agent.mask_plan(), self._plan(part)
         source = self._home.encoded_update(part.round, part.attempt)
         try:
-            words = np.memmap(source, self._plan.dtype, mode="r")
+            words = np.memmap(source, encoding.dtype, mode="r")
             if hashlib.sha256(words.data).digest() != part.words_sha256:
                 msg = f"the finished update of round {part.round} has changed on disk"
                 raise JournalError(msg)
-            runs = masked_runs(words, plan.masks, plan.checks, self._plan)
+            runs = masked_runs(words, plan.masks, plan.checks, encoding)
             return write_hashed(self._masked_path(part, agent), (run.data for run in runs))
         except (OSError, ValueError) as error:
             msg = f"the finished update of round {part.round} cannot be masked: {error}"
@@ -423,7 +428,7 @@ class MaskedRounds:
 
     def _upload(self, part: Part, agent: SecAggAgent) -> bool:
         """Send the masked update; False when the cell no longer takes it."""
-        self._say("uploading", f"round {part.round}: {self._plan.n_bytes} masked bytes")
+        self._say("uploading", f"round {part.round}: {self._plan(part).n_bytes} masked bytes")
         for _ in range(_MAX_UPLOAD_TRIES):
             try:
                 if self._upload_once(part, agent):

@@ -18,6 +18,7 @@ from edge_agent.explaining import explain
 from edge_agent.home import AgentHome
 from edge_agent.journal import Journal, Membership, SentItem
 from edge_agent.private import require_owners_epsilon
+from edge_agent.release_parts import round_n_bytes
 from edge_agent.transport import Outgoing, Transport
 from protocol.clock import Clock
 from protocol.guarantee import privacy_json
@@ -82,7 +83,7 @@ def look(
             manifest,
             server_host=transport.host,
             base_folder=settings.base,
-            round_n_bytes=first.sent.n_bytes,
+            round_n_bytes=round_n_bytes(manifest.lora, first),
             data_from_hub=from_hub,
         )
     finally:

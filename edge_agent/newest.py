@@ -15,12 +15,13 @@ from edge_agent.chain import check_change, check_releases
 from edge_agent.errors import JournalError, TransportError, TrustError, UnreachableError
 from edge_agent.home import AgentHome
 from edge_agent.journal import Journal, Membership
+from edge_agent.release_parts import parts_of
 from edge_agent.transport import Transport
 from privacy.fixed_point import agreed_layout
 from protocol.chain import BlobRef, Release
 from protocol.checks import Check
 from protocol.clock import Clock
-from protocol.manifest import FederationManifest
+from protocol.manifest import FederationManifest, LoraBlock
 from protocol.wire import sha256
 from quant.adapter import (
     AdapterArrays,
@@ -127,7 +128,7 @@ def newest_release(home: AgentHome, journal: Journal, transport: Transport | Non
     if first is None or last is None:
         msg = "no release has been seen yet; `sheepfold-agent run` fetches the first"
         raise JournalError(msg)
-    source = _Source(home=home, first=first, transport=transport)
+    source = _Source(home=home, journal=journal, lora=manifest.lora, transport=transport)
     weights = source.weights(last)
     _check(manifest, _read(first, source.weights(first)), _read(last, weights), last)
     return NewestRelease(manifest=manifest, release=last, weights=weights, note=note)
@@ -161,7 +162,8 @@ class _Source:
     """Where the files of releases come from."""
 
     home: AgentHome
-    first: Release
+    journal: Journal
+    lora: LoraBlock
     transport: Transport | None
 
     def weights(self, release: Release) -> bytes:
@@ -184,11 +186,18 @@ class _Source:
         return data if sha256(data) == ref.sha256 else None
 
     def _composed(self, release: Release) -> bytes | None:
-        """Put together from what agents keep: the factors sent, and the frozen ones."""
-        sent, frozen = self._cached(release.sent), self._cached(self.first.adapter)
-        if sent is None or frozen is None:
+        """Put together from what agents keep: what the last rounds changed, and the rest."""
+        arrays: AdapterArrays = {}
+        try:
+            parts = parts_of(release, self.lora, self.journal.release)
+        except TrustError:  # newer than what a working agent has seen
             return None
-        data = to_safetensors(read_arrays(frozen) | read_arrays(sent))
+        for ref, _ in parts:
+            found = self._cached(ref)
+            if found is None:
+                return None
+            arrays = read_arrays(found) | arrays
+        data = to_safetensors(arrays)
         return data if sha256(data) == release.adapter.sha256 else None
 
 

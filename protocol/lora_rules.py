@@ -4,6 +4,7 @@
 rule        sent                     mean of what is sent                          masks
 fedit       A and B                  off by their covariance                       yes
 ffa-lora    B                        exact: A stays at its common random start     yes
+rolora      B and A in turn          exact in each turn                            yes
 flexlora    A and B                  of the products, cut to the adapter's rank    no
 ```
 
@@ -11,10 +12,11 @@ Rules that are not here, and why, stand in docs/adr/0016-lora-rules.md.
 """
 
 from enum import StrEnum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from protocol.manifest import FederationManifest
+    from protocol.manifest import AggregationBlock, FilterBlock, LoraBlock, MaskingBlock
+    from protocol.privacy import PrivacyBlock
 
 
 class LoraRule(StrEnum):
@@ -24,6 +26,8 @@ class LoraRule(StrEnum):
     """Both factors, averaged apart from each other (FedIT, arXiv 2305.05644)."""
     FFA_LORA = "ffa-lora"
     """B alone; A is never trained (FFA-LoRA, arXiv 2403.12313)."""
+    ROLORA = "rolora"
+    """The factors in alternate releases, B first (RoLoRA, arXiv 2502.01755)."""
     FLEXLORA = "flexlora"
     """Both factors; the mean of their products is cut to rank r (FlexLoRA, arXiv 2402.11505)."""
 
@@ -33,7 +37,36 @@ def is_told_by_sent(rule: LoraRule) -> bool:
     return rule in {LoraRule.FEDIT, LoraRule.FFA_LORA}
 
 
-def rules_of_lora(manifest: "FederationManifest") -> dict[str, bool]:
+class Recipe(Protocol):
+    """What a LoRA rule has a say in: a manifest, or the settings that make one."""
+
+    @property
+    def lora(self) -> "LoraBlock":
+        """The rule."""
+        ...
+
+    @property
+    def aggregation(self) -> "AggregationBlock":
+        """The optimiser."""
+        ...
+
+    @property
+    def masking(self) -> "MaskingBlock":
+        """The mode."""
+        ...
+
+    @property
+    def privacy(self) -> "PrivacyBlock":
+        """The profile."""
+        ...
+
+    @property
+    def filter(self) -> "FilterBlock":
+        """The rule."""
+        ...
+
+
+def rules_of_lora(manifest: Recipe) -> dict[str, bool]:
     """What the LoRA rule asks of the other blocks, and whether it is broken."""
     optimizer = manifest.aggregation.optimizer
     is_plain = optimizer.kind == "fedavg" and optimizer.learning_rate == 1.0
@@ -47,5 +80,12 @@ def rules_of_lora(manifest: "FederationManifest") -> dict[str, bool]:
             "have a basis of their own, in which earlier steps mean nothing": not is_plain,
             'privacy.profile must be "P0" or "P1": the noise of the others is planned for a mean '
             "of factors": manifest.privacy.profile not in {"P0", "P1"},
+        }
+    if manifest.lora.rule is LoraRule.ROLORA:
+        return {
+            'aggregation.optimizer must be "fedavg" with learning_rate 1: what another remembers '
+            "of one factor means nothing in the turn of the other": not is_plain,
+            'privacy.profile must be "P0" or "P1": the noise of the others is planned for updates '
+            "of one length": manifest.privacy.profile not in {"P0", "P1"},
         }
     return {}

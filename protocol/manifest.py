@@ -82,6 +82,7 @@ class BaseBlock(WireModel):
 SENT: Final[Mapping[LoraRule, tuple[Factor, ...]]] = {
     LoraRule.FEDIT: (Factor.A, Factor.B),
     LoraRule.FFA_LORA: (Factor.B,),
+    LoraRule.ROLORA: (Factor.A, Factor.B),
     LoraRule.FLEXLORA: (Factor.A, Factor.B),
 }
 """The factors that agents send under each rule, over all rounds."""

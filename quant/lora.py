@@ -222,9 +222,9 @@ class AdaptedModel:
             self._n_adapted = layer.index + 1
             self.factors[tensor_name(layer.name, Factor.A)] = layer.a
             self.factors[tensor_name(layer.name, Factor.B)] = layer.b
-        for name, parameter in self.factors.items():
+        for parameter in self.factors.values():
             parameter.data = parameter.data.float()
-            parameter.requires_grad_(factor_of(name) in lora.sent)
+        self.train_only(lora.sent)
         self.model.train()
 
     def _adapted_layers(self) -> Iterator[AdaptedLayer]:
@@ -251,13 +251,23 @@ class AdaptedModel:
         # An attribute of the instance, so that `unload` gives the plain base back.
         module.forward = _forward_of(layer, module)
 
+    def train_only(self, factors: tuple[Factor, ...]) -> None:
+        """Say which factors are trained; at first, those that agents send.
+
+        Args:
+            factors: Of each pair.
+        """
+        self._trained = factors
+        for name, parameter in self.factors.items():
+            parameter.requires_grad_(factor_of(name) in factors)
+
     @property
     def trainable(self) -> dict[str, torch.nn.Parameter]:
-        """The factors that agents send, by tensor name."""
+        """The factors that are trained, by tensor name."""
         return {
             name: factor
             for name, factor in self.factors.items()
-            if factor_of(name) in self.lora.sent
+            if factor_of(name) in self._trained
         }
 
     def shapes(self) -> dict[str, tuple[int, ...]]:

@@ -279,8 +279,8 @@ def _rows(told: Provenance) -> list[tuple[str, str]]:
         ("Fingerprint of the base", _code(told.base.fingerprint.hex())),
         (
             "Adapter",
-            f"rank {told.lora.rank}, α {told.lora.alpha:g}, factors sent: {factors}, on "
-            + ", ".join(_code(name) for name in told.lora.target_modules),
+            f"rank {told.lora.rank}, α {told.lora.alpha:g}, rule `{told.lora.rule}`, factors sent: "
+            f"{factors}, on " + ", ".join(_code(name) for name in told.lora.target_modules),
         ),
         ("Made in", made),
         *_gap_rows(told.covariance_gap),

@@ -13,7 +13,7 @@ from typing import Any, Final
 import torch
 from opacus.grad_sample import GradSampleModule
 
-from protocol.manifest import LoraBlock
+from protocol.manifest import Factor, LoraBlock
 from quant.base_model import LoadedBase
 from quant.errors import AdapterError
 from quant.lora import AdaptedLayer, AdaptedModel
@@ -41,11 +41,18 @@ class OpacusModel(AdaptedModel):
         if lora.dropout > 0.0:
             msg = f'dp_engine = "opacus" works without dropout; the adapter has {lora.dropout:g}'
             raise AdapterError(msg)
+        self._hooks: Any = None
         super().__init__(base, lora)
-        self._hooks: Any = GradSampleModule(self.model, loss_reduction="sum", strict=False)
 
     def _take_over(self, module: torch.nn.Module, layer: AdaptedLayer) -> None:
         """Leave peft's own forward."""
+
+    def train_only(self, factors: tuple[Factor, ...]) -> None:
+        """As `AdaptedModel`'s; hooks are set anew, as opacus asks once who is trained."""
+        if self._hooks is not None:
+            self._hooks.remove_hooks()
+        super().train_only(factors)
+        self._hooks = GradSampleModule(self.model, loss_reduction="sum", strict=False)
 
     @contextmanager
     def per_example_gradients(self) -> Iterator[dict[str, torch.Tensor]]:

@@ -9,15 +9,14 @@ flexlora   truncated SVD              the best adapter of its rank
 fedex      mean factors + residual    exact, or the best of the residual's rank
 ```
 
-FFA-LoRA, RoLoRA, FedSA-LoRA and Fed-SB differ in what is sent (`lora_sent`), and are then plain
-means. A 4-bit base is never quantised anew to take up a residual or a stack: these stay adapters.
+FFA-LoRA, RoLoRA, FedSA-LoRA and Fed-SB differ in what is sent, and are then plain means. A 4-bit
+base is never quantised anew to take up a residual or a stack: these stay adapters.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from aggregator_server.aggregation.lora_pairs import Cohort, LoraAdapter, Pair
 from aggregator_server.aggregation.lora_products import best_rank, covariance, total
@@ -241,31 +240,3 @@ def fedex(
         # At the full bound only rounding is left out: the gap has no more rank.
         error_norm=0.0 if rank == bound else error,
     )
-
-
-def fold_core(frozen: LoraAdapter, cores: Mapping[str, NDArray[np.floating]]) -> LoraAdapter:
-    """Fed-SB's s·B·R·A as an ordinary adapter, which stock PEFT loads: B·R takes B's place.
-
-    Guarantees:
-        1. Exact, and linear in R: the fold of the mean core is the mean of the folds.
-
-    Args:
-        frozen: A and B, which never change.
-        cores: R of each module, [rank, rank].
-
-    Raises:
-        AggregationError: A core that is missing, extra, or of another shape.
-
-    Source: Fed-SB (Singhal et al.), arXiv 2502.15436.
-    """
-    if set(cores) != set(frozen.pairs):
-        msg = "the cores and the frozen adapter have other modules"
-        raise AggregationError(msg)
-    pairs: dict[str, Pair] = {}
-    for module, pair in frozen.pairs.items():
-        core = cores[module]
-        if core.shape != (pair.rank, pair.rank):
-            msg = f"the core of {module!r} is {core.shape}; expected {(pair.rank, pair.rank)}"
-            raise AggregationError(msg)
-        pairs[module] = Pair(A=pair.A, B=pair.B.astype(np.float64) @ core.astype(np.float64))
-    return LoraAdapter(pairs=pairs, scale=frozen.scale)

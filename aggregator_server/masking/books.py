@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from aggregator_server.charter import MaskedTerms
+from aggregator_server.phase import base_release
 from aggregator_server.store.cells import identities_of
 from aggregator_server.store.rows import CellMessageRow, MaskedCellRow, MessageKind
 from aggregator_server.store.store import Store
@@ -46,10 +47,11 @@ class Books:
 
     def _read(self, entry: _Entry, row: MaskedCellRow) -> CellServer:
         if entry.book is None:
+            plan = self._terms.turns.plan_at(base_release(self._store, row.round))
             entry.book = CellServer(
                 parse(Signed[Roster], row.roster).body,
-                body_n_bytes=self._terms.plan.n_bytes,
-                word_bits=self._terms.plan.word_bits,
+                body_n_bytes=plan.n_bytes,
+                word_bits=plan.word_bits,
             )
         book = entry.book
         for message in self._store.cells.messages(row.transcript, after=entry.last_message):

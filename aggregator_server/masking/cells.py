@@ -21,6 +21,7 @@ from aggregator_server.errors import (
 from aggregator_server.masking.books import Books
 from aggregator_server.masking.vectors import PartReader, put_sum
 from aggregator_server.membership import require_author
+from aggregator_server.phase import base_release
 from aggregator_server.store.cells import OVER, identities_of
 from aggregator_server.store.rows import (
     CellRow,
@@ -107,7 +108,7 @@ class Cells:
         self._blobs = blobs
         self._charter = charter
         self._masking = masking
-        self._plan = terms.plan
+        self._turns = terms.turns
         self._clock = clock
         self._unmasker = unmasker
         self._books = Books(store, terms)
@@ -404,6 +405,7 @@ class Cells:
         survivors = tuple(upload.agent for upload in uploads)
         if survivors != recovery.survivors:  # cannot be: U3 was journalled with these very uploads
             return self._fail(row, FailureReason.BAD_SUM)
+        plan = self._turns.plan_at(base_release(self._store, row.round))
         reader = PartReader(
             blobs=self._blobs,
             vectors=tuple(stored_parts(self._store, upload) for upload in uploads),
@@ -412,12 +414,10 @@ class Cells:
             words = self._unmasker.unmask(
                 reader,
                 recovery.masks,
-                n_words=self._plan.n_words,
-                word_bits=self._plan.word_bits,
+                n_words=plan.n_words,
+                word_bits=plan.word_bits,
             )
-            payload = checked_sum(
-                words, recovery.checks, self._plan, n_members=len(recovery.survivors)
-            )
+            payload = checked_sum(words, recovery.checks, plan, n_members=len(recovery.survivors))
         except (SumError, AggregationError, BlobMissingError) as error:
             _log.warning("a cell is lost", round=row.round, error=str(error))
             return self._fail(row, FailureReason.BAD_SUM)

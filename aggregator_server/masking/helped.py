@@ -60,7 +60,7 @@ class HelpedRounds:
         self._store = store
         self._blobs = blobs
         self._charter = charter
-        self._plan = terms.plan
+        self._turns = terms.turns
         self._masking = masking
         self._client = client
 
@@ -131,17 +131,18 @@ class HelpedRounds:
         uploads: Sequence[UploadRow],
         listed: ReadyList,
     ) -> CellRow | None:
+        plan = self._turns.plan_at(manifest.release)
         vectors = tuple(stored_parts(self._store, upload) for upload in uploads)
         words = Unmasker().unmask(
             PartReader(blobs=self._blobs, vectors=vectors),
             (),
-            n_words=self._plan.n_words,
-            word_bits=self._plan.word_bits,
+            n_words=plan.n_words,
+            word_bits=plan.word_bits,
         )
-        words -= np.frombuffer(self._client.fetch(item.words), self._plan.dtype)
-        checks = check_words(manifest.digest(), word_bits=self._plan.word_bits)
+        words -= np.frombuffer(self._client.fetch(item.words), plan.dtype)
+        checks = check_words(manifest.digest(), word_bits=plan.word_bits)
         try:
-            payload = checked_sum(words, checks, self._plan, n_members=len(uploads))
+            payload = checked_sum(words, checks, plan, n_members=len(uploads))
         except SumError as error:
             _log.warning("a cell is lost", round=manifest.round, cell=item.cell, error=str(error))
             return None

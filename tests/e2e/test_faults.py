@@ -630,10 +630,10 @@ def check(world: World) -> None:
     acknowledged = AgentPhase.REVEALED if world.masked else AgentPhase.UPLOADED
     near = 0.05
     if world.masked:  # a value is rounded to one of the two steps beside it
-        slots = federation.charter.masked.plan.layout.slots
+        slots = federation.charter.turns.plan_at(0).layout.slots
         near += (
             float(slots[0].step)
-            * federation.charter.masked.plan.max_weight
+            * federation.charter.turns.plan_at(0).max_weight
             / unit_of(world.manifest)
         )
         assert near < 1.0, "two attempts of one agent could not be told apart"

@@ -286,7 +286,7 @@ class Member:
                 server=manifest.server,
                 registrar=manifest.registrar,
                 masking=masked.masking,
-                body_n_bytes=masked.plan.n_bytes,
+                body_n_bytes=masked.turns.plan_at(0).n_bytes,
                 min_members=masked.masking.min_cell,
             )
             self.secagg = SecAggAgent.begin(
@@ -344,7 +344,7 @@ class Member:
         return self.secagg.receive_roster(news.ready_list, news.roster)
 
     def make_upload(self) -> Any:
-        plan = self.world.federation.charter.masked.plan
+        plan = self.world.federation.charter.turns.plan_at(0)
         masks = self.secagg.receive_bundle(self._news(BundleNews).bundle)
         vector = (self._values(plan.layout.n_values) * plan.clip_norm / 10).astype("f4")
         payload = encode(vector, weight=1, plan=plan, stream=SecureStream())

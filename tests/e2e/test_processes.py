@@ -52,7 +52,7 @@ def wait_for(what: str, condition) -> None:
 
 
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize("rule", ["fedit", "ffa-lora"])
+@pytest.mark.parametrize("rule", ["fedit", "ffa-lora", "rolora", "flexlora"])
 def test_a_federation_survives_the_kill_of_its_server_and_of_an_agent(
     rule: str, tmp_path: Path, random_base_dir: Path, processes: list[Process]
 ) -> None:

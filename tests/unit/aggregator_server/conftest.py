@@ -54,9 +54,9 @@ class FakeClock:
         self.time += duration_s
 
 
-def make_base(*, size: int = 64) -> BaseDescription:
+def make_base(*, size: int = 64, d_in: int | None = None) -> BaseDescription:
     modules = tuple(
-        LinearModule(name=f"model.layers.{layer}.self_attn.{name}", d_out=size, d_in=size)
+        LinearModule(name=f"model.layers.{layer}.self_attn.{name}", d_out=size, d_in=d_in or size)
         for layer in range(2)
         for name in ("q_proj", "v_proj")
     )
@@ -183,7 +183,7 @@ class FakeAgent:
             attempt=attempt,
             agent=self.identity,
             round_digest=manifest.digest(),
-            layout=self.case.manifest.layout,
+            layout=self.case.federation.charter.turns.at(manifest.release).layout.digest(),
             weight=weight,
             body_sha256=sha256(data),
             body_n_bytes=len(data),

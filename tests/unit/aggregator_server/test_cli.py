@@ -307,6 +307,18 @@ def test_releases_are_listed_shown_rolled_back_and_exported(run, founded, tmp_pa
     assert len(read_folder(tmp_path / "adapter")) == 8
 
 
+def test_a_rule_that_does_not_go_with_masks_is_refused_before_anything_is_made(
+    run, base_file, tmp_path
+):
+    result = run(
+        "init", tmp_path / "new", "--base", base_file, "--cohort", 5, "--min-cohort", 5,
+        "--lora-rule", "flexlora",
+    )  # fmt: skip
+    assert result.exit_code == 1
+    assert 'lora.rule is flexlora, so masking.mode must be "off"' in " ".join(result.output.split())
+    assert not (tmp_path / "new").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [

@@ -21,13 +21,14 @@ from privacy.noise import SecureStream
 from privacy.secagg.derive import check_words
 from protocol.chain import RoundManifest
 from protocol.helped import HelperAnswer, HelperHeader, HelperUpload
-from protocol.manifest import HelperMasking
+from protocol.lora_rules import LoraRule
+from protocol.manifest import Factor, HelperMasking
 from protocol.messages import Credential, UploadStatus
 from protocol.phases import RoundPhase
 from protocol.problems import ProblemType
 from protocol.signing import Signed, Signer, sign
 from protocol.wire import parse, sha256
-from quant.adapter import flatten
+from quant.adapter import factor_of, flatten
 
 N_AGENTS = 6
 URL = "http://127.0.0.1:8751"
@@ -75,15 +76,19 @@ def helper(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Helper]:
 
 @pytest.fixture
 def case(make_case, helper: Helper):
-    return make_case(
-        masking=Masking.HELPER,
-        helper=helper.description,
-        helper_url=URL,
-        cohort_target=N_AGENTS,
-        min_cohort=5,
-        local_steps=10,
-        learning_rate=0.01,
-    )
+    return make_case(**options(helper))
+
+
+def options(helper: Helper) -> dict[str, Any]:
+    return {
+        "masking": Masking.HELPER,
+        "helper": helper.description,
+        "helper_url": URL,
+        "cohort_target": N_AGENTS,
+        "min_cohort": 5,
+        "local_steps": 10,
+        "learning_rate": 0.01,
+    }
 
 
 def upload(
@@ -97,7 +102,7 @@ def upload(
     garbage_vector: bool = False,
 ) -> Any:
     """All of an upload; the answer of its last step."""
-    masking, plan = case.manifest.masking, case.federation.charter.masked.plan
+    masking, plan = case.manifest.masking, case.federation.charter.turns.plan_at(manifest.release)
     assert isinstance(masking, HelperMasking)
     words = encode(update, weight=weight, plan=plan, stream=SecureStream())
     seed = sha256(agent.identity)
@@ -161,6 +166,25 @@ def test_the_release_is_the_weighted_mean(case, start_round) -> None:
     # Each value was rounded by less than a step, and is divided by the sum of the shares.
     bound = N_AGENTS * step(case) / (sum(weights) / 256)
     assert np.abs(moved(case) - mean).max() < bound
+
+
+def test_under_rolora_the_factors_take_turns(make_case, start_round, helper: Helper) -> None:
+    case = make_case(**options(helper), lora_rule=LoraRule.ROLORA)
+    agents, manifest = start_round(case, N_AGENTS)
+    rng, turns = np.random.default_rng(1), case.federation.charter.turns
+    for number in (0, 1):
+        manifest = agents[0].round()
+        layout = turns.at(number).layout
+        update = rng.normal(0, 0.01, layout.n_values).astype(np.float32)
+        for agent in agents:
+            assert upload(case, agent, manifest, update).status_code == 200
+        case.advance()
+        releases = case.federation.releases
+        before, after = (
+            flatten(releases.arrays(releases.get(n)), layout) for n in (number, number + 1)
+        )
+        assert np.abs(after - before - update).max() < 256 * step(case)
+        assert {factor_of(slot.name) for slot in layout.slots} == {Factor("BA"[number])}
 
 
 def test_uploads_and_sums_are_gone_with_their_round(case, start_round, blob_files) -> None:

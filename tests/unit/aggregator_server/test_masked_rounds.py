@@ -31,7 +31,8 @@ from privacy.secagg.checks import CellPolicy, check_roster
 from privacy.secagg.derive import public_key_of, survivors_hash
 from protocol.chain import RoundManifest
 from protocol.limits import MAX_READY_ATTEMPTS, MIN_CELL, PART_BYTES
-from protocol.manifest import FilterRule
+from protocol.lora_rules import LoraRule
+from protocol.manifest import Factor, FilterRule
 from protocol.masked import (
     BundleNews,
     CellNews,
@@ -52,6 +53,7 @@ from protocol.phases import AgentPhase, CellPhase, RoundPhase
 from protocol.problems import ProblemType
 from protocol.signing import Signed, Signer, sign
 from protocol.wire import b64u_encode, parse, sha256
+from quant.adapter import factor_of, flatten
 
 NewsT = TypeVar("NewsT")
 STAGE_S = 90.0
@@ -83,7 +85,7 @@ class Member:
 
     @property
     def plan(self) -> EncodingPlan:
-        return self.case.federation.charter.masked.plan
+        return self.case.federation.charter.turns.plan_at(self.manifest.release)
 
     @property
     def policy(self) -> CellPolicy:
@@ -263,11 +265,13 @@ class Gathered:
             n_cells,
             len(members),
         )
-        before = releases.vector(releases.get(release.number - 1)).astype(np.float64)
         plan = members[0].plan
+        before, after = (
+            flatten(releases.arrays(releases.get(number)), plan.layout).astype(np.float64)
+            for number in (release.number - 1, release.number)
+        )
         one = plan.layout.slots[0].step * plan.max_weight / sum(m.weight for m in members)
-        moved = releases.vector(release) - before
-        np.testing.assert_allclose(moved, self.mean(members), rtol=1e-6, atol=0.1 * one)
+        np.testing.assert_allclose(after - before, self.mean(members), rtol=1e-6, atol=0.1 * one)
 
 
 @pytest.fixture
@@ -431,6 +435,26 @@ class TestOfWhichNobodyIsLost:
         plain = wanted * (3 - 3.0) / 4  # of equal weights
         error = np.linalg.norm(moved - wanted) / np.linalg.norm(wanted)
         assert error < 0.5 * np.linalg.norm(plain - wanted) / np.linalg.norm(wanted)
+
+    def test_under_rolora_the_masked_factors_take_turns(self, gather, make_base_of):
+        """Their sizes differ, so each round has a plan of its own, also after a restart."""
+        world = gather(5, n_rounds=3, lora_rule=LoraRule.ROLORA, base=make_base_of(d_in=48))
+        world.play(*STAGES)
+        world.assert_published(world.members)
+        assert {factor_of(slot.name) for slot in world.members[0].plan.layout.slots} == {Factor.B}
+        following = world.members[0].http.round()
+        again = [
+            Member(member.http, following, weight=member.weight, seed=100 + i)
+            for i, member in enumerate(world.members)
+        ]
+        second = Gathered(world.case, following, again)
+        assert following.update_n_bytes == again[0].plan.n_bytes
+        assert again[0].plan.n_bytes != world.members[0].plan.n_bytes
+        second.play("ready", "share", "upload")
+        world.case.restart()
+        second.play("confirm", "reveal")
+        second.assert_published(again)
+        assert {factor_of(slot.name) for slot in again[0].plan.layout.slots} == {Factor.A}
 
     def test_the_next_round_begins_with_nothing_of_the_last_one(self, gather):
         world = gather(5, n_rounds=2)

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from safetensors.numpy import load
 
 from aggregator_server.aggregation import optimizers
 from aggregator_server.aggregation.lora import covariance_gap, flexlora
@@ -25,7 +26,7 @@ from protocol.phases import RoundPhase
 from protocol.problems import ProblemType
 from protocol.signing import verify
 from protocol.wire import b64u_encode, domain_hash, parse
-from quant.adapter import factor_of
+from quant.adapter import factor_of, flatten
 
 
 def reason_of(agent) -> WaitReason | None:
@@ -289,6 +290,64 @@ class TestAggregation:
         assert told.estimated_norm == pytest.approx(exact, rel=1e-4)  # layers of 64: exact
         assert told.estimated_change_norm > 0
         assert releases.get(0).aggregation.covariance_gap is None
+
+    def test_under_rolora_b_and_a_take_turns_and_each_mean_is_exact(
+        self, make_case, start_round, make_base_of
+    ):
+        case = make_case(
+            cohort_target=2, lora_rule=LoraRule.ROLORA, base=make_base_of(d_in=48), n_rounds=3
+        )
+        agents, _manifest = start_round(case, 2)
+        releases, rng = case.federation.releases, np.random.default_rng(1)
+        for number, factor in enumerate("BAB"):
+            manifest, base = agents[0].round(), releases.get(number)
+            layout = case.federation.charter.turns.at(number).layout
+            assert manifest.update_n_bytes == layout.n_bytes
+            vectors = [rng.standard_normal(layout.n_values).astype(np.float32) for _ in agents]
+            for agent, vector, weight in zip(agents, vectors, (1, 3), strict=True):
+                assert agent.upload(manifest, vector, weight=weight).status_code == 200
+            case.advance()
+            before, release = releases.arrays(base), releases.get(number + 1)
+            after = releases.arrays(release)
+            changed = {name for name in after if not np.array_equal(after[name], before[name])}
+            assert {factor_of(name) for name in changed} == {Factor(factor)}
+            np.testing.assert_allclose(
+                flatten(after, layout) - flatten(before, layout),
+                np.average(np.float64(vectors), axis=0, weights=(1, 3)),
+                rtol=1e-4,
+                atol=1e-5,
+            )
+            sent = load(releases.file(release.sent))
+            assert sent.keys() == changed
+            assert manifest.sent == base.sent
+
+    def test_under_rolora_an_update_of_the_other_factor_is_refused(
+        self, make_case, start_round, make_base_of, problem_of
+    ):
+        case = make_case(cohort_target=2, lora_rule=LoraRule.ROLORA, base=make_base_of())
+        agents, manifest = start_round(case, 2)
+        other = case.federation.charter.turns.at(1).layout
+        data = np.ones(other.n_values, "<f4").tobytes()
+        header = agents[0].header(manifest, data).model_copy(update={"layout": other.digest()})
+        assert problem_of(agents[0].begin(header)) is ProblemType.BAD_REQUEST
+
+    def test_a_rollback_under_rolora_keeps_the_turns_of_the_releases(self, make_case, start_round):
+        case = make_case(cohort_target=2, lora_rule=LoraRule.ROLORA, n_rounds=3)
+        agents, manifest = start_round(case, 2)
+        layout = case.federation.charter.turns.at(0).layout
+        for agent in agents:
+            agent.upload(manifest, np.ones(layout.n_values, np.float32))
+        case.advance()
+        releases = case.federation.releases
+        back = releases.roll_back(0)
+        assert (back.number, back.sent) == (2, releases.get(0).sent)
+        case.advance()
+        manifest = agents[0].round()
+        assert manifest.update_n_bytes == layout.n_bytes  # release 2: B's turn
+        for agent in agents:
+            agent.upload(manifest, np.full(layout.n_values, 2.0, np.float32))
+        case.advance()
+        np.testing.assert_array_equal(flatten(releases.arrays(releases.get(3)), layout), 2.0)
 
     def test_flexlora_releases_the_best_adapter_for_the_mean_product(self, make_case, start_round):
         case = make_case(cohort_target=3, n_rounds=2, lora_rule=LoraRule.FLEXLORA)

@@ -20,6 +20,7 @@ from privacy.secagg import cells
 from privacy.secagg.agent import SecAggAgent
 from privacy.secagg.checks import CellPolicy
 from privacy.secagg.server import CellServer
+from privacy.turns import Turns
 from protocol.base_description import BaseDescription, LinearModule
 from protocol.chain import (
     AggregationReport,
@@ -516,12 +517,8 @@ class MaskedHost:
         }
         self.manifest = FederationManifest(**{**values, **changes})
         self.federation = sign(key, "federation", self.manifest).signed
-        self.plan = EncodingPlan.of(
-            layout,
-            self.masking,
-            max_weight=self.manifest.max_weight,
-            privacy=self.manifest.privacy,
-        )
+        self.turns = Turns.of((plain,), self.manifest)
+        self.plan: EncodingPlan = self.turns.plan_at(0)
         self.base = base
         self.start = initial_adapter(base, lora)
         self.blobs: dict[bytes, bytes] = {}

@@ -26,11 +26,15 @@ from edge_agent.errors import (
 from edge_agent.home import AgentHome
 from edge_agent.journal import Journal
 from edge_agent.member import Member
+from edge_agent.newest import newest_release
 from edge_agent.politeness import OwnersWishes
 from edge_agent.training.trainer import LocalTrainer, TrainingProgress
 from edge_agent.transport import Upload as SentUpload
 from protocol.chain import AggregationReport, BlobRef, Release, RoundManifest
+from protocol.layout import VectorLayout
+from protocol.lora_rules import LoraRule
 from protocol.manifest import (
+    SENT,
     AggregationBlock,
     ChangeLimitsBlock,
     Factor,
@@ -71,6 +75,7 @@ from quant.adapter import (
     vector_from_bytes,
 )
 from quant.base_model import LoadedBase, load_base
+from quant.lora_turns import turn_layouts
 
 N_STEPS = 3
 ROWS = 8
@@ -109,6 +114,7 @@ class FakeServer:
         self.manifest = manifest
         self.shapes = {name: array.shape for name, array in start.items()}
         self.layout = sent_layout(self.shapes, manifest.lora.sent)
+        self.layouts = turn_layouts(manifest.lora.rule, self.shapes)
         self.start = start
         self.adapters: list[AdapterArrays] = []
         self.releases: list[Signed[Release]] = []
@@ -144,10 +150,15 @@ class FakeServer:
         self.blobs[sha256(data)] = data
         return BlobRef(sha256=sha256(data), n_bytes=len(data))
 
+    def layout_at(self, release: int) -> VectorLayout:
+        """Of what is sent in a round that starts from a release."""
+        return self.layouts[release % len(self.layouts)]
+
     def publish(self, arrays: AdapterArrays, **changes: Any) -> Release:
         """The next release."""
         number = len(self.releases)
-        sent = {slot.name: arrays[slot.name] for slot in self.layout.slots}
+        changed = self.layout_at(max(0, number - 1))
+        sent = {slot.name: arrays[slot.name] for slot in changed.slots}
         values = {
             "federation": self.manifest.federation,
             "number": number,
@@ -188,7 +199,7 @@ class FakeServer:
             "cohort_size": 1,
             "schedule_start": min(1.0, (number - 1) / n_rounds),
             "schedule_end": min(1.0, number / n_rounds),
-            "update_n_bytes": self.layout.n_bytes,
+            "update_n_bytes": self.layout_at(newest.number).n_bytes,
             "opened_at": 1.0,
             "deadline_at": 2e9,
             "cap_at": 2e9,
@@ -200,7 +211,8 @@ class FakeServer:
     def close_round(self) -> None:
         """Average the one upload into the next release."""
         upload = self.accepted()[-1]
-        update = unflatten(vector_from_bytes(upload.body, self.layout), self.layout)
+        layout = self.layout_at(self.releases[-1].body.number)
+        update = unflatten(vector_from_bytes(upload.body, layout), layout)
         arrays = dict(self.adapters[-1])
         arrays |= {name: arrays[name] + change for name, change in update.items()}
         self.publish(arrays)
@@ -395,7 +407,7 @@ def make_world(
 
     def make(
         *,
-        sent: tuple[Factor, ...] = (Factor.A, Factor.B),
+        rule: LoraRule = LoraRule.FEDIT,
         n_steps: int = N_STEPS,
         dropout: float = 0.0,
         name: str = "home",
@@ -406,14 +418,15 @@ def make_world(
             alpha=4.0,
             dropout=dropout,
             target_modules=("q_proj", "v_proj"),
-            sent=sent,
+            sent=SENT[rule],
+            rule=rule,
             init_seed=7,
         )
         shapes = adapter_shapes(random_base.description, lora)
         values = {
             "base": random_base.description.base,
             "lora": lora,
-            "layout": sent_layout(shapes, sent).digest(),
+            "layout": sent_layout(shapes, lora.sent).digest(),
             "training": TrainingBlock(
                 local_steps=n_steps, batch_size=4, learning_rate=1e-2, max_length=128
             ),
@@ -1128,7 +1141,7 @@ def test_check_17_allows_each_release_its_step(make_world: Callable[..., World])
 
 
 def test_only_b_travels_and_a_stays_as_release_0_has_it(make_world: Callable[..., World]) -> None:
-    world = make_world(sent=(Factor.B,))
+    world = make_world(rule=LoraRule.FFA_LORA)
     server = world.server
     server.open_round()
     world.start().run()
@@ -1155,7 +1168,7 @@ def test_a_frozen_factor_that_was_exchanged_is_refused(
     make_world: Callable[..., World], how: str
 ) -> None:
     """The server signs a release whose A is another one than all agents froze."""
-    world = make_world(sent=(Factor.B,))
+    world = make_world(rule=LoraRule.FFA_LORA)
     name = next(name for name in world.server.start if factor_of(name) is Factor.A)
     changed = {**world.server.start, name: world.server.start[name] + np.float32(0.5)}
     release = world.server.publish(changed)
@@ -1168,11 +1181,96 @@ def test_a_frozen_factor_that_was_exchanged_is_refused(
     assert not world.server.uploads
 
 
+# A and B take turns
+
+
+def take_turns(world: World, n_rounds: int) -> None:
+    for _ in range(n_rounds):
+        world.server.open_round()
+        world.start().run()
+        world.server.close_round()
+
+
+def test_under_rolora_b_and_a_are_trained_and_sent_in_turn(
+    make_world: Callable[..., World],
+) -> None:
+    world = make_world(rule=LoraRule.ROLORA)
+    server = world.server
+    take_turns(world, 4)
+    for number, turn in enumerate("BABA"):
+        before, after = server.adapters[number], server.adapters[number + 1]
+        changed = {factor_of(name) for name in after if (after[name] != before[name]).any()}
+        assert changed == {Factor(turn)}
+        upload = server.accepted()[number]
+        assert len(upload.body) == server.layout_at(number).n_bytes
+        assert upload.header.body.layout == server.layout_at(number).digest()
+
+
+def test_under_rolora_an_agent_fetches_the_factor_that_changed_alone(
+    make_world: Callable[..., World],
+) -> None:
+    world = make_world(rule=LoraRule.ROLORA)
+    server = world.server
+    take_turns(world, 4)
+    first, *later = (signed.body for signed in server.releases)
+    # Release 4 is what no round has started from yet.
+    assert server.fetched == [ref.sha256 for ref in (first.sent, first.adapter)] + [
+        release.sent.sha256 for release in later[:3]
+    ]
+    server.open_round()
+    world.start().run()
+    kept = {path.name for path in world.home.cache.iterdir()}
+    assert kept == {ref.sha256.hex() for ref in (later[3].sent, later[2].sent, first.adapter)}
+
+
+@pytest.mark.parametrize("n_missed", [1, 2, 3])
+@pytest.mark.parametrize("back_to", [None, 0, 1, 2])
+def test_under_rolora_an_agent_that_was_away_puts_the_newest_release_together(
+    make_world: Callable[..., World], n_missed: int, back_to: int | None
+) -> None:
+    world = make_world(rule=LoraRule.ROLORA)
+    server = world.server
+    take_turns(world, 2)
+    if back_to is not None:
+        old = server.releases[back_to].body
+        server.publish(
+            server.adapters[back_to], sent=old.sent, adapter=old.adapter, rolled_back_to=back_to
+        )
+    for _ in range(n_missed):  # by others
+        layout = server.layout_at(len(server.releases) - 1)
+        moved = {slot.name: server.adapters[-1][slot.name] + 0.25 for slot in layout.slots}
+        server.publish(server.adapters[-1] | moved)
+    server.open_round()
+    agent = world.start()
+    agent.run()
+    _release, arrays = agent._releases.newest()
+    assert to_safetensors(arrays) == to_safetensors(server.adapters[-1])
+    newest = newest_release(world.home, world.journal, None)
+    assert newest.release.number == len(server.releases) - 1
+    assert newest.weights == to_safetensors(server.adapters[-1])
+
+
+@pytest.mark.usefixtures("never_train")
+def test_under_rolora_a_factor_that_changed_out_of_its_turn_is_refused(
+    make_world: Callable[..., World],
+) -> None:
+    world = make_world(rule=LoraRule.ROLORA)
+    a, b = (
+        next(name for name in world.server.start if factor_of(name) is factor) for factor in Factor
+    )
+    start = world.server.start
+    world.server.publish({**start, a: start[a] + np.float32(0.5), b: start[b] + np.float32(0.5)})
+    world.server.open_round()
+    with pytest.raises(TrustError, match="does not hold what its signature promises"):
+        world.start().run()
+    assert not world.server.uploads
+
+
 # Files
 
 
 def test_the_cache_keeps_what_the_next_round_needs(make_world: Callable[..., World]) -> None:
-    world = make_world(sent=(Factor.B,))
+    world = make_world(rule=LoraRule.FFA_LORA)
     server = world.server
     for round_number in (1, 2):
         server.open_round()

@@ -4,6 +4,7 @@ import pytest
 
 from edge_agent.consent import disclose, hub_host
 from edge_agent.plain_text import escaped, plain
+from protocol.lora_rules import LoraRule
 from protocol.manifest import AggregationBlock, BaseBlock, Factor, LoraBlock, Weighting
 from protocol.signing import format_fingerprint
 from quant.tiny import EMBEDDED_NAME
@@ -42,6 +43,14 @@ def test_what_does_not_leave_is_not_named(make_manifest) -> None:
     text = "\n".join(tell(manifest).what_leaves)
     assert "the factors B of" in text
     assert "number of your examples" not in text
+
+
+def test_factors_that_take_turns_are_told(make_manifest) -> None:
+    lora = LoraBlock(
+        rank=8, alpha=1.0, target_modules=("q_proj",), rule=LoraRule.ROLORA, init_seed=1
+    )
+    text = "\n".join(tell(make_manifest(lora=lora)).what_leaves)
+    assert "the factors B or A, which take turns, of a LoRA adapter of rank 8" in text
 
 
 def test_the_size_of_an_update_is_told(make_manifest) -> None:

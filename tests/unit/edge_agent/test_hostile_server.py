@@ -96,6 +96,9 @@ class FakeBase:
     description: BaseDescription
     world: "World"
 
+    def train_only(self, factors: tuple[Factor, ...]) -> None:
+        assert factors == self.world.host.manifest.lora.sent
+
 
 class FakeTrainer:
     """Gives the update that the world holds."""

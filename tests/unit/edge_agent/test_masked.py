@@ -225,7 +225,7 @@ class World:
                 owners_cell=self.owners,
             ),
             masking=self.host.masking,
-            plan=self.host.plan,
+            turns=self.host.turns,
             transport=self.make_transport(self),
             clock=self.clock,
             say=lambda kind, text: self.told.append((kind, text)),

@@ -10,7 +10,14 @@ from bitsandbytes.functional import dequantize_4bit
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from protocol.manifest import Factor, LoraBlock
-from quant.adapter import AdapterArrays, initial_adapter, peft_config, to_safetensors, write_folder
+from quant.adapter import (
+    AdapterArrays,
+    factor_of,
+    initial_adapter,
+    peft_config,
+    to_safetensors,
+    write_folder,
+)
 from quant.base_model import LoadedBase, linear_modules, load_base
 from quant.errors import AdapterError
 from quant.lora import AdaptedModel
@@ -321,6 +328,21 @@ def test_only_b_is_trainable_when_only_b_is_sent(random_base: LoadedBase) -> Non
     adapted = AdaptedModel(random_base, LORA.model_copy(update={"sent": (Factor.B,)}))
     assert all(name.endswith("lora_B.weight") for name in adapted.trainable)
     assert len(adapted.trainable) * 2 == len(adapted.factors)
+
+
+def test_factors_may_be_trained_in_turn(
+    adapted: AdaptedModel, batch: dict[str, torch.Tensor]
+) -> None:
+    both = gradients(adapted, batch)
+    for factor in (Factor.A, Factor.B):
+        adapted.train_only((factor,))
+        alone = gradients(adapted, batch)
+        assert alone.keys() == adapted.trainable.keys()
+        assert {factor_of(name) for name in alone} == {factor}
+        for name, gradient in alone.items():
+            torch.testing.assert_close(gradient, both[name])
+    adapted.train_only((Factor.A, Factor.B))
+    assert gradients(adapted, batch).keys() == both.keys()
 
 
 def test_a_layer_that_is_used_twice_adds_its_gradients_by_example(adapted: AdaptedModel) -> None:

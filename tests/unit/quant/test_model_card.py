@@ -57,7 +57,7 @@ def test_the_card_says_what_it_is_how_it_was_made_and_how_private(
         "> Of three clinics.",
         "`synthetic/tiny`",
         manifest.base.fingerprint.hex(),
-        "rank 4, α 8, factors sent: A, B, on `q_proj`, `v_proj`",
+        "rank 4, α 8, rule `fedit`, factors sent: A, B, on `q_proj`, `v_proj`",
         "round 1 of 3 from 3 agents, rule `fedavg` weighted by `n_examples`",
         "10 steps of batch 32, AdamW, learning rate 0.001 cosine to 0.1",
         "loss on response, at most 512 tokens",

@@ -38,12 +38,24 @@ def gradients(model: AdaptedModel, seed: int) -> dict[str, torch.Tensor]:
     return found
 
 
-@pytest.mark.parametrize("sent", [(Factor.A, Factor.B), (Factor.B,)])
+@pytest.mark.parametrize(
+    ("sent", "trained"),
+    [
+        ((Factor.A, Factor.B), (Factor.A, Factor.B)),
+        ((Factor.B,), (Factor.B,)),
+        ((Factor.A, Factor.B), (Factor.A,)),  # in its turn
+    ],
+)
 def test_guarantee_1_its_gradients_are_ours(
-    random_base: LoadedBase, other_base: LoadedBase, sent: tuple[Factor, ...]
+    random_base: LoadedBase,
+    other_base: LoadedBase,
+    sent: tuple[Factor, ...],
+    trained: tuple[Factor, ...],
 ) -> None:
     lora = make_lora(sent)
     ours, theirs = AdaptedModel(random_base, lora), OpacusModel(other_base, lora)
+    ours.train_only(trained)
+    theirs.train_only(trained)
     rng = np.random.default_rng(5)
     arrays = {
         name: array + rng.normal(0, 0.05, array.shape).astype(np.float32)

@@ -1,0 +1,364 @@
+"""Every rule for LoRA on one federation in one process, for `benchmarks.lora_rules`.
+
+Training and averaging are the product's own where the product knows the rule, and its libraries
+where it does not. What an adapter cannot hold (the residual of FedEx-LoRA, the stack of FLoRA)
+stands frozen beside the trained rows, as further rows of the same adapter: a 4-bit base takes none.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from typing import Final, Protocol
+
+import numpy as np
+import torch
+
+from aggregator_server.aggregation import optimizers
+from aggregator_server.aggregation.fedavg import average
+from aggregator_server.aggregation.lora import fedex, flora
+from aggregator_server.aggregation.lora_core import core_name, core_shapes
+from aggregator_server.aggregation.lora_flex import flexlora_step
+from aggregator_server.aggregation.lora_pairs import (
+    Cohort,
+    LocalAdapter,
+    LoraAdapter,
+    Pair,
+    local_adapter,
+    pairs_of,
+    scale_of,
+)
+from aggregator_server.aggregation.lora_products import best_rank, total
+from aggregator_server.aggregation.robust.units import ArrayUnits
+from edge_agent.training.gradients import Gradients
+from edge_agent.training.trainer import ClipNorm, GradientTransform
+from privacy.updates import CellSum, Float32Array, PlainUpdate
+from protocol.layout import VectorLayout
+from protocol.lora_rules import LoraRule
+from protocol.manifest import Factor, LoraBlock
+from quant.adapter import AdapterArrays, factor_of, flatten, initial_adapter, sent_layout, unflatten
+from quant.base_model import LoadedBase
+from quant.lora import AdaptedLayer, AdaptedModel
+from quant.lora_turns import sent_factors
+
+BOTH: Final = (Factor.A, Factor.B)
+
+
+class Method(StrEnum):
+    """How the adapters of all agents become one, by the names of their papers."""
+
+    FEDIT = "fedit"
+    FFA_LORA = "ffa-lora"
+    ROLORA = "rolora"
+    FLEXLORA = "flexlora"
+    FEDSA_LORA = "fedsa-lora"
+    FED_SB = "fed-sb"
+    FLORA = "flora"
+    FEDEX = "fedex"
+
+
+class Train(Protocol):
+    """What an agent does in a round: `benchmarks.lora_rules_jobs.Agents.train`, or Dolly's."""
+
+    def __call__(
+        self,
+        adapted: AdaptedModel,
+        start: AdapterArrays,
+        layout: VectorLayout,
+        *,
+        number: int,
+        agent: int,
+        transforms: tuple[GradientTransform, ...] | None = None,
+    ) -> PlainUpdate:
+        """The update of one agent."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Federation:
+    """A federation, whatever its rule.
+
+    Attributes:
+        base: Loaded once; no adapter is attached.
+        lora: The adapter: rank, scale, modules, seed of release 0.
+        cohorts: Who takes part in each round.
+        train: What an agent does.
+        max_grad_norm: Of the recipe.
+        optimizer: What the server does with a mean; other rules than FedIT and FFA-LoRA add it.
+    """
+
+    base: LoadedBase
+    lora: LoraBlock
+    cohorts: Sequence[Sequence[int]]
+    train: Train
+    max_grad_norm: float
+    optimizer: optimizers.Optimizer
+
+    def start(self) -> AdapterArrays:
+        """Release 0."""
+        return initial_adapter(self.base.description, self.lora)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Made:
+    """What a federation ended with.
+
+    Attributes:
+        adapted: The model.
+        adapters: What to load into it: one adapter, or one for each agent.
+        n_up: Values that an agent sent over all rounds, if it took part in all.
+        n_down: Values that such an agent fetched.
+    """
+
+    adapted: AdaptedModel
+    adapters: Mapping[str, AdapterArrays]
+    n_up: int
+    n_down: int
+
+
+def federate(method: Method, federation: Federation) -> Made:
+    """Run all rounds of a rule.
+
+    Args:
+        method: The rule.
+        federation: Who, what and how often.
+    """
+    match method:
+        case Method.FEDIT | Method.FFA_LORA | Method.ROLORA:
+            return _by_means(LoraRule(method.value), federation)
+        case Method.FEDSA_LORA:
+            return _by_shared_a(federation)
+        case Method.FLEXLORA:
+            return _by_products(federation)
+        case Method.FED_SB:
+            return _by_cores(federation)
+        case Method.FLORA | Method.FEDEX:
+            return _beside_frozen_rows(method, federation)
+
+
+def _mean(updates: Sequence[PlainUpdate]) -> np.ndarray:
+    cells = map(CellSum.of_plain, updates)
+    return average(cells, n_values=len(updates[0].vector)).mean
+
+
+def _added(start: Float32Array, step: np.ndarray) -> Float32Array:
+    return (start + step).astype(np.float32)
+
+
+def _by_means(rule: LoraRule, federation: Federation) -> Made:
+    """FedIT, FFA-LoRA, RoLoRA: the mean of what is sent, then the server's optimiser."""
+    adapted = AdaptedModel(federation.base, federation.lora)
+    release, state, n_sent = federation.start(), None, 0
+    for number, cohort in enumerate(federation.cohorts):
+        factors = sent_factors(rule, number)
+        adapted.train_only(factors)
+        layout = sent_layout(adapted.shapes(), factors)
+        updates = [
+            federation.train(adapted, release, layout, number=number, agent=agent)
+            for agent in cohort
+        ]
+        if number == 0:
+            state = optimizers.initial_state(federation.optimizer, n_values=layout.n_values)
+        step, state = optimizers.apply(federation.optimizer, state, _mean(updates))
+        release |= unflatten(_added(flatten(release, layout), step), layout)
+        n_sent += layout.n_values
+    return Made(adapted=adapted, adapters={"all": release}, n_up=n_sent, n_down=n_sent)
+
+
+def _by_shared_a(federation: Federation) -> Made:
+    """FedSA-LoRA: the mean of A; every agent keeps a B of its own, and has a model of its own."""
+    adapted = AdaptedModel(federation.base, federation.lora)
+    adapted.train_only(BOTH)
+    whole = sent_layout(adapted.shapes(), BOTH)
+    shared = sent_layout(adapted.shapes(), (Factor.A,))
+    release, own = federation.start(), dict[int, AdapterArrays]()
+    for number, cohort in enumerate(federation.cohorts):
+        updates = []
+        for agent in cohort:
+            start = release | own.get(agent, {})
+            update = federation.train(adapted, start, whole, number=number, agent=agent)
+            moved = unflatten(_added(flatten(start, whole), update.vector), whole)
+            own[agent] = {n: array for n, array in moved.items() if factor_of(n) is Factor.B}
+            part = flatten(unflatten(update.vector, whole), shared)
+            updates.append(PlainUpdate(vector=part, weight=update.weight))
+        release |= unflatten(_added(flatten(release, shared), _mean(updates)), shared)
+    n_sent = len(federation.cohorts) * shared.n_values
+    personal = {str(agent): release | own[agent] for agent in sorted(own)}
+    return Made(adapted=adapted, adapters=personal, n_up=n_sent, n_down=n_sent)
+
+
+def _by_products(federation: Federation) -> Made:
+    """FlexLoRA: the mean of the products, cut to the adapter's rank."""
+    adapted = AdaptedModel(federation.base, federation.lora)
+    adapted.train_only(BOTH)
+    layout = sent_layout(adapted.shapes(), BOTH)
+    vector = flatten(federation.start(), layout)
+    for number, cohort in enumerate(federation.cohorts):
+        release = unflatten(vector, layout)
+        updates = [
+            federation.train(adapted, release, layout, number=number, agent=agent)
+            for agent in cohort
+        ]
+        units = ArrayUnits(
+            np.stack([update.vector for update in updates]),
+            np.array([update.weight for update in updates], np.int64),
+        )
+        vector = _added(vector, flexlora_step(units, vector, layout, federation.lora).step)
+    n_sent = len(federation.cohorts) * layout.n_values
+    release = unflatten(vector, layout)
+    return Made(adapted=adapted, adapters={"all": release}, n_up=n_sent, n_down=n_sent)
+
+
+class CoreModel(AdaptedModel):
+    """A base with Fed-SB's adapter s·B·R·A: A and B stay, R [rank, rank] is trained."""
+
+    def __init__(self, base: LoadedBase, lora: LoraBlock) -> None:
+        """Attach it; every R is zero until `load`."""
+        self.cores: dict[str, torch.nn.Parameter] = {}
+        super().__init__(base, lora)
+        self.train_only(())
+
+    def _take_over(self, module: torch.nn.Module, layer: AdaptedLayer) -> None:
+        core = torch.nn.Parameter(torch.zeros(self.lora.rank, self.lora.rank))
+        self.cores[core_name(layer.name)] = core
+
+        def forward(x: torch.Tensor) -> torch.Tensor:
+            found: torch.Tensor = layer.base(x)
+            return found + layer.scale * (x @ layer.a.T @ core.T @ layer.b.T)
+
+        module.forward = forward
+
+    @property
+    def trainable(self) -> dict[str, torch.nn.Parameter]:
+        """The cores."""
+        return dict(self.cores)
+
+    def load(self, arrays: Mapping[str, Float32Array]) -> None:
+        """Put factors and cores in place."""
+        super().load({name: array for name, array in arrays.items() if name not in self.cores})
+        with torch.no_grad():
+            for name, core in self.cores.items():
+                core.copy_(torch.from_numpy(arrays[name]))
+
+    def arrays(self) -> AdapterArrays:
+        """Factors and cores."""
+        cores = {name: core.detach().numpy().copy() for name, core in self.cores.items()}
+        return super().arrays() | cores
+
+
+def _by_cores(federation: Federation) -> Made:
+    """Fed-SB: the mean of the cores; A from release 0, B drawn like it."""
+    adapted = CoreModel(federation.base, federation.lora)
+    layout = VectorLayout.of_shapes(core_shapes(adapted.shapes()))
+    release = federation.start()
+    rng = np.random.Generator(np.random.PCG64(federation.lora.init_seed))
+    for name, array in release.items():
+        if factor_of(name) is Factor.B:
+            release[name] = (rng.standard_normal(array.shape) / array.shape[0] ** 0.5).astype(
+                np.float32
+            )
+    vector = np.zeros(layout.n_values, np.float32)
+    for number, cohort in enumerate(federation.cohorts):
+        start = release | unflatten(vector, layout)
+        updates = [
+            federation.train(adapted, start, layout, number=number, agent=agent) for agent in cohort
+        ]
+        vector = _added(vector, _mean(updates))
+    n_sent = len(federation.cohorts) * layout.n_values
+    last = release | unflatten(vector, layout)
+    return Made(adapted=adapted, adapters={"all": last}, n_up=n_sent, n_down=n_sent)
+
+
+@dataclass(frozen=True)
+class KeepRows:
+    """Leaves gradient to the first rows of rank alone; what stands beside them stays frozen."""
+
+    rank: int
+
+    def __call__(self, gradients: Gradients, *, step: int) -> None:  # noqa: ARG002 - interface
+        """Zero the others in place."""
+        for name, gradient in gradients.items():
+            frozen = (
+                gradient[self.rank :] if factor_of(name) is Factor.A else gradient[:, self.rank :]
+            )
+            frozen.zero_()
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Wide:
+    """Trained rows and frozen ones as one adapter of a higher rank and the same scale."""
+
+    lora: LoraBlock
+    arrays: AdapterArrays
+
+    @classmethod
+    def of(cls, lora: LoraBlock, trained: AdapterArrays, frozen: LoraAdapter | None) -> "_Wide":
+        if frozen is None:
+            return cls(lora=lora, arrays=trained)
+        pairs = pairs_of(trained)
+        scale = scale_of(lora)
+        wide = {
+            module: Pair(
+                A=np.concatenate([pair.A, frozen.pairs[module].A]),
+                B=np.concatenate([pair.B, frozen.pairs[module].B * (frozen.scale / scale)], axis=1),
+            )
+            for module, pair in pairs.items()
+        }
+        rank = next(iter(wide.values())).rank
+        block = lora.model_copy(update={"rank": rank, "alpha": scale * rank})
+        return cls(lora=block, arrays=LoraAdapter(pairs=wide, scale=scale).arrays())
+
+
+def _beside_frozen_rows(method: Method, federation: Federation) -> Made:
+    """FLoRA (the stack is frozen, new factors every round) and FedEx-LoRA (the residual is)."""
+    lora, scale = federation.lora, scale_of(federation.lora)
+    release: AdapterArrays = federation.start()
+    narrow = sent_layout({name: array.shape for name, array in release.items()}, BOTH)
+    transforms = (KeepRows(lora.rank), ClipNorm(federation.max_grad_norm))
+    frozen: LoraAdapter | None = None
+    n_up = n_down = 0
+    for number, cohort in enumerate(federation.cohorts):
+        wide = _Wide.of(lora, release, frozen)
+        adapted = AdaptedModel(federation.base, wide.lora)
+        adapted.train_only(BOTH)
+        layout = sent_layout(adapted.shapes(), BOTH)
+        agents = []
+        for agent in cohort:
+            update = federation.train(
+                adapted, wide.arrays, layout, number=number, agent=agent, transforms=transforms
+            )
+            own = {
+                name: (array[: lora.rank] if factor_of(name) is Factor.A else array[:, : lora.rank])
+                for name, array in unflatten(update.vector, layout).items()
+            }
+            plain = PlainUpdate(vector=flatten(own, narrow), weight=update.weight)
+            agents.append(local_adapter(plain, release, narrow, scale=scale))
+        adapted.detach()
+        n_up += narrow.n_values
+        # The stack of all; or the mean, and a gap of the rank of all but one.
+        n_down += len(cohort) * narrow.n_values
+        if method is Method.FLORA:
+            release, frozen = _stacked(agents, federation, frozen, number + 1)
+        else:
+            found = fedex(Cohort(agents=tuple(agents)), previous=frozen)
+            release, frozen = found.adapter.arrays(), found.residual
+    wide = _Wide.of(lora, release, frozen)
+    last = AdaptedModel(federation.base, wide.lora)
+    return Made(adapted=last, adapters={"all": wide.arrays}, n_up=n_up, n_down=n_down)
+
+
+def _stacked(
+    agents: Sequence[LocalAdapter], federation: Federation, frozen: LoraAdapter | None, number: int
+) -> tuple[AdapterArrays, LoraAdapter]:
+    """FLoRA's next start: factors drawn anew, beside all that was learnt."""
+    stack = flora(Cohort(agents=tuple(agents)))
+    start = pairs_of(federation.start())
+    pairs = {}
+    for module, pair in stack.pairs.items():
+        # The stack is Σ p_k s B_k A_k; its own start s B_0 A_0 is zero, as B_0 is.
+        parts = [pair] if frozen is None else [pair, frozen.pairs[module]]
+        pairs[module] = total(parts, [1.0] * len(parts))
+    rank = min(next(iter(pairs.values())).rank, max(min(pair.shape) for pair in start.values()))
+    exact = {module: best_rank(pair, rank).pair for module, pair in pairs.items()}
+    seed = federation.lora.init_seed + number
+    fresh = replace(federation, lora=federation.lora.model_copy(update={"init_seed": seed})).start()
+    return fresh, LoraAdapter(pairs=exact, scale=1.0)
