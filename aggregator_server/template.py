@@ -82,8 +82,9 @@ _EXPLAINED: Final[Mapping[str, Mapping[str, str]]] = {
         "adaptive": "The clip norm follows a quantile of the updates' norms, counted with noise.",
     },
     "filter": {
-        "rule": '"none"; "robust": updates, or means of cells, are cut to the median norm, then '
-        "outliers are removed, a quarter at most, or the geometric median is taken.",
+        "rule": '"none"; "robust": updates, or means of cells, are cut to the median norm; those '
+        "out of scale, against the others, or copies are removed, a quarter at most. Of fewer than "
+        "eight the geometric median is taken.",
     },
     "gate": {
         "rule": '"none": nobody looks at a candidate; "evaluator": one must let it pass.',

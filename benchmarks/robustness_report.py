@@ -22,6 +22,8 @@ MAX_CONTAMINATED: Final = 0.25
 """Share of units with an attacker up to which the target holds, in cells."""
 MAX_OPEN: Final = 0.1
 """The same in the open mode."""
+_DARK: Final = (0.42, 0.94)
+"""Below and above, the heat map is dark."""
 _CLEAN_TARGET, _KEPT_TARGET, _RARE_TARGET = 0.99, 0.9, 0.05
 
 
@@ -127,6 +129,14 @@ class Report:
                 better="higher",
                 target=_KEPT_TARGET,
             )
+            yield Row.of(
+                f"{name}: what the round gains, under that attack ÷ by the mean without it",
+                [self.gain_kept(one) for one in ones],
+                None,
+                peer_name="",
+                unit="",
+                better="higher",
+            )
         everything = self.found(arrangement)
         yield _frac_row(f"{name}: honest units removed", everything, "n_false", "n_honest")
         if any(one["n_rare"] for one in everything):
@@ -187,8 +197,9 @@ class Report:
 
     def markdown(self) -> str:
         """All tables for a page."""
-        parts = ["Score kept by the default filter, and by the mean, after one aggregation:\n"]
+        parts = ["Score kept by the default filter, then by the mean (lowest of the seeds):\n"]
         parts += [self._by_share(arrangement) for arrangement in self._settings.arrangements]
+        parts.append(self._backdoors())
         parts.append("Score kept by each rule, over the attacks at its full share:\n")
         parts.append(self._by_rule())
         parts.append("Units removed by the default filter:\n")
@@ -215,7 +226,6 @@ class Report:
             cells = [
                 f"{self._cell(self.found(arrangement, threat, Rule.PIPELINE, share))}, "
                 f"{self._cell(self.found(arrangement, threat, Rule.MEAN, share))}"
-                + self._backdoors(arrangement, threat, share)
                 for share in arrangement.shares
             ]
             lines.append(f"| {threat.value} | {' | '.join(cells)} |")
@@ -234,17 +244,23 @@ class Report:
         values = [self.kept(one) for one in ones]
         return f"{np.mean(values):.2f} ({min(values):.2f})" if values else ""
 
-    def _backdoors(self, arrangement: Arrangement, threat: Threat, share: float) -> str:
-        parts = []
-        for rule in (Rule.PIPELINE, Rule.MEAN):
-            shown = [
-                one["backdoor"]
-                for one in self.found(arrangement, threat, rule, share)
-                if one["backdoor"] is not None
-            ]
-            if shown:
-                parts.append(f"{np.mean(shown):.2f}")
-        return f"; answers {', '.join(parts)}" if parts else ""
+    def _backdoors(self) -> str:
+        """How often the attacker's answer was given after one aggregation."""
+        highest = {
+            rule: max(
+                (
+                    one["backdoor"]
+                    for one in self._grid
+                    if one["rule"] == rule.value and one["backdoor"] is not None
+                ),
+                default=None,
+            )
+            for rule in (Rule.PIPELINE, Rule.MEAN)
+        }
+        shown = ", ".join(
+            f"{rule.value} {frac:.2f}" for rule, frac in highest.items() if frac is not None
+        )
+        return f"Triggered instructions with the attacker's answer, at most: {shown}.\n"
 
     def _full(self) -> list[Arrangement]:
         return [one for one in self._settings.arrangements if one.full_share is not None]
@@ -371,11 +387,12 @@ class Report:
                 ),
                 title=f"{arrangement.name}: by share of attackers",
             )
+            grid[1][column].axvline(len(shares) - 0.5, color="white", linewidth=3)
         for row in grid:
             row[0].set_yticks(range(len(threats)), [threat.value for threat in threats])
         figure.colorbar(image, ax=grid, label="score ÷ that of the mean without an attacker")
         path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=110)
+        figure.savefig(path, dpi=80)
 
     def _map(
         self,
@@ -398,7 +415,10 @@ class Report:
         image = axes.imshow(values, vmin=0.3, vmax=1.0, cmap="RdYlGn", aspect="auto")
         for (row, column), value in np.ndenumerate(values):
             if np.isfinite(value):
-                axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=7)
+                ink = "black" if _DARK[0] < value < _DARK[1] else "white"
+                axes.text(
+                    column, row, f"{value:.2f}", ha="center", va="center", fontsize=7, color=ink
+                )
         axes.set_xticks(range(len(columns)), columns, rotation=60, ha="right", fontsize=8)
         axes.set_title(title, fontsize=10)
         return image
