@@ -16,7 +16,7 @@ from protocol.guarantee import describe_privacy
 from protocol.lora_rules import LoraRule
 from quant.errors import QuantError
 from quant.quiet import quiet_libraries
-from simulations import cli_audit
+from simulations import cli_audit, cli_judge
 from simulations.cli_shared import console, write_json
 from simulations.errors import SimulationError
 from simulations.partition.schemes import DRAWN_SCHEMES, Scheme
@@ -185,6 +185,7 @@ def make_tiny_base(
 
 
 cli_audit.register(app)
+cli_judge.register(app)
 
 if __name__ == "__main__":
     main()

@@ -5,6 +5,7 @@ SimulationError
 ├── AttackError        an attack that cannot be made with what its attackers have
 ├── AuditInputError    an audit that cannot be made of this
 ├── ClaimRefutedError  an audit that found more than what is claimed
+├── JudgeError         a judge that cannot be asked, or whose answer cannot be read
 ├── OutputError        a place for results that cannot be used
 ├── PartitionError     records that cannot be split so, or a manifest that does not fit
 └── ProcessError       a server or agent process that did not do its part
@@ -26,6 +27,10 @@ class AuditInputError(SimulationError):
 
 class ClaimRefutedError(SimulationError):
     """A lower bound that exceeds the ε that is claimed: the claim is wrong, or the code is."""
+
+
+class JudgeError(SimulationError):
+    """A judge that cannot be asked, an answer of its that cannot be read, or nothing to compare."""
 
 
 class OutputError(SimulationError):

@@ -1,0 +1,144 @@
+"""`sheepfold-sim judge`: one model's answers against others', by any OpenAI-compatible endpoint."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from simulations.cli_shared import console, write_json
+
+if TYPE_CHECKING:
+    from simulations.judge import Match
+    from simulations.judging import Comparison
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command of this module to the laboratory's."""
+    app.command()(judge)
+
+
+def judge(
+    answers: Annotated[Path, typer.Argument(help="Your model's answers: JSON Lines.")],
+    *,
+    against: Annotated[list[Path], typer.Option(help="Another model's answers; again for more.")],
+    questions: Annotated[Path, typer.Option(help="The questions: JSON Lines, as Vicuna's.")],
+    endpoint: Annotated[str, typer.Option(help="Such as `https://api.openai.com/v1`.")],
+    model: Annotated[str, typer.Option(help="The judge, as the endpoint names it.")],
+    prompts: Annotated[
+        Path | None, typer.Option(help="FastChat's judge prompts, in place of our words.")
+    ] = None,
+    cache: Annotated[
+        Path | None, typer.Option(help="Keep reviews here, and pay for none twice.")
+    ] = None,
+    ratings: Annotated[int, typer.Option(min=1, help="Of each pair, in each order.")] = 3,
+    parallel: Annotated[int, typer.Option(min=1, max=64, help="Requests at once.")] = 4,
+    prompt_price: Annotated[float, typer.Option(min=0.0, help="Of a million tokens asked.")] = 0.0,
+    completion_price: Annotated[
+        float, typer.Option(min=0.0, help="Of a million tokens answered.")
+    ] = 0.0,
+    json_path: Annotated[
+        str | None, typer.Option("--json", metavar="PATH", help="Write JSON here; `-` for stdout.")
+    ] = None,
+) -> None:
+    """Have a judge compare answers pairwise, as the paper's Table 3: both orders, three ratings.
+
+    The endpoint's key is taken from SHEEPFOLD_JUDGE_KEY. Questions and answers go to the endpoint.
+    """
+    from simulations.judge import Judge, Usage, play, reviews_in
+    from simulations.judging import OWN_PROMPTS, compare, read_answers, read_prompts, read_questions
+
+    asked = read_questions(questions)
+    own = read_answers(answers)
+    told = OWN_PROMPTS if prompts is None else read_prompts(prompts)
+    who = Judge(endpoint=endpoint, model=model, n_parallel=parallel)
+    matches: dict[str, tuple[Match, Comparison]] = {}
+    usage = Usage()
+    with reviews_in(cache) as known, _progress() as progress:
+        for path in against:
+            task = progress.add_task(path.stem, total=None)
+            match = play(
+                who,
+                asked,
+                own,
+                read_answers(path),
+                prompts=told,
+                cache=known,
+                n_ratings=ratings,
+                on_done=lambda done, total, task=task: progress.update(  # type: ignore[misc]
+                    task, completed=done, total=total
+                ),
+            )
+            matches[path.stem] = (match, compare(match.ratings))
+            usage = usage.plus(match.usage)
+    cost = usage.cost(prompt_price=prompt_price, completion_price=completion_price)
+    shown = console if json_path == "-" else Console()
+    shown.print(_table(answers.stem, matches))
+    shown.print(
+        f"{usage.n_requests} requests, {usage.n_prompt_tokens:,} tokens asked, "
+        f"{usage.n_completion_tokens:,} answered"
+        + (f", cost {cost:.2f}" if prompt_price or completion_price else ""),
+        highlight=False,
+    )
+    if json_path is not None:
+        found = {name: _as_json(*pair) for name, pair in matches.items()}
+        write_json({"judge": model, "own": answers.stem, "against": found, "cost": cost}, json_path)
+
+
+def _progress() -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+
+
+def _table(own: str, matches: "dict[str, tuple[Match, Comparison]]") -> Table:
+    table = Table(
+        "against", "its score", f"score of {own}", "relative score", "won / tied / lost", "place"
+    )
+    for name, (_, found) in matches.items():
+        table.add_row(
+            name,
+            f"{found.rival:.1f}",
+            f"{found.own:.1f}",
+            f"{found.relative:.3f} ± {found.std_error:.3f}",
+            f"{found.n_wins} / {found.n_ties} / {found.n_losses}",
+            f"{found.position_bias:+.2f}",
+        )
+    table.caption = (
+        "Sums over the questions of mean scores; ± one standard error over questions; place: by "
+        "how much the answer that stands first is favoured."
+    )
+    return table
+
+
+def _as_json(match: "Match", found: "Comparison") -> dict[str, Any]:
+    return {
+        "own": found.own,
+        "rival": found.rival,
+        "relative": found.relative,
+        "std_error": found.std_error if found.n_questions > 1 else None,
+        "n_questions": found.n_questions,
+        "n_ratings": found.n_ratings,
+        "n_wins": found.n_wins,
+        "n_ties": found.n_ties,
+        "n_losses": found.n_losses,
+        "position_bias": found.position_bias,
+        "n_from_cache": match.n_from_cache,
+        "ratings": [
+            {
+                "question": rating.question,
+                "swapped": rating.swapped,
+                "own": rating.own,
+                "rival": rating.rival,
+            }
+            for rating in match.ratings
+        ],
+    }
