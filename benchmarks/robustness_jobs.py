@@ -213,7 +213,11 @@ def _cases() -> tuple[Case, ...]:
         Threat.FLIP_FACTS: both,
         Threat.BACKDOOR: both,
     }
-    few = (Case(arrangement=FEW, threat=Threat.NONE, rule=rule) for rule in both)
+    few = (
+        Case(arrangement=FEW, threat=threat, rule=rule)
+        for threat in (Threat.NONE, Threat.SIGN_FLIP_SCALED)
+        for rule in (*both, Rule.NORM_BOUNDING)
+    )
     many = (
         Case(arrangement=OPEN, threat=threat, rule=rule)
         for threat, rules in wanted.items()
@@ -266,7 +270,7 @@ QUICK: Final = Settings(
     seeds=(1,),
     n_held_out=1,
     rounds=Recipe(n_records=40, n_rounds=1, local_steps=1, batch_size=4, learning_rate=1.2e-2),
-    in_rounds=_cases()[:3],
+    in_rounds=_cases()[:2],
     n_answered=1,
 )
 """For `--quick`: it shows that everything runs; its numbers mean nothing."""
