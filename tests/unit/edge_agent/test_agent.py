@@ -157,6 +157,7 @@ class FakeServer:
     def publish(self, arrays: AdapterArrays, **changes: Any) -> Release:
         """The next release."""
         number = len(self.releases)
+        made_by = self.rounds[-1].body.digest() if self.rounds else bytes(32)
         changed = self.layout_at(max(0, number - 1))
         sent = {slot.name: arrays[slot.name] for slot in changed.slots}
         values = {
@@ -165,7 +166,7 @@ class FakeServer:
             "round": number,
             "previous": self.releases[-1].body.digest() if number else None,
             "federation_digest": self.manifest.digest(),
-            "round_digest": self.rounds[-1].body.digest() if number and self.rounds else None,
+            "round_digest": None if number == 0 or "rolled_back_to" in changes else made_by,
             "adapter": self._blob(to_safetensors(arrays)),
             "sent": self._blob(to_safetensors(sent)),
             "config": self._blob(peft_config(self.manifest.base, self.manifest.lora)),
