@@ -11,7 +11,7 @@ from typing import Annotated, Final
 import numpy as np
 from pydantic import Field
 
-from aggregator_server.aggregation.robust.outcome import FilterOutcome, Rule
+from aggregator_server.aggregation.robust.outcome import FilterOutcome
 from aggregator_server.aggregation.robust.pipeline import Mode, run_pipeline
 from aggregator_server.aggregation.robust.units import BoolArray, Float64Array, Int64Array
 from aggregator_server.errors import AggregationError
@@ -86,8 +86,8 @@ class FilteredCell(WireModel):
     """What its mean is scaled by."""
     removed: Annotated[str, Field(max_length=500)] | None
     """Why it does not count; None: it does."""
-    score: Annotated[float, Field(ge=0.0)] | None = None
-    """How far apart it lies, where the rule says so; 1 is ordinary."""
+    score: float | None = None
+    """How hard it pulls with the others, where the rule says so: 1 is ordinary, below 0 against."""
 
     def without(self, reason: str) -> "FilteredCell":
         """The same, removed for a reason, unless it had been already."""
@@ -148,7 +148,8 @@ def decide(
                 transcript=cell.transcript,
                 factor=float(found.factors[index]),
                 removed=None if found.kept[index] else found.reasons[index][:500],
-                score=float(found.scores[index]) if found.rule is Rule.CAPPED_EVIDENCE else None,
+                # 0 is no score: a unit that went for its size, or a round with nothing in common.
+                score=float(found.scores[index]) or None,
             )
             for index, cell in enumerate(cells)
         ),

@@ -502,6 +502,23 @@ class TestAggregation:
         plain = np.mean([*honest, -50.0 * common], axis=0)
         assert np.linalg.norm(plain - wanted) > 3 * np.linalg.norm(wanted)
 
+    def test_the_robust_filter_removes_an_update_that_pulls_against_the_others(
+        self, make_case, start_round
+    ):
+        """Its score is below 0, and the journal takes it."""
+        case = make_case(cohort_target=9, filter=FilterRule.ROBUST)
+        agents, manifest = start_round(case, 9)
+        n_values = case.federation.charter.layout.n_values
+        rng = np.random.default_rng(3)
+        common = rng.standard_normal(n_values)
+        honest = [common + rng.standard_normal(n_values) for _ in agents]
+        for agent, vector in zip(agents, [*honest[:-1], -honest[-1]], strict=True):
+            agent.upload(manifest, vector.astype(np.float32), weight=3)
+        case.advance()
+        after = case.federation.releases.get(1)
+        assert (after.filter.n_cells, after.filter.n_rejected) == (9, 1)
+        assert after.aggregation.n_agents == 8
+
     def test_a_killed_server_averages_what_its_filter_decided(
         self, make_case, start_round, monkeypatch
     ):
