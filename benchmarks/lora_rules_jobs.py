@@ -99,6 +99,8 @@ SERVER_OPTIMIZERS: Final = tuple(
 )
 WIRED: Final = (Method.FEDIT, Method.FFA_LORA, Method.ROLORA, Method.FLEXLORA)
 """The rules that a manifest can name."""
+_RATED: Final = (*WIRED, Method.FED_SB)
+"""Rules that are also run at another rate: those of one adapter, and no other."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +124,7 @@ class Settings:
 
     Attributes:
         recipe: The demo's, with 6 steps a round instead of 10: scores are then further from 1.
-        rates: Every rule is also run at these on the demo, under the first seed.
+        rates: Rules of one adapter are also run at these on the demo, under the first seed.
         dolly: Ten clients, five a round, as `benchmarks.dolly`.
         dolly_rate: That benchmark's choice for this base.
     """
@@ -156,7 +158,7 @@ class Settings:
         ]
 
     def rate_jobs(self) -> list[Job]:
-        """Every rule at the other rates."""
+        """The rules of one adapter at the other rates."""
         return [
             Job(
                 where=Where.DEMO,
@@ -164,7 +166,7 @@ class Settings:
                 seed=self.seeds[0],
             )
             for one in self.variants
-            if one.optimizer is Optimizer.FEDAVG
+            if one.optimizer is Optimizer.FEDAVG and one.method in _RATED
             for rate in self.rates
         ]
 
