@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Final
 
 from protocol.phases import CellPhase, RoundPhase
 
@@ -27,6 +28,14 @@ class BlobRole(StrEnum):
     CONFIG = "config"
     OPTIMIZER = "optimizer"
     """The state of the server's optimiser; served to nobody."""
+    CONTROL = "control"
+    """SCAFFOLD's c."""
+    CONTROL_BOOK = "control_book"
+    """Whose variates c is the mean of; served to nobody."""
+
+
+HIDDEN_ROLES: Final = frozenset({BlobRole.OPTIMIZER, BlobRole.CONTROL_BOOK})
+"""Of blobs that are served to nobody."""
 
 
 @dataclass(frozen=True, kw_only=True)
