@@ -9,7 +9,7 @@ from typing import Final
 from aggregator_server.blobs import Blobs
 from aggregator_server.charter import Charter
 from aggregator_server.errors import ChainError, Refusal
-from aggregator_server.store.rows import HIDDEN_ROLES, BlobRole, BlobRow, ReleaseRow
+from aggregator_server.store.rows import HIDDEN_ROLES, BlobRole, BlobRow, ReleaseRow, blob_rows
 from aggregator_server.store.store import Store
 from privacy.updates import Float32Array
 from protocol.chain import (
@@ -69,7 +69,7 @@ class AdapterFiles:
             BlobRole.CONFIG: self.config,
             BlobRole.CONTROL: self.control,
         }
-        return tuple(_blob_row(role, ref) for role, ref in by_role.items() if ref is not None)
+        return blob_rows(by_role)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -237,12 +237,11 @@ class Releases:
             created_at=self._clock.now(),
         )
         row = sign_release(self._charter.keys.server, release, round_number=result.number)
-        rows = files.rows()
-        if result.optimizer_state is not None:
-            rows += (_blob_row(BlobRole.OPTIMIZER, result.optimizer_state),)
-        if result.control_book is not None:
-            rows += (_blob_row(BlobRole.CONTROL_BOOK, result.control_book),)
-        self._store.publish(row, rows)
+        hidden = {
+            BlobRole.OPTIMIZER: result.optimizer_state,
+            BlobRole.CONTROL_BOOK: result.control_book,
+        }
+        self._store.publish(row, (*files.rows(), *blob_rows(hidden)))
         return release
 
     def hidden_file(self, number: int, role: BlobRole) -> bytes | None:
@@ -486,10 +485,6 @@ def _same(found: bytes | None, expected: bytes | None) -> bool:
     if found is None or expected is None:
         return found is expected
     return hmac.compare_digest(found, expected)
-
-
-def _blob_row(role: BlobRole, ref: BlobRef) -> BlobRow:
-    return BlobRow(role=role, sha256=ref.sha256, n_bytes=ref.n_bytes)
 
 
 def store_file(blobs: Blobs, data: bytes) -> BlobRef:
