@@ -5,6 +5,7 @@ from collections.abc import Collection
 from aggregator_server.aggregation.fedavg import apply_mean
 from aggregator_server.blobs import Blobs
 from aggregator_server.charter import Charter
+from aggregator_server.controls import store_control
 from aggregator_server.filtering import FilterDecision
 from aggregator_server.merging import Merger
 from aggregator_server.releases import (
@@ -34,6 +35,8 @@ class Candidate(WireModel):
     sent: BlobRef
     config: BlobRef
     optimizer_state: BlobRef | None
+    control: BlobRef | None = None
+    control_book: BlobRef | None = None
     accepted: tuple[Digest, ...]
     """Transcripts of the cells that are in it."""
     aggregation: AggregationReport | NoisyAggregationReport
@@ -44,12 +47,15 @@ class Candidate(WireModel):
     @property
     def files(self) -> AdapterFiles:
         """Those that its release would show."""
-        return AdapterFiles(adapter=self.adapter, sent=self.sent, config=self.config)
+        return AdapterFiles(
+            adapter=self.adapter, sent=self.sent, config=self.config, control=self.control
+        )
 
     @property
     def blobs(self) -> frozenset[bytes]:
         """The digests of all its files."""
-        refs = (self.adapter, self.sent, self.config, self.optimizer_state)
+        files = (self.adapter, self.sent, self.config, self.control)
+        refs = (*files, self.optimizer_state, self.control_book)
         return frozenset(ref.sha256 for ref in refs if ref is not None)
 
 
@@ -96,11 +102,17 @@ class CandidateMaker:
         arrays = with_vector(self._releases.arrays(base), moved, layout)
         files = store_adapter(self._blobs, self._charter.manifest, arrays, number=base.number + 1)
         state = merged.optimizer_state
+        control = book = None
+        if merged.control is not None:
+            tensors = self._charter.layout.tensors
+            control, book = store_control(self._blobs, *merged.control, tensors)
         return Candidate(
             adapter=files.adapter,
             sent=files.sent,
             config=files.config,
             optimizer_state=None if state is None else store_file(self._blobs, state),
+            control=control,
+            control_book=book,
             accepted=tuple(cell.transcript for cell in decision.cells if cell.removed is None),
             aggregation=merged.report,
             filter=decision.report,

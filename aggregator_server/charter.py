@@ -12,8 +12,8 @@ from protocol.layout import VectorLayout
 from protocol.manifest import CellMasking, FederationManifest, HelperMasking
 from protocol.signing import Signed
 from protocol.wire import b64u_encode
-from quant.adapter import adapter_shapes, sent_layout
-from quant.lora_turns import turn_layouts
+from quant.adapter import adapter_shapes
+from quant.companions import update_layout, update_layouts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +31,9 @@ class Charter:
     signed: Signed[FederationManifest]
     digest: bytes
     layout: VectorLayout
-    """Of all that agents send, over all rounds; `turns` says what a round's updates hold."""
+    """Of all that agents send, over all rounds: tensors of the adapter, and companions behind them.
+
+    `turns` says what a round's updates hold."""
     turns: Turns
     shapes: Mapping[str, tuple[int, ...]]
     """Of every tensor of the adapter."""
@@ -74,12 +76,12 @@ def make_charter(signed: Signed[FederationManifest], base: BaseDescription, keys
         raise ConfigError(msg)
     shapes = adapter_shapes(base, manifest.lora)
     layout = agreed_layout(
-        sent_layout(shapes, manifest.lora.sent), manifest.masking, manifest.privacy
+        update_layout(shapes, manifest.lora, manifest.training), manifest.masking, manifest.privacy
     )
     if layout.digest() != manifest.layout or base.base != manifest.base:
         msg = "base.json is not the manifest's base model; restore it from a backup"
         raise ConfigError(msg)
-    turns = Turns.of(turn_layouts(manifest.lora.rule, shapes), manifest)
+    turns = Turns.of(update_layouts(shapes, manifest.lora, manifest.training), manifest)
     terms = None
     if isinstance(manifest.masking, CellMasking | HelperMasking):
         terms = MaskedTerms(masking=manifest.masking, turns=turns)

@@ -5,7 +5,7 @@ a server that is killed in between does not draw another seed.
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Final
 
 import numpy as np
@@ -118,39 +118,46 @@ def decide(
     rule: FilterRule,
     mode: Mode,
     layout: VectorLayout,
+    faults: Mapping[bytes, str],
 ) -> FilterDecision:
     """Judge the cells of a round, once its uploads are closed.
 
     Args:
         cells: In the order that the round fixes.
-        units: The same.
+        units: Those of them that have no fault, in the same order; read where a rule asks for it.
         rule: The manifest's.
         mode: Whether a cell is one agent.
-        layout: Of what agents send.
+        layout: Of the values that are judged.
+        faults: Why cells cannot be used at all, by transcript.
 
     Raises:
         AggregationError: None of them can be used.
     """
-    if rule is FilterRule.NONE:
-        report = FilterReport(rule=rule, n_cells=len(cells), n_rejected=0)
-        kept = tuple(
-            FilteredCell(transcript=cell.transcript, factor=1.0, removed=None) for cell in cells
-        )
-        return FilterDecision(report=report, cells=kept)
-    # Drawn now, when nobody can fit an update to the projection any more.
-    found: FilterOutcome = run_pipeline(
-        units, mode=mode, layout=layout, seed=os.urandom(_SEED_BYTES)
-    ).outcome
-    return FilterDecision(
-        report=FilterReport(rule=rule, n_cells=len(cells), n_rejected=found.n_removed),
-        cells=tuple(
-            FilteredCell(
+    usable = [cell for cell in cells if cell.transcript not in faults]
+    if not usable:
+        msg = f"none of the {len(cells)} cells can be used: {next(iter(faults.values()), 'none')}"
+        raise AggregationError(msg)
+    judged = {
+        cell.transcript: FilteredCell(transcript=cell.transcript, factor=1.0, removed=None)
+        for cell in usable
+    }
+    if rule is FilterRule.ROBUST:
+        # Drawn now, when nobody can fit an update to the projection any more.
+        seed = os.urandom(_SEED_BYTES)
+        found: FilterOutcome = run_pipeline(units, mode=mode, layout=layout, seed=seed).outcome
+        judged = {
+            cell.transcript: FilteredCell(
                 transcript=cell.transcript,
                 factor=float(found.factors[index]),
                 removed=None if found.kept[index] else found.reasons[index][:500],
                 # 0 is no score: a unit that went for its size, or a round with nothing in common.
                 score=float(found.scores[index]) or None,
             )
-            for index, cell in enumerate(cells)
-        ),
-    )
+            for index, cell in enumerate(usable)
+        }
+    for transcript, fault in faults.items():
+        judged[transcript] = FilteredCell(transcript=transcript, factor=0.0, removed=fault)
+    decided = tuple(judged[cell.transcript] for cell in cells)
+    n_rejected = sum(cell.removed is not None for cell in decided)
+    report = FilterReport(rule=rule, n_cells=len(cells), n_rejected=n_rejected)
+    return FilterDecision(report=report, cells=decided)

@@ -40,7 +40,8 @@ from protocol.manifest import FederationManifest, HelperMasking, SumMasking
 from protocol.privacy import AgentPrivacy, CentralPrivacy
 from protocol.signing import Signed, sign, verify
 from protocol.wire import explain, parse
-from quant.adapter import adapter_shapes, initial_adapter, sent_layout
+from quant.adapter import adapter_shapes, initial_adapter
+from quant.companions import update_layout
 
 CONFIG_NAME: Final = "federation.toml"
 BASE_NAME: Final = "base.json"
@@ -172,7 +173,7 @@ def build_manifest(
     """
     check_recipe(config, base)
     layout = agreed_layout(
-        sent_layout(adapter_shapes(base, config.lora), config.lora.sent),
+        update_layout(adapter_shapes(base, config.lora), config.lora, config.training),
         config.masking,
         config.privacy,
     )
@@ -215,7 +216,7 @@ def check_recipe(config: ServerConfig, base: BaseDescription) -> None:
         if is_broken:
             msg = f"lora.rule is {config.lora.rule}, so {rule}"
             raise ConfigError(msg)
-    layout = sent_layout(adapter_shapes(base, config.lora), config.lora.sent)
+    layout = update_layout(adapter_shapes(base, config.lora), config.lora, config.training)
     agreed_layout(layout, config.masking, config.privacy)
     if isinstance(config.privacy, AgentPrivacy | CentralPrivacy):
         from privacy.agent_accounting import require_kept  # noqa: PLC0415 - scipy, rarely needed

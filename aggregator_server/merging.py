@@ -4,9 +4,11 @@ What is decided here depends on the manifest and the stored sums alone, and can 
 a kill: the filter's decision is journalled, the optimiser's state belongs to a release.
 """
 
+import json
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,26 +18,31 @@ from aggregator_server.aggregation.fedavg import average
 from aggregator_server.aggregation.lora_flex import flexlora_step
 from aggregator_server.aggregation.lora_gap import estimate_gap, kept_updates
 from aggregator_server.aggregation.lora_pairs import scale_of
+from aggregator_server.aggregation.mixed_ranks import RankRows
 from aggregator_server.aggregation.robust.outcome import robust_mean
-from aggregator_server.aggregation.robust.pipeline import Mode
+from aggregator_server.aggregation.robust.pipeline import MIN_FILTER_UNITS, Mode
+from aggregator_server.aggregation.scaffold import ControlBook, renewed
 from aggregator_server.blobs import Blobs
 from aggregator_server.charter import Charter
+from aggregator_server.controls import stored_control
 from aggregator_server.errors import AggregationError
 from aggregator_server.filtering import LEFT_OUT, FilterDecision, StoredUnits, decide
 from aggregator_server.masking.vectors import load_sum
 from aggregator_server.phase import base_release
 from aggregator_server.releases import Releases
-from aggregator_server.store.rows import CellRow
+from aggregator_server.store.rows import BlobRole, CellRow
 from aggregator_server.store.store import Store
 from aggregator_server.uploads import Uploads
 from privacy.central import noisy_mean
 from privacy.noise import KEY_BYTES, SecureStream
 from privacy.turns import UpdateTerms
-from privacy.updates import CellSum
+from privacy.updates import CellSum, Float32Array
 from protocol.chain import AggregationReport, CovarianceGap, NoisyAggregationReport, Release
+from protocol.layout import VectorLayout
 from protocol.lora_rules import LoraRule
 from protocol.manifest import FedAvgBlock, FilterRule, OptimizerBlock
 from protocol.privacy import CentralPrivacy
+from protocol.wire import b64u_decode
 
 Report = AggregationReport | NoisyAggregationReport
 
@@ -49,6 +56,8 @@ class Merged:
     report: Report
     optimizer_state: bytes | None
     """Of the release to come; None for FedAvg, which remembers nothing."""
+    control: tuple[Float32Array, ControlBook] | None
+    """SCAFFOLD's c and whose it is the mean of; None where agents send no control variates."""
 
 
 class Merger:
@@ -71,6 +80,8 @@ class Merger:
         self._uploads = uploads
         self._releases = releases
         self._charter = charter
+        lora = charter.manifest.lora
+        self._rows = RankRows.of(charter.layout.tensors, lora) if lora.is_mixed else None
 
     def decide(self, cells: Sequence[CellRow]) -> FilterDecision:
         """Judge the cells of a round.
@@ -81,12 +92,22 @@ class Merger:
         Raises:
             AggregationError: None of them can be used.
         """
+        faults = self._faults(cells)
+        usable = [cell for cell in cells if cell.transcript not in faults]
+        rule = self._charter.manifest.filter.rule
+        if rule is FilterRule.NONE or not usable:
+            units = self._plain_units(cells)
+        elif self._rows is not None and len(usable) >= MIN_FILTER_UNITS:
+            units = self._seen_units(usable, self._rows.stretched)
+        else:
+            units = self._units(usable, of=usable)
         return decide(
             cells,
-            self._units(cells),
-            rule=self._charter.manifest.filter.rule,
+            units,
+            rule=rule,
             mode=Mode.OPEN if self._charter.masked is None else Mode.CELLS,
-            layout=self._terms(cells).layout,
+            layout=self._tensors(cells),
+            faults=faults,
         )
 
     def decide_without(
@@ -119,6 +140,13 @@ class Merger:
             report=decision.report.model_copy(update={"n_rejected": n_rejected}), cells=told
         )
 
+    def _faults(self, cells: Sequence[CellRow]) -> dict[bytes, str]:
+        """Of cells whose participation cannot be what honest agents say."""
+        if self._rows is None:
+            return {}
+        found = ((cell.transcript, self._rows.fault_of(self._load(cell))) for cell in cells)
+        return {transcript: fault for transcript, fault in found if fault is not None}
+
     def merge(self, cells: Sequence[CellRow], decision: FilterDecision, base: Release) -> Merged:
         """The step of a round.
 
@@ -140,28 +168,56 @@ class Merger:
         block = self._charter.manifest.aggregation.optimizer
         optimizer = optimizer_of(block)
         state = optimizers.initial_state(optimizer, n_values=len(mean))
-        kept = self._releases.optimizer_state(base.number)
+        kept = self._releases.hidden_file(base.number, BlobRole.OPTIMIZER)
         if kept is not None:
             state = optimizers.OptimizerState.from_bytes(kept)
         step, state = optimizers.apply(optimizer, state, mean)
+        if self._rows is not None:  # momentum would move a row that nobody trained
+            step[self._rows.untrained(map(self._load, _kept(cells, decision)))] = 0.0
         return Merged(
-            step=step, report=report, optimizer_state=None if state is None else state.to_bytes()
+            step=step,
+            report=report,
+            optimizer_state=None if state is None else state.to_bytes(),
+            control=self._control(_kept(cells, decision), base),
         )
+
+    def _control(
+        self, kept: Sequence[CellRow], base: Release
+    ) -> tuple[Float32Array, ControlBook] | None:
+        """C after a round, from the changes of those whose updates count."""
+        if not self._charter.manifest.training.scaffold:
+            return None
+        control, book = stored_control(self._releases, base, self._charter.layout.tensors)
+        changes = {_only_member(cell): partial(self._change_of, cell) for cell in kept}
+        capped = self._charter.manifest.filter.rule is not FilterRule.NONE
+        return renewed(control, book, changes, capped=capped)
+
+    def _change_of(self, cell: CellRow) -> Float32Array:
+        found = self._load(cell).control
+        if found is None:  # cannot be: the layout of a federation with SCAFFOLD has it
+            msg = f"cell {cell.transcript.hex()[:8]} has no control variate"
+            raise AggregationError(msg)
+        return found
 
     def _mean(
         self, cells: Sequence[CellRow], decision: FilterDecision, base: Release
     ) -> tuple[NDArray[np.float64], Report]:
-        manifest, n_values = self._charter.manifest, self._terms(cells).layout.n_values
-        kept = [cell for cell, is_kept in zip(cells, decision.kept, strict=True) if is_kept]
+        manifest = self._charter.manifest
+        kept = _kept(cells, decision)
         if isinstance(manifest.privacy, CentralPrivacy):
             return self._noisy_mean(kept, manifest.privacy, base)
         if manifest.lora.rule is LoraRule.FLEXLORA:
             return self._flexlora(kept, base)
         if decision.report.rule is FilterRule.NONE:
-            plain = average(map(self._load, kept), n_values=n_values)
+            sums = map(self._load, kept)
+            plain = (
+                average(sums, n_values=self._tensors(cells).n_values)
+                if self._rows is None
+                else self._rows.average(sums)
+            )
             mean, n_agents = plain.mean, plain.n_agents
         else:
-            units = self._units(cells)
+            units = self._units(cells, of=kept)
             mean = robust_mean(units, decision.kept, decision.factors)
             n_agents = int(units.n_members[decision.kept].sum())
         return mean, AggregationReport(
@@ -176,9 +232,9 @@ class Merger:
         self, cells: Sequence[CellRow], base: Release
     ) -> tuple[NDArray[np.float64], Report]:
         found = flexlora_step(
-            self._units(cells),
+            self._plain_units(cells),
             self._releases.vector(base),
-            self._charter.layout,
+            self._tensors(cells),
             self._charter.manifest.lora,
         )
         return found.step, AggregationReport(
@@ -192,14 +248,18 @@ class Merger:
     def _gap(
         self, cells: Sequence[CellRow], decision: FilterDecision, base: Release
     ) -> CovarianceGap | None:
-        """What the average lost; None where products cannot be seen, or a factor is shared."""
+        """What the average lost; None where products cannot be seen, or a factor is shared.
+
+        Nor where each rank row has weights of its own: products have one weight for each agent.
+        """
         lora = self._charter.manifest.lora
-        if self._charter.masked is not None or lora.rule is not LoraRule.FEDIT:
+        seen = self._charter.masked is None and lora.rule is LoraRule.FEDIT
+        if not seen or lora.is_mixed:
             return None
         return estimate_gap(
-            kept_updates(self._units(cells), decision.kept, decision.factors),
+            kept_updates(self._plain_units(cells), decision.kept, decision.factors),
             start=self._releases.vector(base),
-            layout=self._charter.layout,
+            layout=self._tensors(cells),
             scale=scale_of(lora),
             seed=os.urandom(KEY_BYTES),
         )
@@ -210,7 +270,7 @@ class Merger:
         terms = self._terms(cells)
         noisy = noisy_mean(
             map(self._load, cells),
-            n_values=terms.layout.n_values,
+            n_values=terms.layout.tensors.n_values,
             privacy=privacy,
             clip_norm=self._clip_norm(base, privacy),
             rounding_norm=0.0 if terms.plan is None else terms.plan.rounding_norm,
@@ -239,8 +299,27 @@ class Merger:
         """Of the one round that cells belong to."""
         return self._charter.turns.at(base_release(self._store, cells[0].round))
 
-    def _units(self, cells: Sequence[CellRow]) -> StoredUnits:
-        return StoredUnits(cells, self._load, n_values=self._terms(cells).layout.n_values)
+    def _tensors(self, cells: Sequence[CellRow]) -> VectorLayout:
+        """Of the adapter's values in the updates of the round that cells belong to."""
+        return self._terms(cells).layout.tensors
+
+    def _plain_units(self, cells: Sequence[CellRow]) -> StoredUnits:
+        return StoredUnits(cells, self._load, n_values=self._tensors(cells).n_values)
+
+    def _units(self, cells: Sequence[CellRow], *, of: Sequence[CellRow]) -> StoredUnits:
+        """Cells as they are averaged: rows that one did not train are the mean of others, `of`."""
+        rows = self._rows
+        if rows is None:
+            return self._plain_units(cells)
+        fill = rows.fill([partial(self._load, cell) for cell in of])
+        return self._seen_units(cells, lambda cell: rows.filled(cell, fill))
+
+    def _seen_units(
+        self, cells: Sequence[CellRow], see: Callable[[CellSum], CellSum]
+    ) -> StoredUnits:
+        return StoredUnits(
+            cells, lambda cell: see(self._load(cell)), n_values=self._tensors(cells).n_values
+        )
 
     def _load(self, cell: CellRow) -> CellSum:
         if cell.upload is not None:
@@ -250,6 +329,16 @@ class Merger:
             msg = f"cell {cell.transcript.hex()[:8]} of round {cell.round} has no sum"
             raise AggregationError(msg)
         return load_sum(self._blobs, cell.transcript, cell.sum_sha256, plan)
+
+
+def _only_member(cell: CellRow) -> bytes:
+    """The agent of a cell of one."""
+    [[agent, _]] = json.loads(cell.members)
+    return b64u_decode(agent, n_bytes=32)
+
+
+def _kept(cells: Sequence[CellRow], decision: FilterDecision) -> list[CellRow]:
+    return [cell for cell, kept in zip(cells, decision.kept, strict=True) if kept]
 
 
 def optimizer_of(block: OptimizerBlock) -> optimizers.Optimizer:

@@ -9,7 +9,7 @@ from typing import Final
 from aggregator_server.blobs import Blobs
 from aggregator_server.charter import Charter
 from aggregator_server.errors import ChainError, Refusal
-from aggregator_server.store.rows import BlobRole, BlobRow, ReleaseRow
+from aggregator_server.store.rows import HIDDEN_ROLES, BlobRole, BlobRow, ReleaseRow, blob_rows
 from aggregator_server.store.store import Store
 from privacy.updates import Float32Array
 from protocol.chain import (
@@ -54,11 +54,12 @@ _N_CHECKED_AT_START: Final = 50
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterFiles:
-    """The three files of a release, which are already stored."""
+    """The files that a release shows, which are already stored."""
 
     adapter: BlobRef
     sent: BlobRef
     config: BlobRef
+    control: BlobRef | None = None
 
     def rows(self) -> tuple[BlobRow, ...]:
         """As the store keeps them."""
@@ -66,11 +67,9 @@ class AdapterFiles:
             BlobRole.ADAPTER: self.adapter,
             BlobRole.SENT: self.sent,
             BlobRole.CONFIG: self.config,
+            BlobRole.CONTROL: self.control,
         }
-        return tuple(
-            BlobRow(role=role, sha256=ref.sha256, n_bytes=ref.n_bytes)
-            for role, ref in by_role.items()
-        )
+        return blob_rows(by_role)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +86,8 @@ class RoundResult:
     verdict: Verdict
     optimizer_state: BlobRef | None = None
     """Of the server's optimiser after this round; stored already."""
+    control_book: BlobRef | None = None
+    """Whose control variates `files.control` is the mean of; stored already."""
 
 
 class Releases:
@@ -155,13 +156,14 @@ class Releases:
         )
 
     def vector(self, release: Release) -> Float32Array:
-        """What agents of a round start from: [n_values] float32 in the layout's order.
+        """What agents of a round start from: [n_values] float32 in the order of the tensors.
 
         Raises:
             ChainError: The release's file has changed on disk.
             BlobError: It cannot be read.
         """
-        return flatten(self.arrays(release), self._charter.turns.at(release.number).layout)
+        layout = self._charter.turns.at(release.number).layout
+        return flatten(self.arrays(release), layout.tensors)
 
     def arrays(self, release: Release) -> AdapterArrays:
         """The whole adapter of a release.
@@ -226,6 +228,7 @@ class Releases:
             adapter=files.adapter,
             sent=files.sent,
             config=files.config,
+            control=files.control,
             accepted=result.accepted,
             rejected=result.rejected,
             aggregation=result.aggregation,
@@ -234,23 +237,25 @@ class Releases:
             created_at=self._clock.now(),
         )
         row = sign_release(self._charter.keys.server, release, round_number=result.number)
-        rows = files.rows()
-        if result.optimizer_state is not None:
-            state = result.optimizer_state
-            rows += (BlobRow(role=BlobRole.OPTIMIZER, sha256=state.sha256, n_bytes=state.n_bytes),)
-        self._store.publish(row, rows)
+        hidden = {
+            BlobRole.OPTIMIZER: result.optimizer_state,
+            BlobRole.CONTROL_BOOK: result.control_book,
+        }
+        self._store.publish(row, (*files.rows(), *blob_rows(hidden)))
         return release
 
-    def optimizer_state(self, number: int) -> bytes | None:
-        """The state of the server's optimiser after a release; None where it has none.
+    def hidden_file(self, number: int, role: BlobRole) -> bytes | None:
+        """A file of a release that is shown to nobody; None where it has none.
 
         Args:
             number: The release.
+            role: One of `HIDDEN_ROLES`.
 
         Raises:
+            ChainError: It has changed on disk.
             BlobError: It cannot be read.
         """
-        row = self._store.releases.blob_of(number, BlobRole.OPTIMIZER)
+        row = self._store.releases.blob_of(number, role)
         if row is None:
             return None
         return self.file(BlobRef(sha256=row.sha256, n_bytes=row.n_bytes))
@@ -267,7 +272,9 @@ class Releases:
         """
         old = self.get(number)
         previous = self.newest()
-        files = AdapterFiles(adapter=old.adapter, sent=old.sent, config=old.config)
+        files = AdapterFiles(
+            adapter=old.adapter, sent=old.sent, config=old.config, control=old.control
+        )
         release = Release(
             federation=self._charter.manifest.federation,
             number=previous.number + 1,
@@ -278,6 +285,7 @@ class Releases:
             adapter=files.adapter,
             sent=files.sent,
             config=files.config,
+            control=files.control,
             accepted=(),
             rejected=(),
             aggregation=AggregationReport(rule="none", n_cells=0, n_agents=0, update_norm=0.0),
@@ -288,8 +296,8 @@ class Releases:
         )
         row = sign_release(self._charter.keys.server, release, round_number=None)
         reason = f"the operator rolled back to release {number}"
-        state = self._store.releases.blob_of(number, BlobRole.OPTIMIZER)
-        rows = files.rows() if state is None else (*files.rows(), state)
+        hidden = (self._store.releases.blob_of(number, role) for role in sorted(HIDDEN_ROLES))
+        rows = (*files.rows(), *(found for found in hidden if found is not None))
         self._store.roll_back(row, rows, reason=reason)
         return release
 
@@ -391,7 +399,7 @@ def store_adapter(
 
 def with_vector(arrays: AdapterArrays, vector: Float32Array, layout: VectorLayout) -> AdapterArrays:
     """The whole adapter with the factors of a round replaced; others stay as they were."""
-    return {**arrays, **unflatten(vector, layout)}
+    return {**arrays, **unflatten(vector, layout.tensors)}
 
 
 def sign_release(server: Signer, release: Release, *, round_number: int | None) -> ReleaseRow:

@@ -230,6 +230,7 @@ class Gated:
                 filter=candidate.filter,
                 verdict=passed.verdict,
                 optimizer_state=candidate.optimizer_state,
+                control_book=candidate.control_book,
             )
         )
         n_agents = candidate.aggregation.n_agents

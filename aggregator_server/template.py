@@ -29,6 +29,8 @@ _EXPLAINED: Final[Mapping[str, Mapping[str, str]]] = {
         "rule": '"fedit" averages A and B; "ffa-lora" keeps A fixed: half the bytes, exact; '
         '"rolora" trains B and A in turn: the same; "flexlora", in the open, averages products.',
         "init_seed": "Seed of A in release 0; drawn at random.",
+        "min_rank": "Agents may train fewer rank rows, from this many on; unset: all train all.",
+        "optional_modules": "Of target_modules, those that an agent may leave out.",
     },
     "training": {
         "template": '"alpaca" (the paper\'s) or "chat" (the tokenizer\'s own).',
@@ -45,6 +47,7 @@ _EXPLAINED: Final[Mapping[str, Mapping[str, str]]] = {
         "eps": "Adam's epsilon.",
         "weight_decay": "Decoupled weight decay.",
         "proximal_mu": "Pull back to the round's start, where agents drift (FedProx); 0 is off.",
+        "scaffold": "true corrects agents that drift by control variates (SCAFFOLD); masks off.",
         "max_grad_norm": "Gradients are clipped to this L2 norm; 0 turns clipping off.",
     },
     "aggregation": {

@@ -24,6 +24,7 @@ from aggregator_server.errors import (
 )
 from aggregator_server.masking.vectors import StoredPart
 from aggregator_server.membership import require_author, require_federation
+from aggregator_server.phase import base_release
 from aggregator_server.store.rows import (
     CellRow,
     NewUpload,
@@ -40,11 +41,18 @@ from protocol.clock import Clock
 from protocol.errors import SignatureError
 from protocol.helped import HelperUpload
 from protocol.masked import MaskedHeader
-from protocol.messages import BodyHead, UploadHeader, UploadState, UploadStatus
+from protocol.messages import (
+    BodyHead,
+    UploadHeader,
+    UploadState,
+    UploadStatus,
+    member_of_one,
+    transcript_of_one,
+)
 from protocol.phases import CELL_TRANSITIONS, CellEvent, CellPhase, advance
 from protocol.problems import ProblemType
 from protocol.signing import Signed, verify
-from protocol.wire import b64u_encode, canonical_json, domain_hash, parse, sha256
+from protocol.wire import canonical_json, domain_hash, parse, sha256
 
 UPLOADS: Final = "uploads"
 """Where the bytes of uploads are kept among the blobs."""
@@ -327,7 +335,8 @@ class Uploads:
             msg = f"the bytes of upload {upload.id} have changed on disk since it was accepted"
             raise AggregationError(msg)
         native = vector.astype(np.float32, copy=False)
-        return CellSum.of_plain(PlainUpdate(vector=native, weight=upload.weight))
+        layout = self._charter.turns.at(base_release(self._store, upload.round)).layout
+        return CellSum.of_plain(PlainUpdate.of_body(native, layout, weight=upload.weight))
 
     def sweep(self) -> None:
         """Delete the bytes that nobody needs: ended uploads, and updates that are in a release."""
@@ -457,12 +466,10 @@ def _part_key(part: PartRow) -> str:
 
 
 def _cell_of_one(upload: UploadRow) -> CellRow:
-    header = parse(Signed[UploadHeader], upload.header).body
-    # Of the signed header: nobody without the agent's key can compute it from a guessed update, and
-    # everybody sees it, in the release (under P3, too, where the update itself is protected).
-    member = [b64u_encode(upload.agent), b64u_encode(sha256(upload.header))]
+    signed = parse(Signed[UploadHeader], upload.header)
+    member = member_of_one(signed)
     return CellRow(
-        transcript=domain_hash("roster", b64u_encode(header.round_digest), member),
+        transcript=transcript_of_one(signed),
         round=upload.round,
         phase=advance(CELL_TRANSITIONS, CellPhase.UPLOADING, CellEvent.PLAIN_UPLOAD_ACCEPTED),
         members_digest=domain_hash("survivors", [member]),

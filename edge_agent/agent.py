@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Final
 
 from edge_agent.chain import check_round
+from edge_agent.controls import OwnControl
 from edge_agent.data.tokens import TokenizedData
-from edge_agent.durable import write_durably
 from edge_agent.errors import (
     AgentError,
     CheckpointError,
@@ -33,6 +33,8 @@ from edge_agent.helped import HelpedRounds
 from edge_agent.journal import Part
 from edge_agent.masked import MaskedRounds
 from edge_agent.member import Member
+from edge_agent.own_part import own_part
+from edge_agent.plain import PlainRounds
 from edge_agent.politeness import OwnersWishes
 from edge_agent.training.gradients import GradientRule, MeanGradient
 from edge_agent.training.planning import Chosen, choose_settings
@@ -50,7 +52,6 @@ from protocol.manifest import CellMasking, HelperMasking, Weighting
 from protocol.messages import (
     BodyHead,
     TrainTask,
-    UploadHeader,
     UploadState,
     UploadStatus,
     WaitReason,
@@ -62,8 +63,7 @@ from protocol.phases import AgentEvent
 from protocol.privacy import AgentPrivacy, ExamplePrivacy
 from protocol.problems import Advice, ProblemType
 from protocol.signing import Signed, sign
-from protocol.wire import domain_hash, sha256
-from quant.adapter import vector_to_bytes
+from protocol.wire import domain_hash
 from quant.base_model import LoadedBase
 from quant.lora import AdaptedModel
 from quant.lora_turns import sent_factors
@@ -105,6 +105,7 @@ class Agent:
         JournalError: The membership has no credential.
         TrustError: The manifest's layout is not the one of this base, or its cells may be smaller
             than the owner accepts.
+        ConfigError: The owner chose a rank or modules that the manifest does not allow.
         EncodingPlanError: A masked sum could wrap.
     """
 
@@ -149,10 +150,17 @@ class Agent:
             transport=transport,
         )
         self._turns = self._releases.turns
+        self._control: OwnControl | None = None
+        if self._manifest.training.scaffold:
+            self._control = OwnControl(
+                home=member.home, journal=member.journal, releases=self._releases
+            )
         adapt = AdaptedModel if self._private is None else self._private.adapt
-        self._adapted = adapt(base, self._manifest.lora)
+        self._own = own_part(base.description, self._manifest.lora, member.owners_part)
+        self._adapted = adapt(base, self._own.lora)
         self._max_vram_bytes = max_vram_bytes
         self._chosen: Chosen | None = None
+        self._plain = PlainRounds(member=member, turns=self._turns, clock=clock)
         self._masked: MaskedRounds | None = None
         self._helped: HelpedRounds | None = None
         masking = self._manifest.masking
@@ -296,6 +304,7 @@ class Agent:
         block = self._manifest.training
         n_examples = len(self._data.examples)
         sampler, rule = self._drawing(part)
+        variates = None if self._control is None else self._control.begin(part)
         trainer = LocalTrainer(
             self._adapted,
             self._data.examples,
@@ -310,15 +319,19 @@ class Agent:
             options=TrainerOptions(
                 control=self._wishes,
                 rule=rule,
+                variates=variates,
                 on_progress=self._show_progress,
                 state_path=self._home.training_state,
                 settings=chosen.settings,
             ),
         )
         self._adapted.train_only(sent_factors(self._manifest.lora.rule, release.number))
-        layout = self._turns.at(release.number).layout
-        result = trainer.run(start, layout, weight=self._weight(n_examples))
-        part = self._keeper()(part, result.update)
+        layout = self._own.trained(self._turns.at(release.number).layout)
+        result = trainer.run(self._own.start_of(start), layout, weight=self._weight(n_examples))
+        update = self._own.spread(result.update)
+        if self._control is not None and variates is not None:
+            update = self._control.keep(part, update, variates.renewed(result.n_steps))
+        part = self._keeper()(part, update)
         self._end_training()
         if self._helped is not None:
             self._wait(self._helped.delay_s())
@@ -352,26 +365,7 @@ class Agent:
         """What keeps a finished update, by the federation's trust model."""
         if self._masked is not None:
             return self._masked.keep
-        return self._keep if self._helped is None else self._helped.keep
-
-    def _keep(self, part: Part, update: PlainUpdate) -> Part:
-        body = vector_to_bytes(update.vector)
-        header = UploadHeader(
-            federation=self._manifest.federation,
-            round=part.round,
-            attempt=part.attempt,
-            agent=self._signer.identity,
-            round_digest=part.manifest.body.digest(),
-            layout=self._turns.at(part.manifest.body.release).layout.digest(),
-            weight=update.weight,
-            body_sha256=sha256(body),
-            body_n_bytes=len(body),
-        )
-        _keep_update(self._home.plain_update(part.round, part.attempt), body)
-        signed = sign(self._signer, "upload", header).signed
-        return self._journal.move_part(
-            part, AgentEvent.TRAINING_DONE, now=self._clock.now(), header=signed
-        )
+        return self._plain.keep if self._helped is None else self._helped.keep
 
     def _choose(self) -> Chosen:
         # Once: the base, the data and the card stay the same while this process lives.
@@ -491,11 +485,3 @@ class Agent:
         self._journal.set_activity(kind=kind, text=text, at=self._clock.now(), pid=os.getpid())
         self._journal.add_received(self._transport.take_received_bytes())
         self._on_event(AgentEventReport(kind=kind, text=text))
-
-
-def _keep_update(path: Path, data: bytes) -> None:
-    try:
-        write_durably(path, data)
-    except OSError as error:
-        msg = f"cannot keep the finished update at {path}: {error}; free some space"
-        raise JournalError(msg) from error

@@ -67,6 +67,17 @@ HoursOption = Annotated[
 MalformedOption = Annotated[
     OnMalformed | None, typer.Option(help="What to do with a record that cannot be used.")
 ]
+RankOption = Annotated[
+    int | None,
+    typer.Option(
+        help="Rank rows to train, where the federation lets you choose; default: all that fit.",
+        min=1,
+    ),
+]
+LeaveOutOption = Annotated[
+    list[str] | None,
+    typer.Option(help="A module not to train, of those that may be left out; may be repeated."),
+]
 YesOption = Annotated[bool, typer.Option("--yes", help="Agree without being asked.")]
 
 
@@ -100,6 +111,8 @@ def join(
     max_vram: VramOption = None,
     hours: HoursOption = None,
     on_malformed: MalformedOption = None,
+    rank: RankOption = None,
+    leave_out: LeaveOutOption = None,
 ) -> None:
     """Join a federation: shows what will leave this machine, asks, enrols, and trains.
 
@@ -115,6 +128,8 @@ def join(
         "max_vram_gb": max_vram,
         "hours": hours,
         "on_malformed": on_malformed,
+        "rank": rank,
+        "leave_out": tuple(leave_out) if leave_out else None,
     }
     settings = load_settings(agent_home.root, flags)
     console.print(f"Looking at {escaped(url)} …", highlight=False)
@@ -181,6 +196,8 @@ def run(
     max_vram: VramOption = None,
     hours: HoursOption = None,
     on_malformed: MalformedOption = None,
+    rank: RankOption = None,
+    leave_out: LeaveOutOption = None,
 ) -> None:
     """Take part in the federation that was joined, until Ctrl-C. Goes on where it was."""
     agent_home = AgentHome(home or default_home())
@@ -191,6 +208,8 @@ def run(
         "max_vram_gb": max_vram,
         "hours": hours,
         "on_malformed": on_malformed,
+        "rank": rank,
+        "leave_out": tuple(leave_out) if leave_out else None,
     }
     settings = load_settings(agent_home.root, flags)
     if data is not None:

@@ -85,6 +85,11 @@ class AgentSettings(BaseSettings):
     min_friends: Annotated[int, Field(ge=0, le=limits.MAX_CELL)] = 0
     """How many of them must be in a masked cell."""
 
+    rank: Annotated[int, Field(ge=1, le=1024)] | None = None
+    """Rank rows to train where the federation allows ranks of one's own; None: all that fit."""
+    leave_out: tuple[Annotated[str, Field(min_length=1, max_length=64)], ...] = ()
+    """Modules not to train, of those that the federation allows to leave out."""
+
     epsilon: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] | None = None
     """The largest ε of differential privacy that the owner accepts; None: the federation's, ∞."""
     ledger: str | None = None

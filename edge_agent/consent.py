@@ -6,6 +6,7 @@ from typing import Final
 from urllib.parse import urlsplit
 
 from edge_agent.explaining import explain
+from edge_agent.member import OwnersPart
 from protocol.lora_rules import LoraRule
 from protocol.manifest import (
     EvaluatorGate,
@@ -71,6 +72,42 @@ def _gate(manifest: FederationManifest) -> str:
     )
 
 
+def _control(manifest: FederationManifest) -> tuple[str, ...]:
+    if not manifest.training.scaffold:
+        return ()
+    return (
+        (
+            "In the same upload, how the mean gradient of your training changed since your last "
+            "round (SCAFFOLD). It tells of your data what the update tells, and more plainly."
+        ),
+    )
+
+
+def _which_part(manifest: FederationManifest, own: OwnersPart | None) -> tuple[str, ...]:
+    """What is told of the rank and modules of an agent's own, where it may have any."""
+    lora = manifest.lora
+    if not lora.is_mixed:
+        return ()
+    rank = None if own is None else own.rank
+    left_out = () if own is None else own.left_out
+    rows = "as many rank rows as fit your card" if rank is None else f"{rank} rank rows"
+    if lora.min_rank is None:
+        rows = f"all {lora.rank} rank rows"
+    trains = f"It trains {rows}"
+    trains += f", and leaves out {', '.join(left_out)}." if left_out else ", in all modules."
+    if isinstance(manifest.masking, SumMasking):
+        told = (
+            "Which rows of which modules travels masked: of each row, the server learns how much "
+            "weight of a whole cell trained it."
+        )
+    else:
+        told = (
+            "Which rows of which modules goes along, so the server sees it of you by yourself: it "
+            "hints at the memory of your card."
+        )
+    return (f"{trains} {told}",)
+
+
 def disclose(
     manifest: FederationManifest,
     *,
@@ -78,6 +115,7 @@ def disclose(
     base_folder: str | None,
     round_n_bytes: int,
     data_from_hub: bool = False,
+    own_part: OwnersPart | None = None,
 ) -> Disclosure:
     """Put a federation's manifest into words.
 
@@ -87,11 +125,14 @@ def disclose(
         base_folder: The owner's copy of the base; None: it is fetched from the hub.
         round_n_bytes: Size of the factors that travel, as a release holds them.
         data_from_hub: Whether the owner's records are a data set of the hub.
+        own_part: What of the adapter the owner chose to train; None: nothing was chosen.
     """
     masked = isinstance(manifest.masking, SumMasking)
     factors = " and ".join(manifest.lora.sent)
     if manifest.lora.rule is LoraRule.ROLORA:
         factors = "B or A, which take turns,"
+    if manifest.training.scaffold:  # a control variate is as long as the update
+        round_n_bytes *= 2
     if isinstance(manifest.masking, SumMasking):  # words of 16 or 32 bits for float32
         round_n_bytes = round_n_bytes * manifest.masking.word_bits // 32
     size = f"{round_n_bytes / _MB:.2f} MB"
@@ -102,6 +143,8 @@ def disclose(
             f"change that training on your data makes to the factors {factors} of a LoRA adapter "
             f"of rank {manifest.lora.rank}."
         ),
+        *_which_part(manifest, own_part),
+        *_control(manifest),
         "Your agent's public key and signatures.",
         "When your agent polls, trains and uploads, and your network address.",
     ]

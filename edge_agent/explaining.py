@@ -83,6 +83,15 @@ def _of_open_mode(manifest: FederationManifest) -> Explanation:
             f"How many examples you have, up to {manifest.aggregation.max_weight}: the weight of "
             "your update."
         )
+    if manifest.training.scaffold:
+        learns.append(
+            "How the mean gradient of your training changed since your last round (SCAFFOLD): it "
+            "tells of your data what the update tells, and more plainly."
+        )
+    if manifest.lora.is_mixed:
+        learns.append(
+            "Which rank rows of which modules you trained, which hints at the memory of your card."
+        )
     return Explanation(
         trust_model="Open: you trust the operator with each of your updates. Masking is off.",
         privacy=_privacy(manifest),
@@ -114,6 +123,18 @@ def _tail_words(manifest: FederationManifest) -> str:
     )
 
 
+def _rows_of_sums(manifest: FederationManifest) -> tuple[str, ...]:
+    """What a sum says of ranks and modules of agents' own."""
+    if not manifest.lora.is_mixed:
+        return ()
+    return (
+        (
+            "How much of a sum's weight trained each rank row of each module; of you alone only "
+            "what follows from that, as when all or none trained it."
+        ),
+    )
+
+
 def _of_cells(manifest: FederationManifest, masking: CellMasking) -> Explanation:
     smallest = masking.min_cell
     colluders = cells.colluders(smallest, wanted=masking.colluders)
@@ -126,6 +147,7 @@ def _of_cells(manifest: FederationManifest, masking: CellMasking) -> Explanation
             "with it. A sum still tells something of what is in it."
         ),
         _tail_words(manifest),
+        *_rows_of_sums(manifest),
         (
             "Who takes part, when, and who drops out at which step. READY is sent after a random "
             f"delay of up to {masking.ready_delay_s:g} s, so its time hints only roughly at how "
@@ -203,6 +225,7 @@ def _of_helper(manifest: FederationManifest, masking: HelperMasking) -> Explanat
                 "sum of their weights, how many cut their update, and who takes part, when. A sum "
                 "still tells something of what is in it."
             ),
+            *_rows_of_sums(manifest),
             (
                 "The helper: who takes part in a round, and the seed of your mask. It never sees "
                 "your update, masked or not."

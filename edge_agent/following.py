@@ -1,5 +1,9 @@
 """Follows the chain of releases and holds the global adapter that training starts from."""
 
+from collections.abc import Callable
+
+import numpy as np
+
 from edge_agent.chain import check_change, check_releases
 from edge_agent.errors import JournalError, OtherBytesError, TrustError
 from edge_agent.home import AgentHome
@@ -9,20 +13,20 @@ from edge_agent.transport import Transport
 from privacy.fixed_point import agreed_layout
 from privacy.turns import Turns
 from protocol.base_description import BaseDescription
-from protocol.chain import Release
+from protocol.chain import BlobRef, Release
 from protocol.checks import Check
-from protocol.manifest import FederationManifest
+from protocol.manifest import Factor, FederationManifest
 from protocol.wire import sha256
 from quant.adapter import (
     AdapterArrays,
     adapter_shapes,
     factor_of,
     from_safetensors,
-    sent_layout,
     to_safetensors,
+    unflatten,
 )
+from quant.companions import update_layout, update_layouts
 from quant.errors import AdapterError
-from quant.lora_turns import turn_layouts
 
 
 class ReleaseFollower:
@@ -60,10 +64,11 @@ class ReleaseFollower:
         self._manifest = manifest
         self._transport = transport
         self._shapes = adapter_shapes(base, manifest.lora)
-        sent = sent_layout(self._shapes, manifest.lora.sent)
-        layout = agreed_layout(sent, manifest.masking, manifest.privacy)
-        self.turns = Turns.of(turn_layouts(manifest.lora.rule, self._shapes), manifest)
-        if layout.digest() != manifest.layout:
+        sent = update_layout(self._shapes, manifest.lora, manifest.training)
+        self.layout = agreed_layout(sent, manifest.masking, manifest.privacy)
+        layouts = update_layouts(self._shapes, manifest.lora, manifest.training)
+        self.turns = Turns.of(layouts, manifest)
+        if self.layout.digest() != manifest.layout:
             msg = "the manifest's layout is not the one of its base and adapter; nothing is trained"
             raise TrustError(msg, Check.OTHER_LAYOUT)
         self._accepted: tuple[int, AdapterArrays] | None = None
@@ -111,6 +116,20 @@ class ReleaseFollower:
         self._prune_cache(release)
         return release, arrays
 
+    def control(self) -> AdapterArrays:
+        """SCAFFOLD's c of the newest verified release, in the tensors that are sent; zero at first.
+
+        Raises:
+            TrustError: The bytes are not the released ones, or no such tensors.
+            AgentError: It cannot be fetched, or there is no release yet.
+        """
+        release = self._journal.newest_release()
+        ref = None if release is None else release.control
+        if release is None or ref is None:
+            zero = np.zeros(self.layout.tensors.n_values, np.float32)
+            return unflatten(zero, self.layout.tensors)
+        return self._trusted(release, lambda: self._read(ref, self._manifest.lora.sent))
+
     def _last_accepted(self) -> tuple[int, AdapterArrays]:
         """The adapter that this agent last trained from, or release 0.
 
@@ -128,6 +147,8 @@ class ReleaseFollower:
         """Keep the parts of the newest release, and release 0; the rest can be fetched again."""
         kept = {ref.sha256.hex() for ref, _ in self._parts_of(newest)}
         first = self._journal.release(0)
+        if newest.control is not None:
+            kept.add(newest.control.sha256.hex())
         if first is not None:
             kept.add(first.adapter.sha256.hex())
         for path in self._home.cached_files():
@@ -135,20 +156,27 @@ class ReleaseFollower:
                 path.unlink()
 
     def _arrays_of(self, release: Release) -> AdapterArrays:
+        return self._trusted(release, lambda: self._checked_arrays_of(release))
+
+    @staticmethod
+    def _trusted(release: Release, read: Callable[[], AdapterArrays]) -> AdapterArrays:
         try:
-            return self._checked_arrays_of(release)
+            return read()
         except OtherBytesError as error:
             raise TrustError(str(error), Check.OTHER_ADAPTER) from error
         except AdapterError as error:
             msg = f"release {release.number} cannot be used: {error}"
             raise TrustError(msg, Check.BROKEN_ADAPTER) from error
 
+    def _read(self, ref: BlobRef, factors: tuple[Factor, ...]) -> AdapterArrays:
+        path = self._transport.fetch(ref, self._home.cache)
+        shapes = {n: shape for n, shape in self._shapes.items() if factor_of(n) in factors}
+        return from_safetensors(path.read_bytes(), shapes)
+
     def _checked_arrays_of(self, release: Release) -> AdapterArrays:
         arrays: AdapterArrays = {}
         for ref, factors in self._parts_of(release):
-            path = self._transport.fetch(ref, self._home.cache)
-            shapes = {n: shape for n, shape in self._shapes.items() if factor_of(n) in factors}
-            arrays = from_safetensors(path.read_bytes(), shapes) | arrays
+            arrays = self._read(ref, factors) | arrays
         if sha256(to_safetensors(arrays)) != release.adapter.sha256:
             msg = f"release {release.number} does not hold what its signature promises"
             raise TrustError(msg, Check.OTHER_ADAPTER)

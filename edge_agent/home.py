@@ -19,6 +19,8 @@ from protocol.wire import b64u_decode, b64u_encode
 _PRIVATE_FOLDER = 0o700
 _PRIVATE_FILE = 0o600
 _CACHED = re.compile(r"[0-9a-f]{64}(\.partial)?")
+_NEXT_CONTROL = re.compile(r"control-\d+-\d+\.f32")
+_CONTROL = re.compile(r"control(-\d+-\d+)?\.f32(\.partial)?")
 _UPDATE = re.compile(r"\d+-\d+\.(f32|words|masked)(\.partial)?")
 
 
@@ -56,6 +58,23 @@ class AgentHome:
     def privacy_secret(self) -> Path:
         """The secret of a private training, while it lasts."""
         return self.root / "privacy.secret"
+
+    @property
+    def control(self) -> Path:
+        """SCAFFOLD's c_i: float32 in the order of the adapter's tensors."""
+        return self.root / "control.f32"
+
+    def next_control(self, round_number: int, attempt: int) -> Path:
+        """What c_i becomes if the round counts this attempt's update."""
+        return self.root / f"control-{round_number}-{attempt}.f32"
+
+    def next_controls(self) -> list[tuple[int, int, Path]]:
+        """All that wait for the end of their rounds, with round and attempt, ascending."""
+        found = []
+        for path in _own_files(self.root, _NEXT_CONTROL):
+            _, number, attempt = path.stem.split("-")
+            found.append((int(number), int(attempt), path))
+        return sorted(found)
 
     @property
     def updates(self) -> Path:
@@ -142,6 +161,7 @@ class AgentHome:
         own = [
             *self.cached_files(),
             *self.update_files(),
+            *_own_files(self.root, _CONTROL),
             self.key_path,
             self._partial_key_path,
             *(journal.with_name(journal.name + suffix) for suffix in ("", "-wal", "-shm")),

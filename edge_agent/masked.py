@@ -71,7 +71,13 @@ def encoded(update: PlainUpdate, plan: EncodingPlan) -> Words:
     if not update.vector.any():
         raise TrainingError(str(CheckError(Check.UNMOVED, "The update is zero.")))
     try:
-        return encode(update.vector, weight=update.weight, plan=plan, stream=SecureStream())
+        return encode(
+            update.vector,
+            weight=update.weight,
+            plan=plan,
+            stream=SecureStream(),
+            participation=update.participation,
+        )
     except UpdateRangeError as error:
         finite = bool(np.isfinite(update.vector).all())
         check = Check.OUT_OF_RANGE if finite else Check.NOT_FINITE

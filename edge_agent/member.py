@@ -22,6 +22,16 @@ class OwnersCell:
 
 
 @dataclass(frozen=True, kw_only=True)
+class OwnersPart:
+    """What of the adapter the owner's machine trains, within what the manifest allows."""
+
+    rank: int | None = None
+    """How many rank rows; None: all."""
+    left_out: tuple[str, ...] = ()
+    """Modules that it does not train."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Member:
     """An enrolled agent; whoever works with it holds the home's lock."""
 
@@ -30,6 +40,7 @@ class Member:
     membership: Membership
     signer: Signer
     owners_cell: OwnersCell = field(default_factory=OwnersCell)
+    owners_part: OwnersPart = field(default_factory=OwnersPart)
     private: PrivateRounds | None = None
     """How it trains where the federation asks for DP-SGD (P1), its charges included."""
     charges: RoundCharges | None = None

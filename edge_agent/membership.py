@@ -17,6 +17,8 @@ from edge_agent.errors import JournalError, RefusedError
 from edge_agent.explaining import explain
 from edge_agent.home import AgentHome
 from edge_agent.journal import Journal, Membership, SentItem
+from edge_agent.member import OwnersPart
+from edge_agent.own_part import chosen_lora
 from edge_agent.private import require_owners_epsilon
 from edge_agent.release_parts import round_n_bytes
 from edge_agent.transport import Outgoing, Transport
@@ -67,6 +69,7 @@ def look(
         TrustError: The server is not the one of the invite, or the federation has no differential
             privacy and the owner demands it.
         DataError: The records cannot be used.
+        ConfigError: The owner chose a rank or modules that the federation does not allow.
     """
     parsed = None if invite is None else Invite.parse(invite)
     source = absolute_source(data)
@@ -77,6 +80,8 @@ def look(
         discovery = transport.discover()
         manifest = check_discovery(discovery, parsed)
         require_owners_epsilon(manifest, settings.epsilon)
+        owner = OwnersPart(rank=settings.rank, left_out=settings.leave_out)
+        chosen_lora(manifest.lora, owner)
         transport.use_federation(manifest)
         first = check_first_release(manifest, transport.releases(after=-1).releases)
         disclosure = disclose(
@@ -85,6 +90,7 @@ def look(
             base_folder=settings.base,
             round_n_bytes=round_n_bytes(manifest.lora, first),
             data_from_hub=from_hub,
+            own_part=owner,
         )
     finally:
         transport.close()

@@ -28,9 +28,9 @@ from quant.adapter import (
     factor_of,
     peft_config,
     read_arrays,
-    sent_layout,
     to_safetensors,
 )
+from quant.companions import update_layout
 from quant.errors import AdapterError
 from quant.model_card import write_release
 
@@ -215,7 +215,7 @@ def _check(
     shapes = {name: array.shape for name, array in newest.items()}
     same = shapes == {name: array.shape for name, array in first.items()}
     layout = agreed_layout(
-        sent_layout(shapes, manifest.lora.sent), manifest.masking, manifest.privacy
+        update_layout(shapes, manifest.lora, manifest.training), manifest.masking, manifest.privacy
     )
     if not same or layout.digest() != manifest.layout:
         msg = f"release {release.number} has another layout than the federation's manifest"

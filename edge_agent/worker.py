@@ -14,8 +14,9 @@ from edge_agent.data.tokens import TokenizedData, tokenize
 from edge_agent.errors import JournalError, TrustError
 from edge_agent.home import AgentHome
 from edge_agent.journal import Journal, Membership
-from edge_agent.member import Member, OwnersCell
+from edge_agent.member import Member, OwnersCell, OwnersPart
 from edge_agent.membership import record_outgoing
+from edge_agent.own_part import chosen_lora
 from edge_agent.politeness import OwnersWishes
 from edge_agent.private import (
     PrivacyTerms,
@@ -25,6 +26,7 @@ from edge_agent.private import (
     require_owners_epsilon,
 )
 from edge_agent.training.gradients import noise_threads
+from edge_agent.training.planning import fitting_rank
 from edge_agent.transport import Transport
 from privacy.agent_accounting import require_kept
 from privacy.ledger import Ledger
@@ -231,6 +233,7 @@ def prepare(
                     friends=frozenset(b64u_decode(name, n_bytes=32) for name in settings.friends),
                     min_friends=settings.min_friends,
                 ),
+                owners_part=_owners_part(settings, manifest, base, data, on_event),
                 private=private,
                 charges=None if private is not None else charges,
             ),
@@ -254,6 +257,29 @@ def prepare(
         ledger=ledger,
         release_lock=lock.release,
     )
+
+
+def _owners_part(
+    settings: AgentSettings,
+    manifest: FederationManifest,
+    base: LoadedBase,
+    data: TokenizedData,
+    on_event: Callable[[AgentEventReport], None],
+) -> OwnersPart:
+    """What the owner chose; where nothing was said of the rank, the largest that fits the card."""
+    rank, lora = settings.rank, manifest.lora
+    if rank is None and lora.min_rank is not None:
+        rank = fitting_rank(
+            base,
+            chosen_lora(lora, OwnersPart(left_out=settings.leave_out)),
+            lowest=lora.min_rank,
+            longest=max((len(example.input_ids) for example in data.examples), default=1),
+            private=isinstance(manifest.privacy, ExamplePrivacy),
+            max_vram_bytes=_max_vram_bytes(settings),
+        )
+    if rank is not None and rank < lora.rank:
+        on_event(AgentEventReport(kind="rank", text=f"trains {rank} of {lora.rank} rank rows"))
+    return OwnersPart(rank=rank, left_out=settings.leave_out)
 
 
 def _engine(settings: AgentSettings) -> type[AdaptedModel]:

@@ -4,7 +4,11 @@ A tensor has a step Δ and an integer amplitude A; its value x becomes
 e = clamp(⌊x/Δ + u⌋, −A, A) with u uniform in [0, 1), so e·Δ is x on average. The weight w of an
 agent is applied before: x stands for (w/W)·x. The vector of words is
 
-    tensors · w · 1 · clipped flag, with 16 check words spread evenly between and after them.
+    tensors · companions · w · 1 · clipped flag, with 16 check words spread evenly between and
+    after them.
+
+A companion is a count of weights, as w itself is: the word is w where an agent trained the rank row
+and 0 where not, so it survives the sum exactly, needs no step, and is in no norm.
 
 Nothing wraps: m_max·(A + 1) ≤ 2^(k−1) − 1 for the signed values, m_max·W ≤ 2^k − 1 for weights.
 
@@ -23,8 +27,8 @@ from privacy.distributed_noise import AgentNoise, agent_noise, noisy_update
 from privacy.errors import EncodingPlanError, SumError, UpdateRangeError
 from privacy.masking import Words, word_dtype
 from privacy.noise import SecureStream
-from privacy.updates import Float32Array, l2_norm
-from protocol.layout import VectorLayout
+from privacy.updates import Float32Array, Float64Array, l2_norm
+from protocol.layout import PARTICIPATION, VectorLayout
 from protocol.limits import MAX_UPDATE_BYTES
 from protocol.manifest import CellMasking, HelperMasking, MaskingBlock, SumMasking
 from protocol.privacy import CentralPrivacy, PrivacyBlock
@@ -89,6 +93,7 @@ class EncodingPlan:
     """
 
     layout: VectorLayout
+    """Of what agents send; companions have no step."""
     word_bits: Literal[16, 32]
     max_members: int
     """m_max, the largest cell."""
@@ -104,7 +109,7 @@ class EncodingPlan:
     def __post_init__(self) -> None:
         """Refuse what could wrap."""
         half = 2 ** (self.word_bits - 1) - 1
-        for slot in self.layout.slots:
+        for slot in self.layout.tensors.slots:
             if slot.step is None or slot.clip_amplitude is None:
                 msg = f"{slot.name!r} has no step or amplitude"
                 raise EncodingPlanError(msg)
@@ -175,7 +180,8 @@ class EncodingPlan:
     @property
     def rounding_norm(self) -> float:
         """√(Σ d_l Δ_l²): what rounding adds to the norm of an update, at most."""
-        squares = (slot.n_values * float(slot.step or 0.0) ** 2 for slot in self.layout.slots)
+        tensors = self.layout.tensors.slots  # a companion is not rounded
+        squares = (slot.n_values * float(slot.step or 0.0) ** 2 for slot in tensors)
         return math.sqrt(math.fsum(squares))
 
     def check_positions(self) -> tuple[int, ...]:
@@ -183,8 +189,15 @@ class EncodingPlan:
         return tuple((j + 1) * self.n_words // N_CHECK_WORDS - 1 for j in range(N_CHECK_WORDS))
 
 
-def encode(vector: Float32Array, *, weight: int, plan: EncodingPlan, stream: SecureStream) -> Words:
-    """An update as words: tensors, weight, one, clipped flag.
+def encode(
+    vector: Float32Array,
+    *,
+    weight: int,
+    plan: EncodingPlan,
+    stream: SecureStream,
+    participation: Float32Array | None = None,
+) -> Words:
+    """An update as words: tensors, companions, weight, one, clipped flag.
 
     The result is made once for each update and stored: rounding anew would let two sums of the
     same update differ, and their difference tell of it.
@@ -194,23 +207,28 @@ def encode(vector: Float32Array, *, weight: int, plan: EncodingPlan, stream: Sec
         2. ‖Δ·e‖ ≤ (w/W)·C + √(Σ d_l Δ_l²), checked (PROTOCOL, check 15).
         3. Under profile P2, the words hold the agent's share of the noise; under P2 and P3, no
            flag.
+        4. A participation's word is the weight or 0, exactly; clip and norm do not count it.
 
     Args:
-        vector: [n_values] float32 in the layout's order; unchanged.
+        vector: [n_values] float32 in the order of the layout's tensors; unchanged.
         weight: w, 1 to W.
         plan: Of the federation.
         stream: Fresh.
+        participation: [n_rows] float32 of 0 and 1, where the layout has it.
 
     Returns:
         [n_payload] words.
 
     Raises:
-        UpdateRangeError: NaN or infinity, another length, a weight outside 1 to W, or an encoding
-            that is longer than it may be.
+        UpdateRangeError: NaN or infinity, another length, a weight outside 1 to W, a participation
+            other than 0 and 1 or where there should be none, or an encoding that is longer than it
+            may be.
     """
-    if vector.shape != (plan.layout.n_values,):
-        msg = f"an update of {vector.shape}, the layout has {plan.layout.n_values} values"
+    tensors = plan.layout.tensors
+    if vector.shape != (tensors.n_values,):
+        msg = f"an update of {vector.shape}, the layout has {tensors.n_values} values"
         raise UpdateRangeError(msg)
+    _check_participation(participation, plan)
     if plan.noise is not None:
         words = np.empty(plan.n_payload, plan.dtype)
         words[: plan.layout.n_values] = noisy_update(vector, plan.noise, stream).view(np.uint32)
@@ -231,7 +249,7 @@ def encode(vector: Float32Array, *, weight: int, plan: EncodingPlan, stream: Sec
     values, draws = np.empty(_CHUNK_VALUES), np.empty(_CHUNK_VALUES)
     clipped = shrink < 1.0
     squares = 0.0
-    for slot, where in plan.layout.slices():
+    for slot, where in tensors.slices():
         step, amplitude = float(slot.step or 0.0), int(slot.clip_amplitude or 0)
         n_squares = 0.0
         for run in _runs(where):
@@ -249,12 +267,23 @@ def encode(vector: Float32Array, *, weight: int, plan: EncodingPlan, stream: Sec
             n_squares += float(square.sum())
             signed[run] = value
         squares += n_squares * step * step
+    if participation is not None:
+        words[tensors.n_values : -N_TAIL_WORDS] = participation.astype(plan.dtype) * weight
     words[-N_TAIL_WORDS:] = (weight, 1, int(clipped and not plan.is_noised_later))
     longest = share * plan.clip_norm + plan.rounding_norm
     if np.sqrt(squares) > longest * (1.0 + 1e-9):
         msg = f"the encoded update has norm {np.sqrt(squares):.6g}; at most {longest:.6g} is agreed"
         raise UpdateRangeError(msg)
     return words
+
+
+def _check_participation(participation: Float32Array | None, plan: EncodingPlan) -> None:
+    where = plan.layout.companion(PARTICIPATION)
+    n_rows = 0 if where is None else where.stop - where.start
+    found = np.empty(0, np.float32) if participation is None else participation
+    if found.shape != (n_rows,) or not np.isin(found, (0.0, 1.0)).all():
+        msg = f"participation of {found.shape} values; expected {n_rows}, each 0 or 1"
+        raise UpdateRangeError(msg)
 
 
 def _runs(where: slice) -> Iterator[slice]:
@@ -311,10 +340,12 @@ class DecodedSum:
     """What a cell's sum says."""
 
     values: Float32Array
-    """Σ (w/W)·x, [n_values] float32."""
+    """Σ (w/W)·x, [n_values] float32, of the tensors."""
     weight_sum: int
     n_members: int
     n_clipped: int
+    row_weights: Float64Array | None
+    """Σ w over the members that say they trained the rank row, [n_rows], exact; None: all do."""
 
 
 def split_sum(words: Words, checks: Words, plan: EncodingPlan, *, n_members: int) -> Words:
@@ -399,9 +430,16 @@ def decode(payload: Words, plan: EncodingPlan) -> DecodedSum:
         msg = f"a sum of {payload.shape} words, {plan.n_payload} are expected"
         raise SumError(msg)
     signed: NDArray[np.signedinteger] = payload.view(np.int16 if plan.word_bits == 16 else np.int32)
-    values = np.empty(plan.layout.n_values, np.float32)
-    for slot, where in plan.layout.slices():
+    values = np.empty(plan.layout.tensors.n_values, np.float32)
+    for slot, where in plan.layout.tensors.slices():
         for run in _runs(where):
             values[run] = signed[run] * np.float64(slot.step or 0.0)
     weight_sum, count, n_clipped = (int(word) for word in payload[-N_TAIL_WORDS:])
-    return DecodedSum(values=values, weight_sum=weight_sum, n_members=count, n_clipped=n_clipped)
+    rows = plan.layout.companion(PARTICIPATION)
+    return DecodedSum(
+        values=values,
+        weight_sum=weight_sum,
+        n_members=count,
+        n_clipped=n_clipped,
+        row_weights=None if rows is None else payload[rows].astype(np.float64),
+    )

@@ -12,18 +12,51 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from protocol.layout import CONTROL, PARTICIPATION, VectorLayout
+
 Float32Array = NDArray[np.float32]
+Float64Array = NDArray[np.float64]
 
 _CHUNK_VALUES: Final = 1 << 16
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlainUpdate:
-    """Local minus global, in the clear: `vector` [n_values] float32 in the layout's order."""
+    """Local minus global, in the clear: `vector` [n_values] float32 in the layout's order.
+
+    Companions stand apart from it, so that norms, clips and filters cannot mistake them for it.
+    """
 
     vector: Float32Array
     weight: int
     """FedAvg weight, at least 1."""
+    participation: Float32Array | None = None
+    """[n_rows] float32, 1 for each rank row that was trained, else 0; None: all train all rows."""
+    control: Float32Array | None = None
+    """Δc of the agent, [n_values] float32 as `vector`; None: no SCAFFOLD."""
+
+    @classmethod
+    def of_body(cls, values: Float32Array, layout: VectorLayout, *, weight: int) -> "PlainUpdate":
+        """An update as it travelled in the open mode.
+
+        Args:
+            values: [layout.n_values] float32.
+            layout: Of what agents send.
+            weight: Of the header.
+        """
+        rows, control = layout.companion(PARTICIPATION), layout.companion(CONTROL)
+        return cls(
+            vector=values[: layout.tensors.n_values],
+            weight=weight,
+            participation=None if rows is None else values[rows],
+            control=None if control is None else values[control],
+        )
+
+    def body(self) -> Float32Array:
+        """All values in the order of the layout, as they travel in the open mode."""
+        companions = (self.control, self.participation)
+        there = [values for values in companions if values is not None]
+        return np.concatenate([self.vector, *there]) if there else self.vector
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +71,10 @@ class CellSum:
     weight_sum: int
     """Σ w over the members, at least 1."""
     n_members: int
+    row_weights: Float64Array | None = None
+    """Σ w over the members that trained the rank row, [n_rows]; None: all train all rows."""
+    control: Float32Array | None = None
+    """Δc of the only member, [n_values]; None: no SCAFFOLD."""
 
     @classmethod
     def of_plain(cls, update: PlainUpdate) -> "CellSum":
@@ -46,8 +83,14 @@ class CellSum:
         Args:
             update: Its only member.
         """
-        weighted_sum = update.vector * np.float32(update.weight)
-        return cls(weighted_sum=weighted_sum, weight_sum=update.weight, n_members=1)
+        rows = update.participation
+        return cls(
+            weighted_sum=update.vector * np.float32(update.weight),
+            weight_sum=update.weight,
+            n_members=1,
+            row_weights=None if rows is None else rows.astype(np.float64) * update.weight,
+            control=update.control,
+        )
 
 
 def l2_norm(vector: Float32Array) -> float:

@@ -13,7 +13,7 @@ from protocol.gating import EvaluationReport
 from protocol.manifest import FilterRule
 from protocol.numbers import Count, Fraction, PositiveFloat, PositiveInt, RoundNumber, UnixTime
 from protocol.signing import Signed
-from protocol.wire import Bytes16, Digest, WireModel, domain_hash
+from protocol.wire import Bytes16, Digest, WireModel, domain_hash, is_none
 
 
 class BlobRef(WireModel):
@@ -88,11 +88,6 @@ class CovarianceGap(WireModel):
         return f"about {self.estimated_norm / self.estimated_change_norm:.1%} of the change"
 
 
-def is_none(value: object) -> bool:
-    """A later key is left out where it says nothing, so that what was signed stays the same."""
-    return value is None
-
-
 class AggregationReport(WireModel):
     """What the server may tell everyone about the average it made."""
 
@@ -157,6 +152,7 @@ class Release(WireModel):
 
     `adapter` is the whole PEFT file (`adapter_model.safetensors`); `sent` holds only the factors
     that agents send, and is what they fetch each round; `config` is `adapter_config.json`.
+    `control` is SCAFFOLD's c, in the names and shapes of `sent`; None: zero, or no SCAFFOLD.
     """
 
     version: Literal[1] = 1
@@ -169,6 +165,7 @@ class Release(WireModel):
     adapter: BlobRef
     sent: BlobRef
     config: BlobRef
+    control: Annotated[BlobRef | None, Field(exclude_if=is_none)] = None
     accepted: tuple[CellRef, ...]
     rejected: tuple[CellRef, ...]
     aggregation: Annotated[AggregationReport | NoisyAggregationReport, Field(discriminator="rule")]

@@ -15,7 +15,13 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from protocol.manifest import AggregationBlock, FilterBlock, LoraBlock, MaskingBlock
+    from protocol.manifest import (
+        AggregationBlock,
+        FilterBlock,
+        LoraBlock,
+        MaskingBlock,
+        TrainingBlock,
+    )
     from protocol.privacy import PrivacyBlock
 
 
@@ -61,6 +67,11 @@ class Recipe(Protocol):
         ...
 
     @property
+    def training(self) -> "TrainingBlock":
+        """Whether control variates are sent."""
+        ...
+
+    @property
     def filter(self) -> "FilterBlock":
         """The rule."""
         ...
@@ -78,6 +89,10 @@ def rules_of_lora(manifest: Recipe) -> dict[str, bool]:
             "which says nothing of their products": manifest.filter.rule != "none",
             'aggregation.optimizer must be "fedavg" with learning_rate 1: the factors of a round '
             "have a basis of their own, in which earlier steps mean nothing": not is_plain,
+            "lora.min_rank and lora.optional_modules must be left out: what an agent did not train "
+            "is no part of its product": manifest.lora.is_mixed,
+            "training.scaffold must be false: the factors of a round have a basis of their own, in "
+            "which mean gradients of an earlier one mean nothing": manifest.training.scaffold,
             'privacy.profile must be "P0" or "P1": the noise of the others is planned for a mean '
             "of factors": manifest.privacy.profile not in {"P0", "P1"},
         }
@@ -85,6 +100,10 @@ def rules_of_lora(manifest: Recipe) -> dict[str, bool]:
         return {
             'aggregation.optimizer must be "fedavg" with learning_rate 1: what another remembers '
             "of one factor means nothing in the turn of the other": not is_plain,
+            "lora.min_rank and lora.optional_modules must be left out: they are not planned for "
+            "updates of two lengths": manifest.lora.is_mixed,
+            "training.scaffold must be false: mean gradients of one factor mean nothing in the "
+            "turn of the other": manifest.training.scaffold,
             'privacy.profile must be "P0" or "P1": the noise of the others is planned for updates '
             "of one length": manifest.privacy.profile not in {"P0", "P1"},
         }

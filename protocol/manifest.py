@@ -5,7 +5,6 @@ mode, rule or key is refused by `wire.parse`, with a sentence that tells the own
 version of the agent can honour. Rounds and releases refer to it: see `protocol.chain`.
 """
 
-import math
 from collections.abc import Mapping
 from enum import StrEnum
 from typing import Annotated, Any, Final, Literal, Self
@@ -23,8 +22,9 @@ from protocol.numbers import (
     Text,
     UnixTime,
 )
-from protocol.privacy import CentralPrivacy, ExamplePrivacy, NoPrivacy, PrivacyBlock
-from protocol.wire import Bytes16, Bytes1216, Digest, Identity, WireModel, domain_hash
+from protocol.privacy import NoPrivacy, PrivacyBlock
+from protocol.privacy_rules import rules_of_privacy, rules_of_scaffold
+from protocol.wire import Bytes16, Bytes1216, Digest, Identity, WireModel, domain_hash, is_none
 
 
 class Factor(StrEnum):
@@ -79,6 +79,10 @@ class BaseBlock(WireModel):
     tokenizer_digest: Digest
 
 
+def _is_empty(value: tuple[str, ...]) -> bool:
+    return not value
+
+
 SENT: Final[Mapping[LoraRule, tuple[Factor, ...]]] = {
     LoraRule.FEDIT: (Factor.A, Factor.B),
     LoraRule.FFA_LORA: (Factor.B,),
@@ -97,6 +101,9 @@ class LoraBlock(WireModel):
     """The adapter's shape, and how agents' adapters become one (`protocol.lora_rules`).
 
     `rule` is left out where `sent` tells it: `(A, B)` is FedIT, `(B,)` is FFA-LoRA.
+
+    With `min_rank` or `optional_modules` agents differ in what they train (`is_mixed`): a number
+    for each rank row of each module then says whether an agent trained it.
     """
 
     version: Literal[1] = 1
@@ -112,6 +119,22 @@ class LoraBlock(WireModel):
         default_factory=_rule_of_sent
     )
     init_seed: Annotated[int, Field(ge=0, le=2**53 - 1)]
+    min_rank: Annotated[int | None, Field(ge=1, le=1024, exclude_if=is_none)] = None
+    """An agent may train the first rows alone, from this many on; None: all train `rank`."""
+    optional_modules: Annotated[
+        tuple[str, ...], Field(max_length=limits.MAX_TARGET_MODULES, exclude_if=_is_empty)
+    ] = ()
+    """Those of `target_modules` that an agent may leave out."""
+
+    @property
+    def is_mixed(self) -> bool:
+        """Whether agents may differ in what they train."""
+        return self.min_rank is not None or bool(self.optional_modules)
+
+    @property
+    def scale(self) -> float:
+        """Of the update s · B · A: s = α / rank, whatever rank an agent trains."""
+        return self.alpha / self.rank
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -122,7 +145,21 @@ class LoraBlock(WireModel):
         if len(set(self.target_modules)) != len(self.target_modules):
             msg = f"target_modules names a module twice: {list(self.target_modules)}"
             raise ValueError(msg)
+        if self.min_rank is not None and self.min_rank >= self.rank:
+            msg = f"min_rank {self.min_rank} must be below rank {self.rank}, or be left out"
+            raise ValueError(msg)
+        optional = set(self.optional_modules)
+        if len(optional) != len(self.optional_modules) or not optional < set(self.target_modules):
+            msg = (
+                f"optional_modules {list(self.optional_modules)} must name some of target_modules, "
+                "each once, and not all: what nobody must train is no part of the adapter"
+            )
+            raise ValueError(msg)
         return self
+
+
+def _is_false(value: object) -> bool:
+    return value is False
 
 
 def _is_zero(value: float) -> bool:
@@ -150,6 +187,9 @@ class TrainingBlock(WireModel):
     max_grad_norm: PositiveFloat | None = 1.0
     proximal_mu: Annotated[float, Field(ge=0.0, exclude_if=_is_zero)] = 0.0
     """Pulls the weights back to those of the round's start (FedProx, arXiv 1812.06127); 0: not."""
+    scaffold: Annotated[bool, Field(exclude_if=_is_false)] = False
+    """Corrects each step by control variates (SCAFFOLD, arXiv 1910.06378), which agents send in
+    clear beside their updates."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -408,62 +448,17 @@ class FederationManifest(WireModel):
             raise ValueError(msg)
         if isinstance(self.masking, SumMasking):
             self._check_masking(self.masking)
-        for rule, is_broken in self._rules_of_privacy().items():
-            if is_broken:
-                msg = f"privacy.profile is {self.privacy.profile}, so {rule}"
-                raise ValueError(msg)
-        for rule, is_broken in rules_of_lora(self).items():
-            if is_broken:
-                msg = f"lora.rule is {self.lora.rule}, so {rule}"
-                raise ValueError(msg)
+        asked = {
+            f"privacy.profile is {self.privacy.profile}": rules_of_privacy(self),
+            f"lora.rule is {self.lora.rule}": rules_of_lora(self),
+            "training.scaffold is true": rules_of_scaffold(self),
+        }
+        for because, rules in asked.items():
+            for rule, is_broken in rules.items():
+                if is_broken:
+                    msg = f"{because}, so {rule}"
+                    raise ValueError(msg)
         return self
-
-    def _rules_of_privacy(self) -> dict[str, bool]:
-        """What the profile asks of the other blocks, and whether it is broken."""
-        privacy, masking = self.privacy, self.masking
-        if isinstance(privacy, NoPrivacy):
-            return {}
-        rules = {
-            'aggregation.weighting must be "uniform": a weight tells the number of examples': (
-                self.aggregation.weighting is not Weighting.UNIFORM
-            )
-        }
-        if isinstance(privacy, ExamplePrivacy):
-            return rules | {
-                "training.local_steps must be set: passes over the data tell how much there is": (
-                    self.training.local_steps is None
-                ),
-                "lora.dropout must be 0: noise is enough": self.lora.dropout > 0.0,
-            }
-        if isinstance(masking, SumMasking):
-            rules["masking.clip_norm must equal privacy.clip_norm: both limit an update"] = (
-                masking.clip_norm != privacy.clip_norm
-            )
-        if isinstance(privacy, CentralPrivacy):
-            return rules | {
-                'filter.rule must be "none": what is left out would tell of it without noise': (
-                    self.filter.rule is not FilterRule.NONE
-                ),
-                'privacy.adaptive needs masking.mode = "off": under masks agents clip, to the norm '
-                "of this manifest": privacy.adaptive is not None
-                and isinstance(masking, SumMasking),
-            }
-        most_ready = math.ceil(self.rounds.over_selection * self.rounds.cohort_target)
-        is_cells = isinstance(masking, CellMasking)
-        return rules | {
-            'masking.mode must be "cells": each agent adds a share of the noise, and only their '
-            "sum may be seen": not is_cells,
-            "masking.word_bits must be 32, to hold the noise": (
-                isinstance(masking, SumMasking) and masking.word_bits != 32
-            ),
-            "masking.max_change must equal privacy.clip_norm: no value of an update is larger": (
-                isinstance(masking, SumMasking) and masking.max_change != privacy.clip_norm
-            ),
-            f"masking.cell_target must be above {most_ready // 2}: the {most_ready} agents that a "
-            "round may select must be one cell, as each cell has noise of its own": (
-                isinstance(masking, SumMasking) and most_ready >= 2 * masking.cell_target
-            ),
-        }
 
     def _check_masking(self, masking: SumMasking) -> None:
         if self.rounds.min_cohort < masking.min_cell:

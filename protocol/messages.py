@@ -31,7 +31,15 @@ from protocol.manifest import FederationManifest
 from protocol.numbers import Count, RoundNumber, UnixSeconds, UnixTime
 from protocol.phases import RoundPhase
 from protocol.signing import InviteProof, Signed
-from protocol.wire import Bytes16, Digest, Identity, WireModel, domain_hash
+from protocol.wire import (
+    Bytes16,
+    Digest,
+    Identity,
+    WireModel,
+    b64u_encode,
+    domain_hash,
+    sha256,
+)
 
 Attempt = Annotated[int, Field(ge=1, le=2**31 - 1)]
 RetryAfter = Annotated[float, Field(ge=0.0, le=3600.0)]
@@ -156,6 +164,20 @@ class UploadHeader(BodyHead):
     def digest(self) -> bytes:
         """The hash that U3 carries for this agent."""
         return domain_hash("upload", self.as_json())
+
+
+def member_of_one(signed: Signed[UploadHeader]) -> list[str]:
+    """The only member of a cell of one, as U3 names it: identity and digest of its signed header.
+
+    Of the signed header: nobody without the agent's key can compute it from a guessed update, and
+    everybody sees it, in the release (under P3, too, where the update itself is protected).
+    """
+    return [b64u_encode(signed.body.agent), b64u_encode(sha256(signed.canonical()))]
+
+
+def transcript_of_one(signed: Signed[UploadHeader]) -> bytes:
+    """What stands for the transcript of a cell of one in the release of its round."""
+    return domain_hash("roster", b64u_encode(signed.body.round_digest), member_of_one(signed))
 
 
 class UploadState(StrEnum):

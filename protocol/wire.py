@@ -135,6 +135,11 @@ Digest = Bytes32
 """A SHA-256 digest."""
 
 
+def is_none(value: object) -> bool:
+    """A later key is left out where it says nothing, so that what was signed stays the same."""
+    return value is None
+
+
 class WireModel(BaseModel):
     """A frozen message: unknown keys, wrong types and non-finite numbers are refused."""
 

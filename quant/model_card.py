@@ -21,7 +21,6 @@ from protocol.chain import (
     NoVerdict,
     Release,
     Verdict,
-    is_none,
 )
 from protocol.errors import ProtocolError
 from protocol.guarantee import describe_privacy
@@ -41,7 +40,7 @@ from protocol.manifest import (
 from protocol.numbers import Count, PositiveInt, Text
 from protocol.privacy import PrivacyBlock
 from protocol.signing import format_fingerprint
-from protocol.wire import Bytes16, Digest, Identity, WireModel, parse
+from protocol.wire import Bytes16, Digest, Identity, WireModel, is_none, parse
 from quant.adapter import write_folder
 from quant.errors import AdapterError
 from quant.tiny import EMBEDDED_NAME

@@ -1,192 +1,251 @@
-"""Agents of different ranks in one sum: updates padded with zeros, and a weight for each rank row.
+"""Agents of different ranks in one sum: each rank row is averaged over those who trained it.
 
-Row i of A and column i of B are rank row i. An agent of rank r trains the rows below r; the others
-are zero in its padded update, and zero in its row weights. Both are sums over agents, so both may
-travel under masks, and a row is divided by the weight of those who have it:
+Row i of A and column i of B are rank row i. What an agent did not train is zero in its padded
+update and in its participation; both are sums over agents, so both may travel under masks:
 
-    mean of row i = Σ_k w_k x_k,i / Σ_{k has i} w_k
+    mean of row i = Σ_k w_k x_k,i / Σ_{k trained i} w_k
 
-All agents must use one scale s whatever their rank (alpha_k = s·rank_k), or their rows would not
-mean the same. Dividing every row by the total weight instead gives the zero-padding mean, in which
-rows that few agents have move little.
+Dividing every row by the total weight instead gives the zero-padding mean, in which rows that few
+agents train move little.
+
+A filter compares units, and a unit says nothing of a row that it did not train.
+
+*Where it looks for evidence* (`stretched`), such a row is zero, so that a unit answers for what it
+trained alone, and the rest is stretched to the length that the whole would have: else agents of low
+rank would look like copies of one another, and those of high rank too long.
+
+*Where it takes means or medians* (`filled`), a zero would hold the row back. There it is the mean
+of the units that trained it, each of them capped first (`fill`). The mean of filled units is again
+the mean of each row over those who trained it, so whatever a filter caps or weighs, its result
+stands.
 
 Source: padding, HetLoRA (Cho et al.), arXiv 2401.06432, whose weights by the norm of each agent's
 product a server of masked updates cannot know; rows over those who have them, RBLA, arXiv
-2408.08699. Here over updates instead of adapters, and as two sums.
+2408.08699. Here over updates instead of adapters, as two sums. What a filter sees is ours.
 """
 
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Final, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from aggregator_server.aggregation.fedavg import Average, average
+from aggregator_server.aggregation.robust.caps import cap_factors, median_norm
 from aggregator_server.errors import AggregationError
-from privacy.updates import CellSum, PlainUpdate
-from protocol.layout import TensorSlot, VectorLayout
-from protocol.manifest import Factor
-from quant.adapter import factor_of
-
-Float32Array = NDArray[np.float32]
-_Float = TypeVar("_Float", bound=np.floating)
-_RANK_AXIS: Final = {Factor.A: 0, Factor.B: 1}
+from privacy.updates import CellSum, Float32Array, Float64Array, l2_norm
+from protocol.layout import VectorLayout
+from protocol.manifest import LoraBlock
+from quant.adapter import module_of
+from quant.mixed_ranks import by_row, modules_of
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class PaddedSum:
-    """A weighted sum of padded updates; of one agent, or of any number of them."""
+@dataclass(frozen=True, kw_only=True)
+class RankRows:
+    """The rank rows of a federation's adapter, and which of them every agent trains."""
 
-    weighted_sum: Float32Array
-    """Σ w·x over the members, [n_values] float32 in the layout of the highest rank."""
-    row_weights: NDArray[np.int64]
-    """Σ w over the members that have the rank row, [max_rank]."""
+    tensors: VectorLayout
+    """Of the adapter's values, without companions."""
+    rank: int
+    min_rank: int
+    required: NDArray[np.bool_]
+    """[n_modules], modules by ascending name: no agent may leave these out."""
 
+    @classmethod
+    def of(cls, tensors: VectorLayout, lora: LoraBlock) -> "RankRows":
+        """The rows of a manifest.
 
-def pad(update: PlainUpdate, layout: VectorLayout, padded: VectorLayout) -> PaddedSum:
-    """One agent's update, as its addend of a sum over mixed ranks.
+        Args:
+            tensors: Layout of the adapter's values.
+            lora: The manifest's block.
 
-    Guarantees:
-        1. Linear: the sum of padded updates is the padded sum.
-        2. `crop` of the vector is w·update, bit for bit.
-
-    Args:
-        update: In the layout of the agent's own rank.
-        layout: Of its own rank.
-        padded: Of the highest rank; the same tensors otherwise.
-
-    Raises:
-        AggregationError: Layouts that do not fit, a weight below 1, or an update of another
-            length.
-        quant.errors.AdapterError: A name that is not of a LoRA factor.
-    """
-    rank = _fitting_rank(layout, padded)
-    if update.vector.shape != (layout.n_values,) or update.weight < 1:
-        msg = (
-            f"an update of {update.vector.shape} values and weight {update.weight}; "
-            f"expected ({layout.n_values},) and at least 1"
+        Raises:
+            quant.errors.AdapterError: A name that is not of a LoRA factor.
+        """
+        optional = tuple(lora.optional_modules)
+        return cls(
+            tensors=tensors,
+            rank=lora.rank,
+            min_rank=lora.rank if lora.min_rank is None else lora.min_rank,
+            required=np.array(
+                [not _ends_with(name, optional) for name in modules_of(tensors)], np.bool_
+            ),
         )
+
+    @property
+    def n_rows(self) -> int:
+        """How many there are in all modules."""
+        return len(self.required) * self.rank
+
+    def fault_of(self, cell: CellSum) -> str | None:
+        """Why a unit's participation cannot be what honest agents say; None if it can.
+
+        Guarantees:
+            1. A unit without fault has row weights from 0 to its weight; those of rows that every
+               agent trains are its weight, and who trained a row trained all before it.
+            2. A unit of one agent says 0 or its weight of each row, and nothing between.
+
+        Args:
+            cell: One unit's sum.
+        """
+        found = cell.row_weights
+        if found is None or found.shape != (self.n_rows,):
+            return f"its participation has not the {self.n_rows} values of the layout"
+        weights = found.reshape(-1, self.rank)
+        in_range = bool(((weights >= 0.0) & (weights <= cell.weight_sum)).all())  # NaN is not
+        first = weights[:, 0]
+        wrong = {
+            f"its participation is not from 0 to its weight, {cell.weight_sum}": not in_range,
+            "its participation is between none and all of its one agent's weight": (
+                cell.n_members == 1
+                and not bool(np.isin(weights, (0.0, float(cell.weight_sum))).all())
+            ),
+            "it leaves out a module that every agent trains": bool(
+                (first[self.required] != cell.weight_sum).any()
+            ),
+            f"it trained fewer than {self.min_rank} rows of a module": bool(
+                (weights[:, : self.min_rank] != first[:, None]).any()
+            ),
+            "it trained a row without the one before it": bool((np.diff(weights) > 0.0).any()),
+        }
+        return next((fault for fault, is_so in wrong.items() if is_so), None)
+
+    def average(self, cells: Iterable[CellSum]) -> Average:
+        """The mean update, each rank row over the agents that trained it.
+
+        Guarantees:
+            1. Depends on the sums alone, so it works on masked ones, however agents were grouped.
+            2. Where all agents train all rows it is the weighted mean (FedAvg).
+            3. A row that no agent trained is zero: the global adapter keeps it as it was.
+            4. Memory does not depend on the number of cells.
+
+        Args:
+            cells: Lazily loaded sums without fault, in an order that the caller fixes.
+
+        Raises:
+            AggregationError: As `fedavg.average`; or a cell without participation.
+        """
+        weights = np.zeros(self.n_rows)
+        found = average(_noting(cells, weights), n_values=self.tensors.n_values)
+        mean = found.mean.copy()
+        for rows, trained in self._rows(mean, weights):
+            held = trained > 0.0
+            rows[held] *= (found.weight_sum / trained[held])[:, None]
+            rows[~held] = 0.0
+        return dataclasses.replace(found, mean=mean)
+
+    def untrained(self, cells: Iterable[CellSum]) -> NDArray[np.bool_]:
+        """Which values belong to rows that nobody trained, [n_values] bool.
+
+        Args:
+            cells: Of the round.
+
+        Raises:
+            AggregationError: A cell without participation.
+        """
+        weights = np.zeros(self.n_rows)
+        for _ in _noting(cells, weights):
+            pass
+        where = np.zeros(self.tensors.n_values)
+        for rows, trained in self._rows(where, weights):
+            rows[trained == 0.0] = 1.0
+        return where > 0.0
+
+    def stretched(self, cell: CellSum) -> CellSum:
+        """A unit by what it trained alone, at the length that it would have over all rows.
+
+        Guarantees:
+            1. A row that some members trained has their mean × √(all values / those of its rows);
+               any other is zero.
+
+        Args:
+            cell: Without fault.
+
+        Raises:
+            AggregationError: A cell without participation.
+        """
+        found = self.filled(cell, np.zeros_like(cell.weighted_sum))
+        rows = self._rows(found.weighted_sum, _weights_of(cell))
+        n_held = sum(values[trained > 0.0].size for values, trained in rows)
+        return _scaled(found, float(np.sqrt(self.tensors.n_values / max(1, n_held))))
+
+    def fill(self, cells: Sequence[Callable[[], CellSum]]) -> Float32Array:
+        """What stands, for a filter, in rows that a unit did not train.
+
+        Guarantees:
+            1. In each row the weighted mean of the units that trained it, each capped to the
+               median length of the units as `stretched`.
+
+        Args:
+            cells: Each loads one unit without fault; read twice.
+
+        Returns:
+            [n_values] float32.
+
+        Raises:
+            AggregationError: No cell, or one that is not finite.
+        """
+        lengths = np.array([_length(self.stretched(load())) for load in cells])
+        caps = cap_factors(lengths, median_norm(lengths))
+        capped = (_scaled(load(), cap) for load, cap in zip(cells, caps, strict=True))
+        return self.average(capped).mean.astype(np.float32)
+
+    def filled(self, cell: CellSum, fill: Float32Array) -> CellSum:
+        """A unit as if all its members had trained all rows.
+
+        Guarantees:
+            1. A row that some members trained has their mean; any other is that of `fill`.
+
+        Args:
+            cell: Without fault.
+            fill: [n_values] float32.
+
+        Raises:
+            AggregationError: A cell without participation.
+        """
+        total = cell.weighted_sum.copy()
+        weight = np.float32(cell.weight_sum)
+        for (rows, trained), (filling, _) in zip(
+            self._rows(total, _weights_of(cell)), self._rows(fill, _weights_of(cell)), strict=True
+        ):
+            held = trained > 0.0
+            rows[held] *= (weight / trained[held]).astype(np.float32)[:, None]
+            rows[~held] = filling[~held] * weight
+        return dataclasses.replace(cell, weighted_sum=total, row_weights=None)
+
+    def _rows(
+        self, values: NDArray[np.floating], weights: Float64Array
+    ) -> Iterator[tuple[NDArray[np.floating], Float64Array]]:
+        """Views of each tensor as [rank, …], with the weights of its rows, [rank]."""
+        places = modules_of(self.tensors)
+        of_modules = weights.reshape(-1, self.rank)
+        for slot, where in self.tensors.slices():
+            yield by_row(values[where], slot), of_modules[places[module_of(slot.name)]]
+
+
+def _ends_with(module: str, names: tuple[str, ...]) -> bool:
+    """As peft finds modules: by the whole name, or by its last parts."""
+    return any(module == name or module.endswith("." + name) for name in names)
+
+
+def _weights_of(cell: CellSum) -> Float64Array:
+    if cell.row_weights is None:
+        msg = "a cell without participation, though agents differ in what they train"
         raise AggregationError(msg)
-    weighted = CellSum.of_plain(update).weighted_sum
-    vector = np.zeros(padded.n_values, np.float32)
-    for (slot, small), (wide, large) in zip(layout.slices(), padded.slices(), strict=True):
-        _by_row(vector[large], wide)[:rank] = _by_row(weighted[small], slot)
-    row_weights = np.zeros(rank_of(padded), np.int64)
-    row_weights[:rank] = update.weight
-    return PaddedSum(weighted_sum=vector, row_weights=row_weights)
+    return cell.row_weights
 
 
-def crop(vector: Float32Array, layout: VectorLayout, padded: VectorLayout) -> Float32Array:
-    """What an agent of a lower rank takes of a padded vector: its rank rows.
-
-    Args:
-        vector: [n_values] float32 in the padded layout.
-        layout: Of the agent's own rank.
-        padded: Of the highest rank.
-
-    Returns:
-        [n_values] float32 in `layout`.
-
-    Raises:
-        AggregationError: Layouts that do not fit, or a vector of another length.
-        quant.errors.AdapterError: A name that is not of a LoRA factor.
-    """
-    rank = _fitting_rank(layout, padded)
-    _check_length(vector, padded)
-    small = np.empty(layout.n_values, np.float32)
-    for (slot, where), (wide, large) in zip(layout.slices(), padded.slices(), strict=True):
-        _by_row(small[where], slot)[...] = _by_row(vector[large], wide)[:rank]
-    return small
+def _noting(cells: Iterable[CellSum], weights: Float64Array) -> Iterator[CellSum]:
+    """The same cells; what they say of rows is added to `weights` as they pass."""
+    for cell in cells:
+        weights += _weights_of(cell)
+        yield cell
 
 
-def mean_of_padded(
-    weighted_sum: NDArray[np.floating], row_weights: NDArray[np.int64], padded: VectorLayout
-) -> NDArray[np.float64]:
-    """The mean update over mixed ranks, each rank row over the agents that have it.
-
-    Guarantees:
-        1. Depends on the sums alone, so it works on masked ones, however agents were grouped.
-        2. Where all agents have the highest rank it is the weighted mean (FedAvg).
-        3. A row that no agent has is zero: the global adapter keeps it as it was.
-
-    Args:
-        weighted_sum: Σ w·x, [n_values] in the padded layout. An agent that adds to rows which its
-            weights do not count is not seen in a sum; what it adds where nobody counts is dropped.
-        row_weights: Σ w of those who have the row, [max_rank].
-        padded: Layout of the highest rank.
-
-    Returns:
-        [n_values] float64.
-
-    Raises:
-        AggregationError: Other lengths, a weight that is negative or grows with the row, no
-            weight at all, or a mean that is not finite.
-        quant.errors.AdapterError: A name that is not of a LoRA factor.
-    """
-    _check_length(weighted_sum, padded)
-    rank = rank_of(padded)
-    if row_weights.shape != (rank,):
-        msg = f"{row_weights.shape} row weights; the layout has rank {rank}"
-        raise AggregationError(msg)
-    if row_weights[0] < 1 or row_weights[-1] < 0 or (np.diff(row_weights) > 0).any():
-        msg = (
-            f"row weights {row_weights.tolist()}: the first must be at least 1, and who has a row "
-            "has all before it"
-        )
-        raise AggregationError(msg)
-    mean = weighted_sum.astype(np.float64)
-    n_held = np.count_nonzero(row_weights)
-    for slot, where in padded.slices():
-        rows = _by_row(mean[where], slot)
-        rows[:n_held] /= row_weights[:n_held, None]
-        rows[n_held:] = 0.0
-    if not np.isfinite(mean).all():
-        msg = "the mean update has values that are not finite"
-        raise AggregationError(msg)
-    return mean
+def _length(cell: CellSum) -> float:
+    return l2_norm(cell.weighted_sum) / cell.weight_sum
 
 
-def rank_of(layout: VectorLayout) -> int:
-    """The rank that all tensors of a layout have.
-
-    Raises:
-        AggregationError: Several ranks, or a tensor that is no matrix.
-        quant.errors.AdapterError: A name that is not of a LoRA factor.
-    """
-    if any(len(slot.shape) != 2 for slot in layout.slots):
-        msg = "a LoRA factor is a matrix"
-        raise AggregationError(msg)
-    ranks = {slot.shape[_RANK_AXIS[factor_of(slot.name)]] for slot in layout.slots}
-    if len(ranks) > 1:
-        msg = f"one rank in all modules is needed, not {sorted(ranks)}"
-        raise AggregationError(msg)
-    return ranks.pop()
-
-
-def _fitting_rank(layout: VectorLayout, padded: VectorLayout) -> int:
-    rank, highest = rank_of(layout), rank_of(padded)
-    if rank > highest or [_outer(slot) for slot in layout.slots] != [
-        _outer(slot) for slot in padded.slots
-    ]:
-        msg = (
-            f"an adapter of rank {rank} and {len(layout)} tensors does not fit in one of rank "
-            f"{highest} and {len(padded)} tensors"
-        )
-        raise AggregationError(msg)
-    return rank
-
-
-def _outer(slot: TensorSlot) -> tuple[str, int]:
-    """A tensor's name, and its side that is not the rank."""
-    return slot.name, slot.shape[1 - _RANK_AXIS[factor_of(slot.name)]]
-
-
-def _by_row(values: NDArray[_Float], slot: TensorSlot) -> NDArray[_Float]:
-    """A view of one tensor's values as [rank, the other side]: A, or B transposed."""
-    matrix = values.reshape(slot.shape)
-    return matrix if factor_of(slot.name) is Factor.A else matrix.T
-
-
-def _check_length(vector: NDArray[np.floating], padded: VectorLayout) -> None:
-    if vector.shape != (padded.n_values,):
-        msg = f"a vector of {vector.shape} values; the layout has {padded.n_values}"
-        raise AggregationError(msg)
+def _scaled(cell: CellSum, factor: float) -> CellSum:
+    return dataclasses.replace(cell, weighted_sum=cell.weighted_sum * np.float32(factor))

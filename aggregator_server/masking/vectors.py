@@ -100,4 +100,5 @@ def load_sum(blobs: Blobs, transcript: bytes, digest: bytes, plan: EncodingPlan)
         weighted_sum=found.values * np.float32(plan.max_weight),
         weight_sum=found.weight_sum,
         n_members=found.n_members,
+        row_weights=found.row_weights,
     )

@@ -8,7 +8,7 @@ from aggregator_server.errors import StaleWriteError
 from aggregator_server.store import counters
 from aggregator_server.store.counters import Counter
 from aggregator_server.store.database import Database
-from aggregator_server.store.rows import BlobRole, BlobRow, ReleaseRow
+from aggregator_server.store.rows import HIDDEN_ROLES, BlobRole, BlobRow, ReleaseRow
 from aggregator_server.store.schema import release_blobs, releases
 
 
@@ -85,7 +85,7 @@ class ReleaseStore:
             select(release_blobs.c.n_bytes)
             .where(
                 release_blobs.c.sha256 == sha256,
-                release_blobs.c.role != BlobRole.OPTIMIZER.value,
+                release_blobs.c.role.not_in(sorted(role.value for role in HIDDEN_ROLES)),
             )
             .limit(1)
         )

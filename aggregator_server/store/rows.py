@@ -1,8 +1,11 @@
 """What goes into the database and comes out of it: frozen rows, bytes for keys and digests."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Final
 
+from protocol.chain import BlobRef
 from protocol.phases import CellPhase, RoundPhase
 
 
@@ -27,6 +30,14 @@ class BlobRole(StrEnum):
     CONFIG = "config"
     OPTIMIZER = "optimizer"
     """The state of the server's optimiser; served to nobody."""
+    CONTROL = "control"
+    """SCAFFOLD's c."""
+    CONTROL_BOOK = "control_book"
+    """Whose variates c is the mean of; served to nobody."""
+
+
+HIDDEN_ROLES: Final = frozenset({BlobRole.OPTIMIZER, BlobRole.CONTROL_BOOK})
+"""Of blobs that are served to nobody."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -331,6 +342,15 @@ class BlobRow:
     role: BlobRole
     sha256: bytes
     n_bytes: int
+
+
+def blob_rows(by_role: Mapping[BlobRole, BlobRef | None]) -> tuple[BlobRow, ...]:
+    """Files of a release as the store keeps them, but for those that it has not."""
+    return tuple(
+        BlobRow(role=role, sha256=ref.sha256, n_bytes=ref.n_bytes)
+        for role, ref in by_role.items()
+        if ref is not None
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

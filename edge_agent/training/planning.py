@@ -13,6 +13,8 @@ import psutil
 import torch
 
 from edge_agent.errors import OutOfMemoryError
+from protocol.manifest import LoraBlock
+from quant.base_model import LoadedBase
 from quant.errors import BaseModelError, MemoryLimitError
 from quant.fitting import (
     PROBE_TOKENS,
@@ -143,12 +145,8 @@ def choose_settings(
             f"steps of up to {settings.micro_tokens:,} tokens, halved if they do not fit: {error}"
         )
         return Chosen(settings=settings, text=text)
-    if meter is None and adapted.base.device.type == "cuda":
-        meter = CudaMeter(
-            device=adapted.base.device,
-            max_bytes=max_vram_bytes,
-            context_bytes=workload.device.context_bytes,
-        )
+    if meter is None:
+        meter = _meter_of(adapted.base, workload, max_vram_bytes)
     if meter is None:
         free = psutil.virtual_memory().available if free_ram_bytes is None else free_ram_bytes
         return _choose_on_cpu(workload, free)
@@ -185,6 +183,57 @@ def choose_settings(
     )
 
 
+def fitting_rank(
+    base: LoadedBase,
+    lora: LoraBlock,
+    *,
+    lowest: int,
+    longest: int,
+    private: bool = False,
+    max_vram_bytes: int | None = None,
+    meter: Meter | None = None,
+) -> int:
+    """The largest rank whose training fits on a GPU: halved until it does.
+
+    Guarantees:
+        1. From `lowest` to `lora.rank`; the latter on a CPU, and where nothing can be predicted.
+
+    Args:
+        base: On its device.
+        lora: The adapter as it would be attached.
+        lowest: The federation's smallest rank.
+        longest: Tokens of the owner's longest example.
+        private: Gradients are kept example by example.
+        max_vram_bytes: The owner's `--max-vram`; None: whatever is free.
+        meter: Of the device; None: torch's counters on CUDA.
+    """
+    try:
+        workload = _workload(base, lora, longest=longest, private=private)
+    except BaseModelError:
+        return lora.rank
+    if meter is None:
+        meter = _meter_of(base, workload, max_vram_bytes)
+    if meter is None:
+        return lora.rank
+    rank, limit = lora.rank, meter.limit_bytes()
+    while rank > lowest:
+        shape = replace(workload.lora, rank=rank)
+        try:
+            choose(replace(workload, lora=shape), limit_bytes=limit)
+        except MemoryLimitError:
+            rank = max(lowest, rank // 2)
+        else:
+            break
+    return rank
+
+
+def _meter_of(base: LoadedBase, workload: Workload, max_vram_bytes: int | None) -> Meter | None:
+    if base.device.type != "cuda":
+        return None
+    context_bytes = workload.device.context_bytes
+    return CudaMeter(device=base.device, max_bytes=max_vram_bytes, context_bytes=context_bytes)
+
+
 def workload_of(adapted: AdaptedModel, *, longest: int, private: bool = False) -> Workload:
     """What is to be trained, as the prediction wants to know it.
 
@@ -196,13 +245,16 @@ def workload_of(adapted: AdaptedModel, *, longest: int, private: bool = False) -
     Raises:
         BaseModelError: A base, or an adapter, whose memory cannot be predicted.
     """
-    base = adapted.base
+    return _workload(adapted.base, adapted.lora, longest=longest, private=private)
+
+
+def _workload(base: LoadedBase, lora: LoraBlock, *, longest: int, private: bool) -> Workload:
     compute = FloatType(str(base.compute_dtype).removeprefix("torch."))
     on_cuda = base.device.type == "cuda"
     name = base.description.base.model
     workload = Workload(
         shape=read_shape(base.model.config.to_dict(), name=name),
-        lora=LoraShape.of(adapted.lora),
+        lora=LoraShape.of(lora),
         device=Device.cuda(compute) if on_cuda else Device.cpu(compute),
         max_length=max(1, longest),
         private=private,

@@ -5,10 +5,10 @@ sampler, the clock and the owner's wishes all come in, an update comes out. The 
 the laboratory run this same code.
 
 One step: draw a logical batch, cut it into micro-batches of like length, add up their gradients
-in buffers of our own, transform the mean gradient (clip, …), pull it back to the round's start
-(FedProx), step AdamW at the learning rate that the federation's schedule has at this point. Weights
-change only at the end of a step, so a pause, a stop or a crash anywhere in it loses at most that
-step's work and never changes the result.
+in buffers of our own, transform the mean gradient (clip, …), correct it (SCAFFOLD), pull it back to
+the round's start (FedProx), step AdamW at the learning rate that the federation's schedule has at
+this point. Weights change only at the end of a step, so a pause, a stop or a crash anywhere in it
+loses at most that step's work and never changes the result.
 """
 
 import hashlib
@@ -26,6 +26,7 @@ from edge_agent.data.tokens import Example
 from edge_agent.errors import OutOfMemoryError, TrainingError, TrainingStoppedError
 from edge_agent.training.checkpoint import Progress, load_state, save_state
 from edge_agent.training.control import Control, Unattended, Wish
+from edge_agent.training.control_variates import ControlVariates
 from edge_agent.training.gradients import GradientRule, Gradients, MeanGradient
 from edge_agent.training.micro_batches import cut
 from edge_agent.training.sampling import BatchSampler
@@ -124,13 +125,14 @@ class TrainingResult:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainerOptions:
-    """How a run is watched and kept; only `rule` and `transforms` change the update.
+    """How a run is watched and kept; only `rule`, `transforms` and `variates` change the update.
 
     Attributes:
         control: The owner's wishes.
         rule: What a step's gradient is made of.
         transforms: Applied to each step's gradient in order; None: the recipe's clipping of the
             mean, and nothing after a private release.
+        variates: SCAFFOLD's, that correct each step's gradient after the transforms; None: none.
         on_progress: Told after every step.
         state_path: Where to keep the state; None: nothing is kept.
         save_every_steps: How often.
@@ -140,6 +142,7 @@ class TrainerOptions:
     control: Control = field(default_factory=Unattended)
     rule: GradientRule = field(default_factory=MeanGradient)
     transforms: tuple[GradientTransform, ...] | None = None
+    variates: ControlVariates | None = None
     on_progress: Callable[[TrainingProgress], None] | None = None
     state_path: Path | None = None
     save_every_steps: int = SAVE_EVERY_STEPS
@@ -207,7 +210,7 @@ class LocalTrainer:
         default = () if max_norm is None else (ClipNorm(max_norm),)
         transforms = self._options.transforms
         self._transforms = default if transforms is None else transforms
-        self._settings = self._options.settings
+        self._settings, self._variates = self._options.settings, self._options.variates
         self._anchor: Gradients = {}
         fp16 = adapted.base.compute_dtype is torch.float16
         self._loss_scale = _FIRST_FP16_LOSS_SCALE if fp16 else 1.0
@@ -242,6 +245,8 @@ class LocalTrainer:
             eps=block.eps,
             weight_decay=block.weight_decay,
         )
+        if self._variates is not None:
+            self._variates.begin(self._adapted.trainable)
         run = self._run_digest(start)
         done = self._resume(run, optimizer)
         if done == 0:
@@ -293,6 +298,8 @@ class LocalTrainer:
             raise TrainingError(msg)
         for transform in self._transforms:
             transform(gradients, step=step)
+        if self._variates is not None:
+            self._variates.correct(gradients)
         self._pull_back(gradients)
         learning_rate = self._recipe.learning_rate(step, n_steps)
         self._apply(optimizer, gradients, learning_rate)
@@ -405,6 +412,7 @@ class LocalTrainer:
                     repr(self._sampler),
                     repr(self._rule),
                     repr(self._transforms),
+                    *([] if self._variates is None else [repr(self._variates)]),
                 ]
             )
         )
@@ -438,12 +446,16 @@ class LocalTrainer:
                     "exp_avg": tensors["exp_avg/" + name].to(factor.device),
                     "exp_avg_sq": tensors["exp_avg_sq/" + name].to(factor.device),
                 }
+        if self._variates is not None:
+            self._variates.restore(tensors)
         return progress.step
 
     def _save(self, run: str, optimizer: torch.optim.AdamW, step: int) -> None:
         if self._options.state_path is None:
             return
         tensors = {"step": torch.tensor(float(step))}
+        if self._variates is not None:
+            tensors |= self._variates.tensors()
         for name, factor in self._adapted.trainable.items():
             tensors["factor/" + name] = factor
             moments = cast("Mapping[str, torch.Tensor]", optimizer.state.get(factor, {}))

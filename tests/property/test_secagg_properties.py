@@ -30,7 +30,7 @@ from privacy.secagg.agent import SecAggAgent
 from privacy.secagg.checks import CellPolicy
 from privacy.secagg.server import CellServer
 from privacy.shares import PRIME, Rebuilder, correct, split
-from protocol.layout import VectorLayout
+from protocol.layout import PARTICIPATION, VectorLayout
 from protocol.manifest import CellMasking
 from protocol.masked import ReadyList, Roster
 from protocol.messages import Credential
@@ -125,6 +125,42 @@ def make_run(n_members: int, *, word_bits: Any, colluders: int | None) -> Run:
     )
     server = CellServer(roster, body_n_bytes=plan.n_bytes, word_bits=word_bits)
     return Run(plan=plan, server=server, agents=agents, offer=offer)
+
+
+@given(
+    word_bits=st.sampled_from([16, 32]),
+    members=st.lists(st.tuples(st.integers(0, 4), st.integers(1, 1700)), min_size=5, max_size=19),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_participation_survives_the_ring_exactly(
+    word_bits: Any, members: list[tuple[int, int]], seed: int
+) -> None:
+    """However many members of whatever weights, beside values that are rounded and clipped."""
+    masking_block = CellMasking(
+        word_bits=word_bits, max_change=0.01, clip_norm=0.1, cell_target=10, max_cell=19
+    )
+    shapes = {"a": (13,), PARTICIPATION: (2, 4)}
+    layout = agreed_layout(VectorLayout.of_shapes(shapes), masking_block)
+    plan = EncodingPlan.of(layout, masking_block, max_weight=1700)
+    rng = np.random.default_rng(seed)
+    total = np.zeros(plan.n_payload, plan.dtype)
+    expected = np.zeros((2, 4), np.int64)
+    for rank, weight in members:
+        rows = np.zeros((2, 4), np.float32)
+        rows[:, :rank] = 1.0
+        expected += weight * rows.astype(np.int64)
+        vector = rng.normal(size=13).astype(np.float32)
+        total += encode(
+            vector,
+            weight=weight,
+            plan=plan,
+            stream=SecureStream(),
+            participation=rows.reshape(-1),
+        )
+    found = decode(total, plan)
+    assert found.row_weights is not None
+    np.testing.assert_array_equal(found.row_weights, expected.reshape(-1))
+    assert found.weight_sum == sum(weight for _, weight in members)
 
 
 def identity(agent: SecAggAgent) -> bytes:

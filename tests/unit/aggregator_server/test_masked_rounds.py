@@ -17,6 +17,7 @@ import pytest
 from aggregator_server.blobs import FolderBlobs
 from aggregator_server.config import Retention, ServerConfig
 from aggregator_server.errors import BlobError, ConfigError
+from aggregator_server.founding import BASE_NAME, load_base
 from aggregator_server.masking import cells as cells_module
 from aggregator_server.masking.vectors import SUMS
 from aggregator_server.recipes import Masking, RecipeOptions, make_config
@@ -32,7 +33,7 @@ from privacy.secagg.derive import public_key_of, survivors_hash
 from protocol.chain import RoundManifest
 from protocol.limits import MAX_READY_ATTEMPTS, MIN_CELL, PART_BYTES
 from protocol.lora_rules import LoraRule
-from protocol.manifest import Factor, FilterRule
+from protocol.manifest import Factor, FilterRule, LoraBlock
 from protocol.masked import (
     BundleNews,
     CellNews,
@@ -53,10 +54,12 @@ from protocol.phases import AgentPhase, CellPhase, RoundPhase
 from protocol.problems import ProblemType
 from protocol.signing import Signed, Signer, sign
 from protocol.wire import b64u_encode, parse, sha256
-from quant.adapter import factor_of, flatten
+from quant.adapter import adapter_shapes, factor_of, flatten, sent_layout
+from quant.mixed_ranks import own_lora, pad, participation
 
 NewsT = TypeVar("NewsT")
 STAGE_S = 90.0
+MIXED = {"min_rank": 2, "optional_modules": ("v_proj",)}
 STAGES = ("share", "upload", "confirm", "reveal")
 
 
@@ -66,10 +69,29 @@ class Member:
     def __init__(self, http: Any, manifest: RoundManifest, *, weight: int, seed: int) -> None:
         self.http, self.manifest, self.weight = http, manifest, weight
         self.credential = parse(Signed[Credential], http.enrol().content)
-        values = np.random.default_rng(seed).uniform(-1, 1, self.plan.layout.n_values)
-        vector = (values * self.masking.max_change).astype(np.float32)
-        self.payload = encode(vector, weight=weight, plan=self.plan, stream=SecureStream())
+        values = np.random.default_rng(seed).uniform(-1, 1, self.plan.layout.tensors.n_values)
+        self.trained, said = self.part(seed)
+        vector = (values * self.masking.max_change * self.trained).astype(np.float32)
+        self.payload = encode(
+            vector,
+            weight=weight,
+            plan=self.plan,
+            stream=SecureStream(),
+            participation=said,
+        )
         self.begin()
+
+    def part(self, seed: int) -> tuple[np.ndarray, np.ndarray | None]:
+        """Which values it trains, by its seed where the federation allows parts of one's own."""
+        lora, whole = self.case.manifest.lora, self.plan.layout.tensors
+        if not lora.is_mixed:
+            return np.ones(whole.n_values, np.bool_), None
+        left_out = lora.optional_modules if seed % 2 else ()
+        own = own_lora(lora, rank=(2, 4, 8)[seed % 3], left_out=left_out)
+        base = load_base(self.case.directory / BASE_NAME)
+        small = sent_layout(adapter_shapes(base, own), lora.sent)
+        trained = pad(np.ones(small.n_values, np.float32), small, whole) > 0.0
+        return trained, participation(small, whole)
 
     @property
     def case(self) -> Any:
@@ -244,16 +266,23 @@ class Gathered:
         """Σ w·x / Σ w of what the members' words stand for."""
         plan = members[0].plan
         signed = np.int16 if plan.word_bits == 16 else np.int32
-        total = np.zeros(plan.layout.n_values, np.int64)
+        n_values = plan.layout.tensors.n_values
+        total = np.zeros(n_values, np.int64)
         for member in members:
-            total += member.payload[:-N_TAIL_WORDS].view(signed)
-        steps = np.empty(plan.layout.n_values)
-        for slot, where in plan.layout.slices():
+            total += member.payload[:n_values].view(signed)
+        steps = np.empty(n_values)
+        for slot, where in plan.layout.tensors.slices():
             steps[where] = slot.step
-        return total * steps * plan.max_weight / sum(member.weight for member in members)
+        weights = sum(member.weight * member.trained for member in members)
+        return np.divide(
+            total * steps * plan.max_weight, weights, out=np.zeros(n_values), where=weights > 0
+        )
 
     def assert_published(self, members: Sequence[Member], *, n_cells: int = 1) -> None:
-        """The round's release moved by the mean of these members, to a fraction of a step."""
+        """The round's release moved by the mean of these members, to a fraction of a step.
+
+        With parts of one's own, each value by the mean of those who trained it.
+        """
         assert self.phase is RoundPhase.PUBLISHED, self.failure
         releases = self.case.federation.releases
         release = next(
@@ -267,7 +296,7 @@ class Gathered:
         )
         plan = members[0].plan
         before, after = (
-            flatten(releases.arrays(releases.get(number)), plan.layout).astype(np.float64)
+            flatten(releases.arrays(releases.get(number)), plan.layout.tensors).astype(np.float64)
             for number in (release.number - 1, release.number)
         )
         one = plan.layout.slots[0].step * plan.max_weight / sum(m.weight for m in members)
@@ -285,11 +314,13 @@ def gather(make_case, start_round) -> Callable[..., Gathered]:
         weights: Sequence[int] | None = None,
         masking: dict[str, Any] | None = None,
         rounds: dict[str, Any] | None = None,
+        lora: dict[str, Any] | None = None,
         retention: Retention = Retention.DELETE,
         **options: Any,
     ) -> Gathered:
         def edit(config: ServerConfig) -> ServerConfig:
             blocks = {
+                "lora": LoraBlock(**{**config.lora.model_dump(), **(lora or {})}),
                 "masking": config.masking.model_copy(update=masking or {}),
                 "rounds": config.rounds.model_copy(update=rounds or {}),
                 "server": config.server.model_copy(update={"retention": retention}),
@@ -455,6 +486,30 @@ class TestOfWhichNobodyIsLost:
         second.play("confirm", "reveal")
         second.assert_published(again)
         assert {factor_of(slot.name) for slot in again[0].plan.layout.slots} == {Factor.A}
+
+    @pytest.mark.parametrize(("word_bits", "n", "n_cells"), [(16, 12, 2), (32, 6, 1)])
+    def test_a_masked_round_of_mixed_ranks_is_exact(self, gather, word_bits, n, n_cells):
+        """Ranks 2, 4 and 8, of which half leave a module out."""
+        world = gather(n, cell_target=5, rank=8, lora=MIXED, word_bits=word_bits)
+        trained = np.stack([member.trained for member in world.members])
+        assert len({tuple(row) for row in trained}) == 6
+        for cell in world.by_cell():
+            world.play(*STAGES, who=cell)
+        assert {len(member.body) for member in world.members} == {world.manifest.update_n_bytes}
+        world.assert_published(world.members, n_cells=n_cells)
+
+    @pytest.mark.parametrize("lie", [-10_000, 10_000])
+    def test_a_cell_whose_participation_is_out_of_range_does_not_count(self, gather, lie):
+        world = gather(12, cell_target=5, rank=8, lora=MIXED)
+        first, second = world.by_cell()
+        payload = first[0].payload
+        payload[-N_TAIL_WORDS - 1] = np.int64(lie).astype(payload.dtype)
+        for cell in (first, second):
+            world.play(*STAGES, who=cell)
+        release = world.case.federation.releases.get(1)
+        assert (release.filter.n_cells, release.filter.n_rejected) == (2, 1)
+        assert len(release.rejected) == 1
+        world.assert_published(second)
 
     def test_the_next_round_begins_with_nothing_of_the_last_one(self, gather):
         world = gather(5, n_rounds=2)

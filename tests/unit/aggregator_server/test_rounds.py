@@ -565,13 +565,16 @@ class TestAggregation:
             step, state = optimizers.apply(optimizer, state, np.float64(mean.astype(np.float32)))
             moved = releases.vector(releases.newest()) - before
             np.testing.assert_allclose(moved, step, rtol=1e-3, atol=1e-6)
-            kept = optimizers.OptimizerState.from_bytes(releases.optimizer_state(number))
+            kept = optimizers.OptimizerState.from_bytes(
+                releases.hidden_file(number, BlobRole.OPTIMIZER)
+            )
             assert kept.n_steps == number
         row = case.federation._store.releases.blob_of(3, BlobRole.OPTIMIZER)
         with pytest.raises(Refusal):
             releases.blob_n_bytes(row.sha256)
         releases.roll_back(1)
-        assert releases.optimizer_state(4) == releases.optimizer_state(1)
+        state = releases.hidden_file(1, BlobRole.OPTIMIZER)
+        assert releases.hidden_file(4, BlobRole.OPTIMIZER) == state
 
     def test_with_b_only_the_frozen_a_completes_the_adapter(self, make_case, start_round):
         case = make_case(cohort_target=2, lora_rule=LoraRule.FFA_LORA)

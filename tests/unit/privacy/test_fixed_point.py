@@ -24,7 +24,7 @@ from privacy.masking import Mask, MaskAdder, expand
 from privacy.noise import SecureStream
 from privacy.secagg.derive import check_words
 from privacy.updates import l2_norm
-from protocol.layout import VectorLayout
+from protocol.layout import PARTICIPATION, VectorLayout
 from protocol.limits import MAX_CELL, MAX_UPDATE_BYTES
 from protocol.manifest import CellMasking, NoMasking
 from protocol.privacy import AgentPrivacy
@@ -188,6 +188,90 @@ def test_the_layout_of_a_masked_federation_reaches_the_largest_change() -> None:
 def test_the_layout_of_an_open_federation_has_no_steps() -> None:
     layout = VectorLayout.of_shapes({"a": (2, 3)})
     assert agreed_layout(layout, NoMasking()) == layout
+
+
+# Participation
+
+
+def mixed_plan(word_bits: Any = 16, **changes: Any) -> EncodingPlan:
+    """Of make_plan's tensors, and of two modules of four rank rows."""
+    plan = make_plan(word_bits=word_bits, **changes)
+    first = plan.layout.slots[0]
+    shapes = {slot.name: slot.shape for slot in plan.layout.slots}
+    layout = VectorLayout.of_shapes(
+        {**shapes, PARTICIPATION: (2, 4)}, step=first.step, clip_amplitude=first.clip_amplitude
+    )
+    return replace(plan, layout=layout)
+
+
+ROWS = np.array([1, 1, 1, 0, 1, 1, 0, 0], np.float32)
+
+
+@pytest.mark.parametrize("word_bits", WORD_BITS)
+def test_encode_guarantee_4_a_participation_is_the_weight_or_nothing(word_bits: Any) -> None:
+    plan = mixed_plan(word_bits, max_weight=40)
+    for number in (0.0, 1.0 - 2.0**-53):
+        payload = encode(
+            np.full(20, 0.5, np.float32),
+            weight=37,
+            plan=plan,
+            stream=FakeStream(number),
+            participation=ROWS,
+        )
+        assert payload[20:28].tolist() == [37 * int(row) for row in ROWS]
+
+
+def test_encode_guarantee_4_participation_is_in_no_norm_and_is_never_cut() -> None:
+    plan = mixed_plan(clip_norm=0.01)
+    plain = make_plan(clip_norm=0.01)
+    assert plan.rounding_norm == plain.rounding_norm
+    vector = np.full(20, 0.5, np.float32)
+    payload = encode(
+        vector, weight=1, plan=plan, stream=SecureStream(KEY), participation=np.ones(8, np.float32)
+    )
+    alone = encoded(vector, plain)
+    assert payload[:20].tolist() == alone[:20].tolist()
+    assert payload[20:28].tolist() == [1] * 8
+    assert payload[-3:].tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize("word_bits", WORD_BITS)
+def test_the_largest_cell_of_the_largest_weights_says_exactly_who_trained(word_bits: Any) -> None:
+    max_weight = min(1_000_000, (2**word_bits - 1) // 19)
+    plan = mixed_plan(word_bits, max_weight=max_weight)
+    vector = np.full(20, -3.0, np.float32)
+    payload = encode(
+        vector, weight=max_weight, plan=plan, stream=SecureStream(KEY), participation=ROWS
+    )
+    total = np.zeros_like(payload)
+    for _ in range(19):
+        total += payload
+    found = decode(total, plan)
+    assert found.row_weights is not None
+    assert found.row_weights.tolist() == (19.0 * max_weight * ROWS.astype(np.float64)).tolist()
+    assert len(found.values) == 20
+
+
+@pytest.mark.parametrize(
+    "rows", [None, np.ones(7, np.float32), ROWS * 0.5, -ROWS, ROWS * np.float32(np.nan)]
+)
+def test_any_other_participation_is_refused(rows: Any) -> None:
+    with pytest.raises(UpdateRangeError, match="expected 8, each 0 or 1"):
+        encode(
+            np.ones(20, np.float32),
+            weight=1,
+            plan=mixed_plan(),
+            stream=SecureStream(KEY),
+            participation=rows,
+        )
+    with pytest.raises(UpdateRangeError, match="expected 0"):
+        encode(
+            np.ones(20, np.float32),
+            weight=1,
+            plan=make_plan(),
+            stream=SecureStream(KEY),
+            participation=ROWS,
+        )
 
 
 # Encoding

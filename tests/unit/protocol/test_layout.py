@@ -7,7 +7,7 @@ from pydantic import ValidationError
 
 from protocol import limits
 from protocol.errors import ManifestError
-from protocol.layout import TensorSlot, VectorLayout
+from protocol.layout import PARTICIPATION, TensorSlot, VectorLayout
 from protocol.wire import parse
 
 SHAPES = {"b": (2, 3), "a": (4,), "c.d": (1, 1, 5)}
@@ -97,3 +97,20 @@ def test_a_layout_round_trips_as_json() -> None:
     assert parse(VectorLayout, layout.canonical()) == layout
     with pytest.raises(ManifestError, match="slots"):
         parse(VectorLayout, b'{"slots": []}')
+
+
+def test_guarantee_3_companions_stand_behind_the_tensors() -> None:
+    layout = VectorLayout.of_shapes({**SHAPES, PARTICIPATION: (2, 4)}, step=0.5, clip_amplitude=7)
+    assert layout.tensors == VectorLayout.of_shapes(SHAPES, step=0.5, clip_amplitude=7)
+    assert layout.companion(PARTICIPATION) == slice(15, 23)
+    assert layout.tensors.companion(PARTICIPATION) is None
+    last = layout.slots[-1]
+    assert (last.is_companion, last.step, last.clip_amplitude) == (True, None, None)
+    with pytest.raises(ValidationError, match="stands behind the companion"):
+        VectorLayout.of_shapes({PARTICIPATION: (2,), "z": (3,)})
+
+
+def test_a_layout_without_companions_is_its_own_tensors() -> None:
+    layout = VectorLayout.of_shapes(SHAPES)
+    assert layout.tensors is layout
+    assert layout.companion("a") is None

@@ -17,6 +17,7 @@ from protocol.manifest import (
     FilterRule,
     LoraBlock,
     RoundsBlock,
+    TrainingBlock,
     Weighting,
 )
 from protocol.privacy import CentralPrivacy, ExamplePrivacy
@@ -85,6 +86,18 @@ def test_what_a_rule_cannot_go_with_is_refused_with_its_reason(
     lora = LoraBlock(**SHAPE, sent=SENT[rule], rule=rule)
     with pytest.raises(ValidationError, match=sentence):
         make_manifest(lora=lora, **blocks)
+
+
+@pytest.mark.parametrize("rule", [LoraRule.FLEXLORA, LoraRule.ROLORA])
+def test_rules_without_one_basis_for_all_rounds_go_with_no_parts_and_no_variates(
+    make_manifest, rule
+):
+    block = {**SHAPE, "sent": SENT[rule], "rule": rule}
+    with pytest.raises(ValidationError, match=r"lora\.min_rank and lora\.optional_modules must be"):
+        make_manifest(lora=LoraBlock(**block, min_rank=1))
+    training = TrainingBlock(local_steps=1, learning_rate=1e-3, scaffold=True)
+    with pytest.raises(ValidationError, match=r"training\.scaffold must be false"):
+        make_manifest(lora=LoraBlock(**block), training=training)
 
 
 def test_flexlora_goes_with_noise_that_agents_add_while_they_train(make_manifest):

@@ -145,6 +145,12 @@ def test_a_missing_key_is_refused_by_its_name(make_manifest: MakeManifest, path:
         ("lora.sent", ["B", "B"]),
         ("lora.init_seed", -1),
         ("lora.init_seed", 2**53),
+        ("lora.min_rank", 0),
+        ("lora.min_rank", 8),
+        ("lora.min_rank", 9),
+        ("lora.optional_modules", ["o_proj"]),
+        ("lora.optional_modules", ["q_proj", "q_proj"]),
+        ("lora.optional_modules", ["q_proj", "v_proj"]),
         ("training.max_length", 15),
         ("training.batch_size", 0),
         ("training.local_steps", 0),
@@ -245,7 +251,8 @@ def test_every_field_is_in_the_digest(
 ) -> None:
     """A field that were left out could be changed under a valid signature."""
     first = make_release()
-    for document in (make_manifest(), make_round(), make_release(after=first)):
+    last = make_release(after=first, control=first.sent)
+    for document in (make_manifest(), make_round(), last):
         hashed = document.as_json()
         assert set(hashed) == set(type(document).model_fields)
         name = {FederationManifest: "federation", RoundManifest: "round", Release: "release"}
@@ -394,3 +401,50 @@ def test_blocks_that_break_the_noise_of_agents_are_refused(
         section, key = path.split(".")
         data[section][key] = value
     assert said in refusal(FederationManifest, json.dumps(data).encode())
+
+
+def test_ranks_and_modules_of_ones_own_are_read(make_manifest: MakeManifest) -> None:
+    plain = make_manifest()
+    assert not plain.lora.is_mixed
+    assert not {"min_rank", "optional_modules"} & plain.as_json()["lora"].keys()
+    for changes in ({"min_rank": 2}, {"optional_modules": ["v_proj"]}):
+        data = copy.deepcopy(plain.as_json())
+        data["lora"] |= changes
+        found = read(data)
+        assert found.lora.is_mixed
+        assert found.digest() != plain.digest()
+        assert read(found.as_json()) == found
+
+
+def test_scaffold_is_read_and_refused_where_single_updates_are_not_seen(
+    make_manifest: MakeManifest,
+) -> None:
+    plain = make_manifest()
+    assert "scaffold" not in plain.as_json()["training"]
+    data = copy.deepcopy(plain.as_json())
+    data["training"]["scaffold"] = True
+    assert read(data).training.scaffold
+    weighs_alike = {"aggregation": {**data["aggregation"], "weighting": "uniform"}}
+    private = {"version": 1, "profile": "P1", "epsilon": 8.0, "delta": 1e-5, "clip_norm": 1.0}
+    for changes in (
+        {"masking": CELLS, "rounds": {**data["rounds"], "cohort_target": 9, "min_cohort": 9}},
+        {"privacy": private},
+        {"privacy": CENTRAL},
+        {"lora": {**data["lora"], "min_rank": 2}},
+    ):
+        message = refusal(
+            FederationManifest, json.dumps({**data, **weighs_alike, **changes}).encode()
+        )
+        wanted = 'training.scaffold is true, so masking.mode must be "off", privacy.profile "P0"'
+        assert wanted in message
+
+
+@pytest.mark.parametrize(("privacy", "masking"), [(AGENTS, CELLS), (CENTRAL, None)])
+def test_noise_on_updates_does_not_go_with_ranks_of_ones_own(
+    make_manifest: MakeManifest, privacy, masking
+) -> None:
+    data = with_agents_noise(make_manifest(), privacy, masking)
+    data["lora"] |= {"min_rank": 2}  # type: ignore[operator]
+    message = refusal(FederationManifest, json.dumps(data).encode())
+    assert f"privacy.profile is {privacy['profile']}, so lora.min_rank" in message
+    assert "noise of its own" in message
