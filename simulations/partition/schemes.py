@@ -1,4 +1,4 @@
-"""Splits a data set over clients: the two schemes of arXiv 2305.05644, and three to compare with.
+"""Splits a data set over clients: the two schemes of arXiv 2305.05644, and four to compare with.
 
 All begin alike: sort by category, draw the held-out records of each, keep the rest in category
 order. What is split is a column of categories; no scheme looks at a record's text.
@@ -37,11 +37,13 @@ class Scheme(StrEnum):
     """Records at random, equal volume."""
     DIRICHLET = "dirichlet"
     """Each category by proportions from a symmetric Dirichlet distribution, without a cap."""
+    QUANTITY = "quantity"
+    """Records at random, volumes by proportions from one symmetric Dirichlet distribution."""
     BY_CATEGORY = "by-category"
     """One category a client; several, whole, where there are fewer clients than categories."""
 
 
-DRAWN_SCHEMES: Final = (Scheme.SKEWED, Scheme.DIRICHLET)
+DRAWN_SCHEMES: Final = (Scheme.SKEWED, Scheme.DIRICHLET, Scheme.QUANTITY)
 """The schemes that draw volumes, and draw again where a client gets too little."""
 
 
@@ -59,9 +61,9 @@ class PartitionRecipe:
         n_clients: Over how many clients, N.
         seed: Not negative. Equal recipes on equal categories give equal partitions.
         n_held_out: Records of each category that no client gets.
-        alpha: Concentration of the Dirichlet distribution; `SKEWED` and `DIRICHLET` use it.
-        min_records: With fewer at its smallest client, `SKEWED` and `DIRICHLET` draw again; the
-            other schemes do not draw volumes.
+        alpha: Concentration of the Dirichlet distribution of `DRAWN_SCHEMES`.
+        min_records: With fewer at its smallest client, `DRAWN_SCHEMES` draw again; the other
+            schemes do not draw volumes.
         max_tries: How often they draw before they give up.
     """
 
@@ -260,6 +262,11 @@ def _dirichlet(kept: list[IndexArray], recipe: PartitionRecipe, rng: np.random.G
     return _drawn(kept, recipe, rng, cap=np.inf)
 
 
+def _quantity(kept: list[IndexArray], recipe: PartitionRecipe, rng: np.random.Generator) -> _Split:
+    """One draw for all records, as if they were of one category."""
+    return _drawn([np.concatenate(kept)], recipe, rng, cap=np.inf)
+
+
 def _drawn(
     kept: list[IndexArray], recipe: PartitionRecipe, rng: np.random.Generator, *, cap: float
 ) -> _Split:
@@ -321,5 +328,6 @@ _SCHEMES: Final[
     Scheme.SKEWED: _skewed,
     Scheme.IID: _iid,
     Scheme.DIRICHLET: _dirichlet,
+    Scheme.QUANTITY: _quantity,
     Scheme.BY_CATEGORY: _by_category,
 }

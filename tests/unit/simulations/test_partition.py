@@ -173,6 +173,22 @@ def test_iid_clients_hold_every_category_in_its_share(official: list[str]) -> No
     assert (np.abs(counts - expected) < 5 * np.sqrt(expected)).all()
 
 
+def test_quantity_skews_volumes_and_leaves_categories_as_they_are(official: list[str]) -> None:
+    def volumes_and_spread(alpha: float) -> tuple[float, float]:
+        recipe = make_recipe(Scheme.QUANTITY, n_clients=10, alpha=alpha, min_records=200)
+        partition = make_partition(official, recipe)
+        _, counts = partition.counts(official)
+        expected = np.outer(partition.sizes, counts.sum(axis=0)) / counts.sum()
+        return (
+            float(partition.sizes.max() / partition.sizes.min()),
+            float((np.abs(counts - expected) / np.sqrt(expected)).max()),
+        )
+
+    assert volumes_and_spread(0.5)[0] > 3.0
+    assert volumes_and_spread(1e6)[0] < 1.1
+    assert max(volumes_and_spread(alpha)[1] for alpha in (0.5, 1e6)) < 5.0
+
+
 @pytest.mark.parametrize(("n_clients", "n_kinds"), [(100, 1), (8, 1), (4, 2), (3, 3)])
 def test_by_category_gives_one_category_a_client_or_whole_ones(
     official: list[str], n_clients: int, n_kinds: int
