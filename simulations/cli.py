@@ -118,7 +118,7 @@ def partition(
         int, typer.Option(min=0, help="Records of each category that no client gets.")
     ] = 10,
     alpha: Annotated[
-        float, typer.Option(help="Concentration of the Dirichlet draws (skewed, dirichlet, quantity).")
+        float, typer.Option(help="Concentration of Dirichlet draws (skewed, dirichlet, quantity).")
     ] = 0.5,
     min_records: Annotated[
         int | None,
