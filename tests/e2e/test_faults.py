@@ -58,7 +58,7 @@ from edge_agent.transport import Transport
 from privacy.updates import PlainUpdate
 from protocol.base_description import BaseDescription, LinearModule
 from protocol.lora_rules import LoraRule
-from protocol.manifest import BaseBlock, CellMasking, FederationManifest, Weighting
+from protocol.manifest import BaseBlock, CellMasking, Factor, FederationManifest, Weighting
 from protocol.messages import Enrolment
 from protocol.phases import AgentPhase, CellPhase, RoundPhase
 from protocol.signing import sign
@@ -269,6 +269,9 @@ class FakeBase:
     description: BaseDescription
     world: "World"
     index: int
+
+    def train_only(self, factors: tuple[Factor, ...]) -> None:
+        """Nothing is trained here."""
 
 
 class FakeTrainer:
