@@ -197,25 +197,38 @@ FEW: Final = replace(OPEN, key="few", name="open, 5 agents", n_agents=5, shares=
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """A federation in rounds."""
+    """A federation in rounds.
+
+    Attributes:
+        n_answered: Records of each category that are answered after the last round.
+    """
 
     arrangement: Arrangement
     threat: Threat
     rule: Rule
+    n_answered: int = 8
+
+
+_N_ANSWERED_CLEAN: Final = 24
+"""Without an attacker the target is one per cent: more answers tell less of a difference."""
 
 
 def _cases() -> tuple[Case, ...]:
     both = (Rule.PIPELINE, Rule.MEAN)
     wanted = {
-        Threat.NONE: (*both, *BEST_PEERS),
+        Threat.NONE: BEST_PEERS,
         Threat.SIGN_FLIP_SCALED: (*both, *BEST_PEERS),
         Threat.INNER_PRODUCT_LARGE: both,
         Threat.FLIP_FACTS: both,
         Threat.BACKDOOR: both,
     }
+    clean = (
+        Case(arrangement=arrangement, threat=Threat.NONE, rule=rule, n_answered=_N_ANSWERED_CLEAN)
+        for arrangement, rules in ((OPEN, both), (FEW, (*both, Rule.NORM_BOUNDING)))
+        for rule in rules
+    )
     few = (
-        Case(arrangement=FEW, threat=threat, rule=rule)
-        for threat in (Threat.NONE, Threat.SIGN_FLIP_SCALED)
+        Case(arrangement=FEW, threat=Threat.SIGN_FLIP_SCALED, rule=rule)
         for rule in (*both, Rule.NORM_BOUNDING)
     )
     many = (
@@ -223,7 +236,7 @@ def _cases() -> tuple[Case, ...]:
         for threat, rules in wanted.items()
         for rule in rules
     )
-    return (*few, *many)
+    return (*clean, *few, *many)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,7 +249,6 @@ class Settings:
         rounds: Recipe of the federations in rounds.
         in_rounds: Which run in rounds.
         share_in_rounds: Of attackers there.
-        n_answered: Records of each category that are answered after the last round.
     """
 
     recipe: Recipe = field(
@@ -255,7 +267,6 @@ class Settings:
     )
     in_rounds: tuple[Case, ...] = field(default_factory=_cases)
     share_in_rounds: float = 0.1
-    n_answered: int = 8
 
     def population(self, division: Division, seed: int) -> Population:
         """As many agents as the largest arrangement of this division wants."""
@@ -270,8 +281,7 @@ QUICK: Final = Settings(
     seeds=(1,),
     n_held_out=1,
     rounds=Recipe(n_records=40, n_rounds=1, local_steps=1, batch_size=4, learning_rate=1.2e-2),
-    in_rounds=_cases()[:2],
-    n_answered=1,
+    in_rounds=tuple(replace(case, n_answered=1) for case in _cases()[:3]),
 )
 """For `--quick`: it shows that everything runs; its numbers mean nothing."""
 

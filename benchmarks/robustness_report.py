@@ -1,5 +1,6 @@
 """What `benchmarks.robustness` shows: rows against targets, tables, heat maps."""
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -161,10 +162,14 @@ class Report:
     def _rows_of_rounds(self) -> Iterator[Row]:
         rules = (Rule.PIPELINE.value, Rule.MEAN.value)
         cases = dict.fromkeys((one["arrangement"], one["threat"]) for one in self._rounds)
-        for key, threat in cases:
+        scores: dict[str, Callable[[Result], float]] = {
+            "exact match": lambda one: _average(one["exact_match"]),
+            "exp(-loss)": lambda one: score_of(one["loss"]),
+        }
+        for (key, threat), (what, of) in itertools.product(cases, scores.items()):
             ours, peer = (
                 [
-                    _average(one["exact_match"])
+                    of(one)
                     for one in self._rounds
                     if (one["arrangement"], one["threat"], one["rule"]) == (key, threat, rule)
                 ]
@@ -173,7 +178,7 @@ class Report:
             if not ours or not peer or min(peer) == 0.0:
                 continue
             yield Row.of(
-                f"in rounds ({key}), {Threat[threat].value}: exact match",
+                f"in rounds ({key}), {Threat[threat].value}: {what}",
                 ours,
                 peer,
                 peer_name="mean",
@@ -327,7 +332,7 @@ class Report:
 
     def _in_rounds(self) -> str:
         heads = (
-            *("agents", "attack", "rule", "exact match", "exp(-loss)", "backdoor"),
+            *("agents", "attack", "rule", "answers", "exact match", "exp(-loss)", "backdoor"),
             *("honest removed", "attackers removed", "rare removed"),
         )
         lines = [f"| {' | '.join(heads)} |", "|" + " --- |" * len(heads)]
@@ -339,6 +344,7 @@ class Report:
                 case.arrangement.name,
                 case.threat.value,
                 case.rule.value,
+                str(case.n_answered * len(runs[0]["exact_match"])),
                 _spread([_average(run["exact_match"]) for run in runs]),
                 _spread([score_of(run["loss"]) for run in runs]),
                 _spread(hits) if hits else "",

@@ -29,6 +29,7 @@ from benchmarks.tiny_federation import (
 )
 from edge_agent.evaluation import score_answers
 from privacy.updates import Float32Array
+from quant.tiny.instructions import Category
 from simulations.attacks.catalogue import RECORD_ATTACKS, RecordAttack
 from simulations.attacks.data import Backdoor, backdoor_success
 
@@ -247,7 +248,7 @@ class Rounds:
             judged.append(vars(Judged.of(found.outcome, cells, attackers, population.rare)))
             after = apply_mean(vector, found.mean)
             vector, last_change = after, after - vector
-        return self._measured(vector, backdoored=case.threat.poison is RecordAttack.BACKDOOR) | {
+        return self._measured(vector, case) | {
             "arrangement": arrangement.key,
             "seed": seed,
             "threat": case.threat.name,
@@ -298,12 +299,14 @@ class Rounds:
                 self._first[agent, poison] = row
         return np.stack([self._first[agent, poison] for agent in agents])
 
-    def _measured(self, vector: Float32Array, *, backdoored: bool) -> dict[str, Any]:
-        federation, n_answered = self._federation, self._settings.n_answered
+    def _measured(self, vector: Float32Array, case: Case) -> dict[str, Any]:
+        federation, n_answered = self._federation, case.n_answered
         seed, recipe = federation.population.seed, federation.population.recipe
         adapted = federation.adapted
         adapted.load(federation.release(vector))
+        backdoored = case.threat.poison is RecordAttack.BACKDOOR
         return {
+            "n_answers": n_answered * len(Category),
             "loss": loss_by_category(adapted, held_out_examples(n_answered, seed, recipe)),
             "exact_match": exact_match_by_category(
                 adapted, held_out(n_answered, seed), recipe, max_new_tokens=MAX_NEW_TOKENS
