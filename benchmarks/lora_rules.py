@@ -4,8 +4,8 @@
 
 On the demo's federation (embedded base, five agents, two of eight categories each) each rule of
 `docs/adr/0016-lora-rules.md`, and FedIT under each server optimiser; all at one learning rate,
-and at three times that rate under one seed. On Dolly (ten clients by the paper's second partition,
-a base of seven million parameters) the rules that a manifest can name.
+and rules of one adapter at three times that rate. On Dolly (ten clients by the paper's second
+partition, a base of seven million parameters) the rules that a manifest can name.
 
 Each model's result is kept as soon as it is there: a run that was interrupted goes on.
 """
@@ -16,7 +16,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -64,7 +64,7 @@ class Results:
         self._found = found
 
     def under_each_seed(self, where: Where, variant: Variant) -> list[Result]:
-        """What a variant found; of a rate that was tried, under the first seed."""
+        """What a variant found."""
         jobs = (Job(where=where, variant=variant, seed=seed) for seed in self.settings.seeds)
         return [self._found[job] for job in jobs if job in self._found]
 
@@ -135,26 +135,18 @@ def table(results: Results, where: Where) -> str:
 
 
 def rate_table(results: Results) -> str:
-    """Markdown: exact match of each rule at each learning rate, under the first seed."""
+    """Markdown: exact match of the rules of one adapter at each learning rate."""
     settings = results.settings
     own = settings.recipe.learning_rate
-    seed = settings.seeds[0]
     lines = [
-        f"| exact match, seed {seed} | {' | '.join(f'{r:g}' for r in (own, *settings.rates))} |",
+        f"| exact match, learning rate | {' | '.join(f'{r:g}' for r in (own, *settings.rates))} |",
         f"| --- |{' ---: |' * (1 + len(settings.rates))}",
     ]
-    by_rate: dict[str, dict[float, float]] = {}
-    for job in (*settings.demo_jobs(), *settings.rate_jobs()):
-        if job.seed == seed:
-            plain = Variant(
-                method=job.variant.method, optimizer=job.variant.optimizer, rank=job.variant.rank
-            )
-            score = results.values(Where.DEMO, job.variant, "exact_match")[0]
-            by_rate.setdefault(plain.name, {})[job.variant.rate or own] = score
-    for name, scores in by_rate.items():
-        if len(scores) > 1:
-            cells = " | ".join(f"{scores[rate]:.3f}" for rate in (own, *settings.rates))
-            lines.append(f"| {name} | {cells} |")
+    rated = dict.fromkeys(job.variant for job in settings.rate_jobs())
+    for plain in dict.fromkeys(replace(variant, rate=None) for variant in rated):
+        at_each = (plain, *(replace(plain, rate=rate) for rate in settings.rates))
+        cells = [results.cell(Where.DEMO, variant, "exact_match") for variant in at_each]
+        lines.append(f"| {' | '.join([plain.name, *cells])} |")
     return "\n".join(lines) + "\n"
 
 

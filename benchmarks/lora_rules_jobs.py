@@ -40,10 +40,6 @@ from quant.base_model import LoadedBase, load_base
 from quant.lora import AdaptedModel
 from simulations.partition.manifest import read_source
 
-_SERVER_RATE: Final = 3e-2
-"""Of optimisers that divide by a root of squares; the default, 1e-3, is for many more rounds."""
-
-
 _ORDER_STREAM, _ADAPTER_STREAM = 2, 3
 
 
@@ -61,12 +57,14 @@ class Variant:
     Attributes:
         method: The rule.
         optimizer: Of the server, for FedIT.
+        server_rate: Its learning rate.
         rate: Of the agents; None: the recipe's.
         rank: None: the recipe's.
     """
 
     method: Method
     optimizer: Optimizer = Optimizer.FEDAVG
+    server_rate: float = 1.0
     rate: float | None = None
     rank: int | None = None
 
@@ -75,11 +73,15 @@ class Variant:
         """For tables and files."""
         parts = [
             self.method.value,
-            *([] if self.optimizer is Optimizer.FEDAVG else [self.optimizer.value]),
+            *([] if self.optimizer is Optimizer.FEDAVG else [self._server]),
             *([] if self.rank is None else [f"rank {self.rank}"]),
             *([] if self.rate is None else [f"rate {self.rate:g}"]),
         ]
         return ", ".join(parts)
+
+    @property
+    def _server(self) -> str:
+        return f"{self.optimizer.value} {self.server_rate:g}"
 
 
 RULES: Final = (
@@ -93,10 +95,16 @@ RULES: Final = (
     Variant(method=Method.FED_SB, rank=32),
 )
 SERVER_OPTIMIZERS: Final = tuple(
-    Variant(method=Method.FEDIT, optimizer=optimizer)
-    for optimizer in Optimizer
-    if optimizer is not Optimizer.FEDAVG
+    Variant(method=Method.FEDIT, optimizer=optimizer, server_rate=rate)
+    for optimizer, rates in {
+        Optimizer.FEDAVGM: (1.0, 0.3),
+        Optimizer.FEDADAGRAD: (3e-2,),
+        Optimizer.FEDADAM: (3e-2, 5e-3),
+        Optimizer.FEDYOGI: (3e-2, 5e-3),
+    }.items()
+    for rate in rates
 )
+"""Under the first seed alone. The default of the last three, 1e-3, is for many more rounds."""
 WIRED: Final = (Method.FEDIT, Method.FFA_LORA, Method.ROLORA, Method.FLEXLORA)
 """The rules that a manifest can name."""
 _RATED: Final = (*WIRED, Method.FED_SB)
@@ -124,7 +132,7 @@ class Settings:
 
     Attributes:
         recipe: The demo's, with 6 steps a round instead of 10: scores are then further from 1.
-        rates: Rules of one adapter are also run at these on the demo, under the first seed.
+        rates: Rules of one adapter are also run at these on the demo.
         dolly: Ten clients, five a round, as `benchmarks.dolly`.
         dolly_rate: That benchmark's choice for this base.
     """
@@ -150,11 +158,12 @@ class Settings:
     dolly_rate: float = 1.5e-2
 
     def demo_jobs(self) -> list[Job]:
-        """Every variant under every seed, all variants of a seed first."""
+        """Every rule under every seed, all rules of a seed first; optimisers under the first."""
         return [
             Job(where=Where.DEMO, variant=variant, seed=seed)
             for seed in self.seeds
             for variant in self.variants
+            if variant.optimizer is Optimizer.FEDAVG or seed == self.seeds[0]
         ]
 
     def rate_jobs(self) -> list[Job]:
@@ -163,8 +172,9 @@ class Settings:
             Job(
                 where=Where.DEMO,
                 variant=Variant(method=one.method, rank=one.rank, rate=rate),
-                seed=self.seeds[0],
+                seed=seed,
             )
+            for seed in self.seeds
             for one in self.variants
             if one.optimizer is Optimizer.FEDAVG and one.method in _RATED
             for rate in self.rates
@@ -257,11 +267,9 @@ def _base(name: str | Path) -> LoadedBase:
     return load_base(name)
 
 
-def _optimizer(kind: Optimizer) -> ServerOptimizer:
-    block = OPTIMIZERS[kind]
-    if kind not in {Optimizer.FEDAVG, Optimizer.FEDAVGM}:
-        block = block.model_copy(update={"learning_rate": _SERVER_RATE})
-    return optimizer_of(block)
+def _optimizer(variant: Variant) -> ServerOptimizer:
+    block = OPTIMIZERS[variant.optimizer]
+    return optimizer_of(block.model_copy(update={"learning_rate": variant.server_rate}))
 
 
 def _demo(job: Job, settings: Settings) -> dict[str, Any]:
@@ -283,7 +291,7 @@ def _demo(job: Job, settings: Settings) -> dict[str, Any]:
             cohorts=[numbers] * recipe.n_rounds,
             train=agents.train,
             max_grad_norm=recipe.clip_norm,
-            optimizer=_optimizer(variant.optimizer),
+            optimizer=_optimizer(variant),
         ),
     )
     records = held_out_records(settings.n_held_out, job.seed)
@@ -319,7 +327,7 @@ def _dolly(job: Job, settings: Settings, base: Path, data: Path) -> dict[str, An
             cohorts=clients.cohorts(),
             train=clients.train,
             max_grad_norm=float(block.max_grad_norm or 0.0),
-            optimizer=_optimizer(Optimizer.FEDAVG),
+            optimizer=_optimizer(job.variant),
         ),
     )
     made.adapted.load(made.adapters["all"])
