@@ -10,8 +10,8 @@ c_i⁺ = c_i − c + (x − y_i) / (K·η). Under SGD, as there, y_i = x − η�
 the mean of the g_k. We compute that mean itself, since we step by Adam: there (x − y_i) / (K·η)
 would hold signs more than gradients. So c and c_i are gradients under Adam too, and Adam is given
 corrected ones; the paper's theorems are for SGD and do not cover that, and docs/LOG.md has a case
-where it did not help. g is the gradient after
-clipping, the one that a step would take without the correction, and is not clipped again.
+where it did not help. g is the gradient after clipping, the one that a step would take without the
+correction, and is not clipped again.
 """
 
 import hashlib
