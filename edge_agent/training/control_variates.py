@@ -9,8 +9,9 @@ Source: Karimireddy et al., "SCAFFOLD", arXiv 1910.06378, algorithm 1. Its optio
 c_i⁺ = c_i − c + (x − y_i) / (K·η). Under SGD, as there, y_i = x − η·Σ (g_k + c − c_i), so this *is*
 the mean of the g_k. We compute that mean itself, since we step by Adam: there (x − y_i) / (K·η)
 would hold signs more than gradients. So c and c_i are gradients under Adam too, and Adam is given
-corrected ones; the paper's theorems are for SGD and do not cover that. g is the gradient after
-clipping, the one that a step would take without the correction, and is not clipped again.
+corrected ones; the paper's theorems are for SGD and do not cover that, and docs/LOG.md has a case
+where it did not help. g is the gradient after clipping, the one that a step would take without the
+correction, and is not clipped again.
 """
 
 import hashlib
