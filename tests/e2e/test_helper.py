@@ -2,7 +2,6 @@
 
 import json
 import time
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -15,22 +14,6 @@ from simulations.processes import Process, command_of, run_command, start_server
 N_AGENTS = 5
 N_ROUNDS = 2
 WITHIN_S = 150.0
-
-
-@pytest.fixture(autouse=True)
-def importable(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Child processes find the packages where this process did."""
-    import protocol
-
-    monkeypatch.setenv("PYTHONPATH", str(Path(protocol.__file__).parents[1]))
-
-
-@pytest.fixture
-def processes() -> Iterator[list[Process]]:
-    started: list[Process] = []
-    yield started
-    for process in started:
-        process.kill()
 
 
 def start_helper(folder: Path, log: Path, *, port: int = 0) -> tuple[Process, str]:

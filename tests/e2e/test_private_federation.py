@@ -30,14 +30,6 @@ def write_records(path: Path, number: int) -> None:
 
 
 @pytest.fixture
-def processes() -> list[Process]:
-    running: list[Process] = []
-    yield running
-    for process in running:
-        process.kill()
-
-
-@pytest.fixture
 def found(tmp_path: Path, processes: list[Process]):
     """Found a private federation under a name, and serve it; its address."""
 

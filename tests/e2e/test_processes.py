@@ -2,7 +2,6 @@
 
 import json
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -18,22 +17,6 @@ N_ROUNDS = 3
 N_MASKED_AGENTS = 5
 N_MASKED_ROUNDS = 2
 WITHIN_S = 200.0
-
-
-@pytest.fixture(autouse=True)
-def importable(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Child processes find the packages where this process did."""
-    import protocol
-
-    monkeypatch.setenv("PYTHONPATH", str(Path(protocol.__file__).parents[1]))
-
-
-@pytest.fixture
-def processes() -> Iterator[list[Process]]:
-    started: list[Process] = []
-    yield started
-    for process in started:
-        process.kill()
 
 
 def write_records(path: Path, number: int) -> None:

@@ -22,14 +22,6 @@ from simulations.processes import (
 WITHIN_S = 120.0
 
 
-@pytest.fixture(autouse=True)
-def importable(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Child processes find the packages where this process did."""
-    import protocol
-
-    monkeypatch.setenv("PYTHONPATH", str(Path(protocol.__file__).parents[1]))
-
-
 def agent(*arguments: str, answer: str = "") -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         command_of("edge_agent.cli", *arguments),
