@@ -25,6 +25,8 @@ MAX_OPEN: Final = 0.1
 """The same in the open mode."""
 _DARK: Final = (0.42, 0.94)
 """Below and above, the heat map is dark."""
+_RUINED: Final = 0.05
+"""A peer with a lower score is ruined; a ratio to it says nothing."""
 _CLEAN_TARGET, _KEPT_TARGET, _RARE_TARGET = 0.99, 0.9, 0.05
 
 
@@ -175,7 +177,7 @@ class Report:
                 ]
                 for rule in rules
             )
-            if not ours or not peer or min(peer) == 0.0:
+            if not ours or not peer or min(peer) < _RUINED:
                 continue
             yield Row.of(
                 f"in rounds ({key}), {Threat[threat].value}: {what}",
