@@ -131,12 +131,14 @@ def init(  # noqa: PLR0917 - one parameter for each option
         bool, typer.Option("--adaptive-clip", help="P3: let it follow the updates' norms.")
     ] = False,
     filtering: Annotated[
-        FilterRule,
+        FilterRule | None,
         typer.Option(
             "--filter",
-            help="robust: cut updates, or means of cells, to the median norm, and remove outliers.",
+            help="robust: cut updates, or means of cells, to the median norm, and remove what is "
+            "hostile on evidence.  [default: robust where 8 or more are expected, else none]",
+            show_default=False,
         ),
-    ] = FilterRule.NONE,
+    ] = None,
     evaluator: Annotated[
         str | None,
         typer.Option(

@@ -9,6 +9,7 @@ from typing import Final, Literal
 
 from pydantic import SecretStr, ValidationError
 
+from aggregator_server.aggregation.robust.pipeline import MIN_FILTER_UNITS
 from aggregator_server.config import (
     Enrolment,
     FederationSection,
@@ -35,11 +36,13 @@ from protocol.manifest import (
     FilterRule,
     HelperMasking,
     LoraBlock,
+    MaskingBlock,
     NoGate,
     NoMasking,
     OptimizerBlock,
     RoundsBlock,
     Schedule,
+    SumMasking,
     Template,
     TrainingBlock,
     Weighting,
@@ -107,7 +110,8 @@ class RecipeOptions:
     lora_rule: LoraRule | None = None
     """None: FedIT in the open, FFA-LoRA under masks or noise."""
     privacy: PrivacyOptions = field(default_factory=PrivacyOptions)
-    filter: FilterRule = FilterRule.NONE
+    filter: FilterRule | None = None
+    """None: the robust one where a round is expected to have units enough to judge."""
     evaluator: bytes | None = None
     """Identity of the trusted evaluator; None: no gate."""
     optimizer: OptimizerBlock = field(default_factory=FedAvgBlock)
@@ -195,7 +199,7 @@ def make_config(options: RecipeOptions, base: BaseDescription) -> ServerConfig:
                 max_weight=_MASKED_MAX_WEIGHT if masked else AggregationBlock().max_weight,
                 optimizer=rules.optimizer,
             ),
-            filter=FilterBlock(rule=rules.filter),
+            filter=FilterBlock(rule=_filter(rules, lora, rounds, masking, by_server=by_server)),
             gate=NoGate() if rules.evaluator is None else EvaluatorGate(evaluator=rules.evaluator),
             masking=masking,
             privacy=privacy,
@@ -233,6 +237,28 @@ def _min_cohort(options: RecipeOptions, *, masked: bool) -> int:
     if options.privacy.is_on and options.privacy.profile is Profile.AGENT:
         return max(MIN_CELL, options.cohort_target)  # noise is made for the smallest cohort
     return MIN_CELL if masked else min(2, options.cohort_target)
+
+
+def _filter(
+    options: RecipeOptions,
+    lora: LoraBlock,
+    rounds: RoundsBlock,
+    masking: MaskingBlock,
+    *,
+    by_server: bool,
+) -> FilterRule:
+    """The robust one where a usual round has units enough for evidence, and nothing forbids it.
+
+    Where there are fewer it takes the geometric median, which costs something when nobody attacks:
+    too much to have it where every round is so small, not where one is now and then.
+    """
+    if options.filter is not None:
+        return options.filter
+    n_units = rounds.cohort_target
+    if isinstance(masking, SumMasking):
+        n_units //= masking.cell_target
+    fits = n_units >= MIN_FILTER_UNITS and not by_server and lora.rule is not LoraRule.FLEXLORA
+    return FilterRule.ROBUST if fits else FilterRule.NONE
 
 
 def _max_change(options: RecipeOptions, steps: int | None) -> float:

@@ -20,7 +20,7 @@ from aggregator_server.recipes import Masking, RecipeOptions, make_config
 from protocol.base_description import BaseDescription, LinearModule
 from protocol.chain import RoundManifest
 from protocol.limits import NONCE_BYTES, PART_BYTES
-from protocol.manifest import BaseBlock, FederationManifest
+from protocol.manifest import BaseBlock, FederationManifest, FilterRule
 from protocol.messages import (
     Enrolment,
     Revocation,
@@ -269,6 +269,7 @@ def make_case(tmp_path: Path, clock: FakeClock) -> Iterator[Callable[..., Case]]
             "rank": 4,
             "n_rounds": 3,
             "masking": Masking.OFF,
+            "filter": FilterRule.NONE,
             **options,
         }
         config = make_config(RecipeOptions(**settings), described)

@@ -305,6 +305,33 @@ def test_the_usual_optimiser_is_no_part_of_what_is_signed(base):
     assert make_config(other, base).aggregation.as_json()["optimizer"]["kind"] == "fedadam"
 
 
+@pytest.mark.parametrize(
+    ("options", "rule"),
+    [
+        ({"cohort_target": 7, "masking": Masking.OFF}, FilterRule.NONE),
+        ({"cohort_target": 8, "masking": Masking.OFF}, FilterRule.ROBUST),
+        ({"cohort_target": 79, "cell_target": 10}, FilterRule.NONE),
+        ({"cohort_target": 80, "cell_target": 10}, FilterRule.ROBUST),
+        ({"cohort_target": 8, "masking": Masking.OFF, "filter": FilterRule.NONE}, FilterRule.NONE),
+        ({"cohort_target": 2, "filter": FilterRule.ROBUST}, FilterRule.ROBUST),
+        (
+            {"cohort_target": 8, "masking": Masking.OFF, "lora_rule": LoraRule.FLEXLORA},
+            FilterRule.NONE,
+        ),
+        (
+            {
+                "cohort_target": 20,
+                "privacy": PrivacyOptions(epsilon=8.0, profile=Profile.CENTRAL, clip_norm=0.5),
+            },
+            FilterRule.NONE,
+        ),
+    ],
+)
+def test_the_filter_is_on_where_a_round_has_enough_to_judge(base, options, rule):
+    config = make_config(dataclasses.replace(OPTIONS, **options), base)
+    assert config.filter.rule is rule
+
+
 def test_p3_allows_no_filter(base):
     options = dataclasses.replace(
         with_privacy(cohort_target=10, epsilon=2.0, profile=Profile.CENTRAL),
