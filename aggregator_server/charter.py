@@ -8,8 +8,9 @@ from aggregator_server.keys import Keys
 from privacy.fixed_point import agreed_layout
 from privacy.turns import Turns
 from protocol.base_description import BaseDescription
+from protocol.blocks import CellMasking, HelperMasking
 from protocol.layout import VectorLayout
-from protocol.manifest import CellMasking, FederationManifest, HelperMasking
+from protocol.manifest import FederationManifest
 from protocol.signing import Signed
 from protocol.wire import b64u_encode
 from quant.adapter import adapter_shapes

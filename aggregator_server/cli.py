@@ -18,18 +18,18 @@ from aggregator_server.cli_shared import (
 )
 from aggregator_server.private_recipes import Profile
 from aggregator_server.recipes import Masking, Optimizer
-from protocol.guarantee import describe_privacy
-from protocol.lora_rules import LoraRule
-from protocol.manifest import (
+from protocol.blocks import (
     CellMasking,
     EvaluatorGate,
     FilterRule,
     GateBlock,
     HelperMasking,
+    LoraRule,
     MaskingBlock,
     Schedule,
     Template,
 )
+from protocol.guarantee import describe_privacy
 
 if TYPE_CHECKING:
     from aggregator_server.lock import ServeLock

@@ -4,9 +4,9 @@ from dataclasses import dataclass
 from enum import Enum
 
 from aggregator_server.store.rows import RoundProgress, UploadProgress
+from protocol.blocks import RoundsBlock
 from protocol.chain import RoundManifest
 from protocol.limits import PART_BYTES
-from protocol.manifest import RoundsBlock
 
 
 class Ending(Enum):

@@ -18,8 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
 
 from aggregator_server.errors import ConfigError
 from protocol import limits
-from protocol.lora_rules import LoraRule
-from protocol.manifest import (
+from protocol.blocks import (
     SENT,
     AggregationBlock,
     CellMasking,
@@ -29,6 +28,7 @@ from protocol.manifest import (
     GateBlock,
     HelperMasking,
     LoraBlock,
+    LoraRule,
     MaskingBlock,
     NoGate,
     NoMasking,

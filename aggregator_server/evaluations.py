@@ -11,10 +11,10 @@ from aggregator_server.membership import require_author, require_federation
 from aggregator_server.releases import blob_key
 from aggregator_server.store.rows import EvaluationRow
 from aggregator_server.store.store import Store
+from protocol.blocks import EvaluatorGate
 from protocol.chain import BlobRef
 from protocol.errors import SignatureError
 from protocol.gating import EvaluationReport
-from protocol.manifest import EvaluatorGate
 from protocol.messages import EvaluationReply, EvaluationTask
 from protocol.problems import ProblemType
 from protocol.signing import Signed, verify

@@ -15,9 +15,9 @@ from aggregator_server.gating import Passed
 from aggregator_server.reputation import Observation, Reputation, reputations
 from aggregator_server.store.rows import IncidentKind, JudgedRow, NewIncident
 from aggregator_server.store.store import Store
+from protocol.blocks import EvaluatorGate, FilterRule
 from protocol.chain import NoVerdict
 from protocol.clock import Clock
-from protocol.manifest import EvaluatorGate, FilterRule
 from protocol.wire import b64u_encode, parse
 
 N_ROUNDS: Final = 200

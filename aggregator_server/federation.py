@@ -32,11 +32,11 @@ from aggregator_server.tasks import task_reply
 from aggregator_server.unmask import Unmasker
 from aggregator_server.uploads import Uploads
 from aggregator_server.wakeups import Wakeups
+from protocol.blocks import CellMasking, HelperMasking
 from protocol.clock import Clock, SystemClock
 from protocol.errors import SignatureError
 from protocol.gating import EvaluationReport
 from protocol.helped import HelperUpload
-from protocol.manifest import CellMasking, HelperMasking
 from protocol.masked import MaskedHeader, Ready
 from protocol.messages import (
     Credential,

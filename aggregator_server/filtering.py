@@ -17,9 +17,9 @@ from aggregator_server.aggregation.robust.units import BoolArray, Float64Array, 
 from aggregator_server.errors import AggregationError
 from aggregator_server.store.rows import CellRow
 from privacy.updates import CellSum, Float32Array
+from protocol.blocks import FilterRule
 from protocol.chain import FilterReport
 from protocol.layout import VectorLayout
-from protocol.manifest import FilterRule
 from protocol.wire import Digest, WireModel
 
 LEFT_OUT: Final = "the gate left it out"

@@ -32,12 +32,13 @@ from aggregator_server.template import render
 from aggregator_server.uploads import UPLOADS
 from privacy.fixed_point import agreed_layout
 from protocol.base_description import BaseDescription
+from protocol.blocks import HelperMasking, SumMasking
 from protocol.clock import Clock
 from protocol.errors import ProtocolError
 from protocol.limits import MAX_JSON_BYTES, MAX_WAVE
-from protocol.lora_rules import rules_of_lora
-from protocol.manifest import FederationManifest, HelperMasking, SumMasking
+from protocol.manifest import FederationManifest
 from protocol.privacy import AgentPrivacy, CentralPrivacy
+from protocol.rules import rules_of_lora
 from protocol.signing import Signed, sign, verify
 from protocol.wire import explain, parse
 from quant.adapter import adapter_shapes, initial_adapter

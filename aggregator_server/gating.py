@@ -18,11 +18,11 @@ from aggregator_server.phase import Found, round_manifest
 from aggregator_server.releases import Releases
 from aggregator_server.store.rows import EvaluationRow, IncidentKind, NewIncident, RoundRow
 from aggregator_server.store.store import Store
+from protocol.blocks import EvaluatorGate
 from protocol.chain import EvaluatorVerdict, NoVerdict, Verdict
 from protocol.clock import Clock
 from protocol.gating import EvaluationReport, objection
 from protocol.limits import MAX_TEXT_CHARS
-from protocol.manifest import EvaluatorGate
 from protocol.messages import EvaluationTask
 from protocol.phases import RoundEvent, RoundPhase
 from protocol.privacy import CentralPrivacy

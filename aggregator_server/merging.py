@@ -37,10 +37,9 @@ from privacy.central import noisy_mean
 from privacy.noise import KEY_BYTES, SecureStream
 from privacy.turns import UpdateTerms
 from privacy.updates import CellSum, Float32Array
+from protocol.blocks import FedAvgBlock, FilterRule, LoraRule, OptimizerBlock
 from protocol.chain import AggregationReport, CovarianceGap, NoisyAggregationReport, Release
 from protocol.layout import VectorLayout
-from protocol.lora_rules import LoraRule
-from protocol.manifest import FedAvgBlock, FilterRule, OptimizerBlock
 from protocol.privacy import CentralPrivacy
 from protocol.wire import b64u_decode
 

@@ -6,8 +6,8 @@ from enum import StrEnum
 from typing import Final
 
 from aggregator_server.errors import ConfigError
+from protocol.blocks import CellMasking, MaskingBlock, RoundsBlock, SumMasking
 from protocol.limits import MIN_CELL
-from protocol.manifest import CellMasking, MaskingBlock, RoundsBlock, SumMasking
 from protocol.privacy import (
     AdaptiveClip,
     AgentPrivacy,

@@ -19,10 +19,7 @@ from aggregator_server.config import (
 from aggregator_server.errors import ConfigError
 from aggregator_server.private_recipes import PrivacyOptions, Profile, private_blocks
 from protocol.base_description import BaseDescription
-from protocol.helped import HelperDescription
-from protocol.limits import MIN_CELL
-from protocol.lora_rules import LoraRule
-from protocol.manifest import (
+from protocol.blocks import (
     SENT,
     AggregationBlock,
     CellMasking,
@@ -36,6 +33,7 @@ from protocol.manifest import (
     FilterRule,
     HelperMasking,
     LoraBlock,
+    LoraRule,
     MaskingBlock,
     NoGate,
     NoMasking,
@@ -47,6 +45,8 @@ from protocol.manifest import (
     TrainingBlock,
     Weighting,
 )
+from protocol.helped import HelperDescription
+from protocol.limits import MIN_CELL
 from protocol.wire import explain
 from quant.adapter import adapter_shapes, sent_layout
 

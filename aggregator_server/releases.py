@@ -12,6 +12,7 @@ from aggregator_server.errors import ChainError, Refusal
 from aggregator_server.store.rows import HIDDEN_ROLES, BlobRole, BlobRow, ReleaseRow, blob_rows
 from aggregator_server.store.store import Store
 from privacy.updates import Float32Array
+from protocol.blocks import FilterRule
 from protocol.chain import (
     AggregationReport,
     BlobRef,
@@ -26,7 +27,7 @@ from protocol.clock import Clock
 from protocol.errors import SignatureError
 from protocol.layout import VectorLayout
 from protocol.limits import MAX_JSON_BYTES, MAX_RELEASES_PER_REPLY
-from protocol.manifest import FederationManifest, FilterRule
+from protocol.manifest import FederationManifest
 from protocol.messages import ReleasePage
 from protocol.problems import ProblemType
 from protocol.signing import Signed, Signer, sign, verify

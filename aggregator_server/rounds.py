@@ -44,11 +44,11 @@ from aggregator_server.store.rows import RoundRow
 from aggregator_server.store.store import Store
 from aggregator_server.uploads import Uploads
 from privacy.errors import PrivacyError
+from protocol.blocks import CellMasking, EvaluatorGate, HelperMasking
 from protocol.chain import CellRef, RoundManifest
 from protocol.clock import Clock
 from protocol.errors import ProtocolError
 from protocol.limits import MAX_TEXT_CHARS
-from protocol.manifest import CellMasking, EvaluatorGate, HelperMasking
 from protocol.phases import ROUND_TRANSITIONS, RoundEvent, RoundPhase, advance
 from protocol.signing import Signed, sign
 from protocol.wire import parse

@@ -5,8 +5,8 @@ import math
 from collections.abc import Iterable
 
 from aggregator_server.store.rows import SelectionRow
+from protocol.blocks import RoundsBlock
 from protocol.limits import MAX_COUNT
-from protocol.manifest import RoundsBlock
 
 
 def cohort_size(rounds: RoundsBlock, *, n_present: int) -> int:

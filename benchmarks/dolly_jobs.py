@@ -26,9 +26,9 @@ from edge_agent.training.trainer import (
     TrainerOptions,
 )
 from privacy.updates import CellSum, PlainUpdate
+from protocol.blocks import LoraBlock, LossOn, Template, TrainingBlock
 from protocol.clock import SystemClock
 from protocol.layout import VectorLayout
-from protocol.manifest import LoraBlock, LossOn, Template, TrainingBlock
 from quant.adapter import (
     AdapterArrays,
     adapter_shapes,

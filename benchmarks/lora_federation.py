@@ -32,9 +32,8 @@ from aggregator_server.aggregation.robust.units import ArrayUnits
 from edge_agent.training.gradients import Gradients
 from edge_agent.training.trainer import ClipNorm, GradientTransform
 from privacy.updates import CellSum, Float32Array, PlainUpdate
+from protocol.blocks import Factor, LoraBlock, LoraRule
 from protocol.layout import VectorLayout
-from protocol.lora_rules import LoraRule
-from protocol.manifest import Factor, LoraBlock
 from quant.adapter import AdapterArrays, factor_of, flatten, initial_adapter, sent_layout, unflatten
 from quant.base_model import LoadedBase
 from quant.lora import AdaptedLayer, AdaptedModel

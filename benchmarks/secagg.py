@@ -191,7 +191,7 @@ def _crowd(job: dict[str, Any]) -> dict[str, Any]:
     """A crowd in cells: drop-outs at every stage, late messages, exact or lost."""
     from benchmarks import secagg_cells as sim
     from privacy.secagg.cells import cell_sizes
-    from protocol.manifest import CellMasking
+    from protocol.blocks import CellMasking
 
     masking = CellMasking(max_change=0.02, clip_norm=1e6, cell_target=16, max_cell=31)
     rng = random.Random(job["seed"])  # noqa: S311 - who drops out, no secret

@@ -24,8 +24,8 @@ from privacy.secagg import cells
 from privacy.secagg.agent import MaskPlan, SecAggAgent
 from privacy.secagg.checks import CellPolicy
 from privacy.secagg.server import CellServer
+from protocol.blocks import CellMasking
 from protocol.layout import VectorLayout
-from protocol.manifest import CellMasking
 from protocol.masked import Bundle, Confirmed, ReadyList, Roster
 from protocol.messages import Credential
 from protocol.signing import Signed, Signer, sign

@@ -38,8 +38,8 @@ from edge_agent.training.trainer import (
     TrainingProgress,
 )
 from privacy.dp_sgd.mechanism import Mechanism
+from protocol.blocks import LoraBlock, LossOn, Schedule, Template, TrainingBlock
 from protocol.clock import SystemClock
-from protocol.manifest import LoraBlock, LossOn, Schedule, Template, TrainingBlock
 from quant.adapter import initial_adapter, sent_layout
 from quant.base_model import LoadedBase
 from quant.lora import AdaptedModel

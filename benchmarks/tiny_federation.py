@@ -23,9 +23,9 @@ from edge_agent.training.trainer import (
     TrainerOptions,
 )
 from privacy.updates import PlainUpdate
+from protocol.blocks import Factor, LoraBlock, LossOn, Schedule, Template, TrainingBlock
 from protocol.clock import SystemClock
 from protocol.layout import VectorLayout
-from protocol.manifest import Factor, LoraBlock, LossOn, Schedule, Template, TrainingBlock
 from quant.adapter import AdapterArrays
 from quant.base_model import load_base
 from quant.lora import AdaptedModel

@@ -44,11 +44,11 @@ from edge_agent.transport import Transport, Upload
 from privacy.errors import AccountingError, LedgerError, PrivacyError
 from privacy.ledger import Quote
 from privacy.updates import PlainUpdate
+from protocol.blocks import CellMasking, HelperMasking, Weighting
 from protocol.chain import RoundManifest
 from protocol.checks import Check
 from protocol.clock import Clock
 from protocol.limits import LONG_POLL_S, PART_BYTES
-from protocol.manifest import CellMasking, HelperMasking, Weighting
 from protocol.messages import (
     BodyHead,
     TrainTask,

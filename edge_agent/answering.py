@@ -16,7 +16,7 @@ import torch
 from edge_agent.data.records import ChatMessage, Record, Role
 from edge_agent.data.tokens import RecordTokenizer
 from edge_agent.errors import EvaluationError, MalformedRecordError, OutOfMemoryError
-from protocol.manifest import LossOn, Template
+from protocol.blocks import LossOn, Template
 from quant.base_model import LoadedBase, load_base
 from quant.errors import BaseModelError, FingerprintError
 from quant.lora import AdaptedModel

@@ -10,11 +10,12 @@ from typing import Final, TypeVar
 import numpy as np
 
 from edge_agent.errors import TrustError
+from protocol.blocks import EvaluatorGate
 from protocol.chain import EvaluatorVerdict, Release, RoundManifest
 from protocol.checks import Check
 from protocol.errors import ProtocolError
 from protocol.gating import EvaluationReport, objection
-from protocol.manifest import EvaluatorGate, FederationManifest
+from protocol.manifest import FederationManifest
 from protocol.messages import Credential, Discovery, EvaluationTask
 from protocol.signing import Invite, Signed, fingerprint, format_fingerprint, verify
 from quant.adapter import AdapterArrays

@@ -4,7 +4,8 @@ from privacy.accounting import SampledGaussian, spent
 from privacy.agent_accounting import event_of_example
 from privacy.errors import BudgetError
 from privacy.ledger import DataSet, Ledger, Participation, Quote
-from protocol.manifest import CellMasking, FederationManifest
+from protocol.blocks import CellMasking
+from protocol.manifest import FederationManifest
 from protocol.privacy import AgentPrivacy
 
 

@@ -26,7 +26,7 @@ from protocol.clock import SystemClock
 
 if TYPE_CHECKING:
     from edge_agent.answering import Answer, Answerer, Sampling
-    from protocol.manifest import Template
+    from protocol.blocks import Template
     from quant.peft_folder import FinishedAdapter
 
 NEWEST: Final = "newest"

@@ -105,7 +105,7 @@ def evaluate(
     from edge_agent.data.reading import read_records
     from edge_agent.data.tokens import tokenize
     from edge_agent.evaluation import held_out_loss, score_answers
-    from protocol.manifest import LossOn
+    from protocol.blocks import LossOn
 
     records, _ = read_records(data)
     ready = prepare(target, home, base=base, device=device, threads=threads)

@@ -7,14 +7,8 @@ from urllib.parse import urlsplit
 
 from edge_agent.explaining import explain
 from edge_agent.member import OwnersPart
-from protocol.lora_rules import LoraRule
-from protocol.manifest import (
-    EvaluatorGate,
-    FederationManifest,
-    HelperMasking,
-    SumMasking,
-    Weighting,
-)
+from protocol.blocks import EvaluatorGate, HelperMasking, LoraRule, SumMasking, Weighting
+from protocol.manifest import FederationManifest
 from protocol.privacy import AgentPrivacy, CentralPrivacy, NoPrivacy
 from protocol.signing import format_fingerprint
 from quant.tiny import EMBEDDED_NAME

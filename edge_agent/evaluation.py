@@ -19,7 +19,7 @@ from edge_agent.data.records import UNCATEGORIZED, Record
 from edge_agent.data.tokens import Example, RecordTokenizer
 from edge_agent.errors import EvaluationError
 from edge_agent.rouge import rouge_l
-from protocol.manifest import LossOn, Template
+from protocol.blocks import LossOn, Template
 from quant.loss import CausalLM, example_losses
 
 

@@ -18,12 +18,13 @@ from edge_agent.evaluation import held_out_loss
 from edge_agent.home import AgentHome
 from edge_agent.private import record_bytes
 from edge_agent.transport import Transport
+from protocol.blocks import EvaluatorGate
 from protocol.chain import BlobRef
 from protocol.checks import Check
 from protocol.errors import ProtocolError
 from protocol.gating import EvaluationReport, objection
 from protocol.limits import LONG_POLL_S, MAX_CATEGORIES, MAX_CATEGORY_CHARS
-from protocol.manifest import EvaluatorGate, FederationManifest
+from protocol.manifest import FederationManifest
 from protocol.messages import EvaluationTask
 from protocol.problems import Advice
 from protocol.signing import Signed, Signer, format_fingerprint, sign

@@ -7,15 +7,9 @@ not"). `join` shows the short form, `sheepfold-agent explain` all of it.
 from dataclasses import dataclass, replace
 
 from privacy.secagg import cells
+from protocol.blocks import CellMasking, EvaluatorGate, HelperMasking, SumMasking, Weighting
 from protocol.guarantee import describe_privacy
-from protocol.manifest import (
-    CellMasking,
-    EvaluatorGate,
-    FederationManifest,
-    HelperMasking,
-    SumMasking,
-    Weighting,
-)
+from protocol.manifest import FederationManifest
 from protocol.privacy import AgentPrivacy, CentralPrivacy, NoPrivacy
 from protocol.signing import format_fingerprint
 

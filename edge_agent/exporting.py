@@ -18,7 +18,7 @@ from transformers import PretrainedConfig
 from edge_agent.answering import base_hint, base_source, load_base_of, single_question, template_of
 from edge_agent.data.tokens import RecordTokenizer
 from edge_agent.errors import ExportTargetError
-from protocol.manifest import LossOn
+from protocol.blocks import LossOn
 from quant.adapter import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME
 from quant.export import base_config, gguf_tensors, logit_error, merge, write_gguf
 from quant.model_card import PROVENANCE_NAME, TAGS, CardKind, foreign_card, model_card

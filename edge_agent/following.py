@@ -13,9 +13,10 @@ from edge_agent.transport import Transport
 from privacy.fixed_point import agreed_layout
 from privacy.turns import Turns
 from protocol.base_description import BaseDescription
+from protocol.blocks import Factor
 from protocol.chain import BlobRef, Release
 from protocol.checks import Check
-from protocol.manifest import Factor, FederationManifest
+from protocol.manifest import FederationManifest
 from protocol.wire import sha256
 from quant.adapter import (
     AdapterArrays,

@@ -18,10 +18,10 @@ from privacy.masking import Mask
 from privacy.secagg.derive import check_words
 from privacy.turns import Turns
 from privacy.updates import PlainUpdate
+from protocol.blocks import HelperMasking
 from protocol.checks import Check
 from protocol.clock import Clock
 from protocol.helped import HelperHeader, HelperUpload
-from protocol.manifest import HelperMasking
 from protocol.phases import AgentEvent
 from protocol.signing import sign
 from protocol.wire import sha256

@@ -28,10 +28,10 @@ from privacy.secagg.agent import SecAggAgent
 from privacy.secagg.checks import CellPolicy
 from privacy.turns import Turns
 from privacy.updates import PlainUpdate
+from protocol.blocks import CellMasking
 from protocol.checks import Check, CheckError
 from protocol.clock import Clock
 from protocol.limits import LONG_POLL_S, MAX_READY_ATTEMPTS, PART_BYTES
-from protocol.manifest import CellMasking
 from protocol.masked import (
     BundleNews,
     ConfirmedNews,

@@ -18,10 +18,11 @@ from edge_agent.journal import Journal, Membership
 from edge_agent.release_parts import parts_of
 from edge_agent.transport import Transport
 from privacy.fixed_point import agreed_layout
+from protocol.blocks import LoraBlock
 from protocol.chain import BlobRef, Release
 from protocol.checks import Check
 from protocol.clock import Clock
-from protocol.manifest import FederationManifest, LoraBlock
+from protocol.manifest import FederationManifest
 from protocol.wire import sha256
 from quant.adapter import (
     AdapterArrays,

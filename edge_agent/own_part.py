@@ -12,8 +12,8 @@ from edge_agent.errors import ConfigError
 from edge_agent.member import OwnersPart
 from privacy.updates import PlainUpdate
 from protocol.base_description import BaseDescription
+from protocol.blocks import LoraBlock
 from protocol.layout import VectorLayout
-from protocol.manifest import LoraBlock
 from quant.adapter import AdapterArrays, adapter_shapes, sent_layout
 from quant.errors import AdapterError
 from quant.mixed_ranks import crop, own_lora, pad, participation

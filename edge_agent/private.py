@@ -20,9 +20,7 @@ from edge_agent.training.sampling import PoissonBatches
 from privacy.accounting import WEAK_MULTIPLIER, SampledGaussian, calibrate
 from privacy.dp_sgd.mechanism import Mechanism
 from privacy.ledger import Quote
-from protocol.manifest import (
-    FederationManifest,
-)
+from protocol.manifest import FederationManifest
 from protocol.privacy import AgentPrivacy, CentralPrivacy, ExamplePrivacy
 from protocol.wire import canonical_json
 from quant.lora import AdaptedModel

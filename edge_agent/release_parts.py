@@ -3,9 +3,8 @@
 from collections.abc import Callable
 
 from edge_agent.errors import TrustError
+from protocol.blocks import Factor, LoraBlock, LoraRule
 from protocol.chain import BlobRef, Release
-from protocol.lora_rules import LoraRule
-from protocol.manifest import Factor, LoraBlock
 from quant.lora_turns import changed_factors
 
 Parts = list[tuple[BlobRef, tuple[Factor, ...]]]

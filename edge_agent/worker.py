@@ -33,9 +33,7 @@ from privacy.ledger import Ledger
 from protocol.checks import Check
 from protocol.clock import Clock
 from protocol.guarantee import describe_privacy
-from protocol.manifest import (
-    FederationManifest,
-)
+from protocol.manifest import FederationManifest
 from protocol.privacy import ExamplePrivacy, NoPrivacy
 from protocol.wire import b64u_decode
 from quant.adapter import adapter_shapes, sent_layout

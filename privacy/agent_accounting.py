@@ -37,7 +37,7 @@ from privacy.distributed_noise import (
     noise_of,
 )
 from privacy.errors import AccountingError, DrownedError
-from protocol.manifest import CellMasking, MaskingBlock
+from protocol.blocks import CellMasking, MaskingBlock
 from protocol.privacy import AgentPrivacy, CentralPrivacy, PrivacyBlock
 
 DEFAULT_STEPS: Final = 2**16

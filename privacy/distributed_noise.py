@@ -33,8 +33,8 @@ from privacy.errors import NoiseError, UpdateRangeError
 from privacy.noise import SecureStream
 from privacy.secagg.cells import colluders, threshold
 from privacy.updates import Float32Array, l2_norm
+from protocol.blocks import CellMasking, MaskingBlock
 from protocol.limits import MIN_CELL
-from protocol.manifest import CellMasking, MaskingBlock
 from protocol.privacy import AgentPrivacy, PrivacyBlock
 
 Int32Array = NDArray[np.int32]

@@ -28,9 +28,9 @@ from privacy.errors import EncodingPlanError, SumError, UpdateRangeError
 from privacy.masking import Words, word_dtype
 from privacy.noise import SecureStream
 from privacy.updates import Float32Array, Float64Array, l2_norm
+from protocol.blocks import CellMasking, HelperMasking, MaskingBlock, SumMasking
 from protocol.layout import PARTICIPATION, VectorLayout
 from protocol.limits import MAX_UPDATE_BYTES
-from protocol.manifest import CellMasking, HelperMasking, MaskingBlock, SumMasking
 from protocol.privacy import CentralPrivacy, PrivacyBlock
 
 N_CHECK_WORDS: Final = 16

@@ -14,10 +14,10 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X
 
 from privacy.errors import MaskedMessageError, ShareError
 from privacy.secagg import cells, derive
+from protocol.blocks import HelperMasking
 from protocol.chain import RoundManifest
 from protocol.errors import SignatureError
 from protocol.helped import HelperDescription, HelperRequest, HelperUpload
-from protocol.manifest import HelperMasking
 from protocol.signing import BodyT, Signed, verify
 from protocol.version import DOMAIN_PREFIX
 from protocol.wire import b64u_encode, sha256

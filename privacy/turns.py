@@ -11,8 +11,9 @@ from typing import Self
 
 from privacy.errors import EncodingPlanError
 from privacy.fixed_point import EncodingPlan, agreed_layout
+from protocol.blocks import CellMasking, HelperMasking
 from protocol.layout import VectorLayout
-from protocol.manifest import CellMasking, FederationManifest, HelperMasking
+from protocol.manifest import FederationManifest
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,8 +10,8 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from protocol import limits
+from protocol.blocks import BaseBlock
 from protocol.errors import ManifestError
-from protocol.manifest import BaseBlock
 from protocol.wire import WireModel
 
 Axis = Annotated[int, Field(ge=1, le=2**31 - 1)]

@@ -9,8 +9,8 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from protocol import limits
+from protocol.blocks import FilterRule
 from protocol.gating import EvaluationReport
-from protocol.manifest import FilterRule
 from protocol.numbers import Count, Fraction, PositiveFloat, PositiveInt, RoundNumber, UnixTime
 from protocol.signing import Signed
 from protocol.wire import Bytes16, Digest, WireModel, domain_hash, is_none

@@ -10,7 +10,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from protocol import limits
-from protocol.manifest import EvaluatorGate
+from protocol.blocks import EvaluatorGate
 from protocol.numbers import PositiveInt, RoundNumber
 from protocol.wire import Bytes16, Digest, Identity, WireModel, domain_hash
 

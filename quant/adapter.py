@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 
 from protocol.base_description import BaseDescription
+from protocol.blocks import BaseBlock, Factor, LoraBlock
 from protocol.layout import VectorLayout
-from protocol.manifest import BaseBlock, Factor, LoraBlock
 from quant.errors import AdapterError
 
 Float32Array = NDArray[np.float32]

@@ -33,7 +33,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils.logging import disable_progress_bar
 
 from protocol.base_description import BaseDescription, LinearModule
-from protocol.manifest import BaseBlock
+from protocol.blocks import BaseBlock
 from protocol.wire import JsonValue, domain_hash
 from quant.errors import BaseModelError, FingerprintError
 from quant.loss import is_plain_output_layer

@@ -2,8 +2,8 @@
 
 from collections.abc import Mapping
 
+from protocol.blocks import LoraBlock, TrainingBlock
 from protocol.layout import CONTROL, PARTICIPATION, VectorLayout
-from protocol.manifest import LoraBlock, TrainingBlock
 from quant.adapter import sent_layout
 from quant.lora_turns import turn_layouts
 from quant.mixed_ranks import modules_of

@@ -32,7 +32,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from protocol.manifest import Factor, LoraBlock
+from protocol.blocks import Factor, LoraBlock
 from quant.adapter import AdapterArrays, Float32Array, factor_of, tensor_name
 from quant.base_model import LoadedBase
 from quant.dropout import drop, dropped_places, streams_of

@@ -6,9 +6,8 @@ the same factor's turn comes again.
 
 from collections.abc import Mapping
 
+from protocol.blocks import SENT, Factor, LoraRule
 from protocol.layout import VectorLayout
-from protocol.lora_rules import LoraRule
-from protocol.manifest import SENT, Factor
 from quant.adapter import sent_layout
 from quant.errors import AdapterError
 

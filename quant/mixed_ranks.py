@@ -16,8 +16,8 @@ from typing import Final, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from protocol.blocks import Factor, LoraBlock
 from protocol.layout import TensorSlot, VectorLayout
-from protocol.manifest import Factor, LoraBlock
 from quant.adapter import (
     AdapterArrays,
     Float32Array,

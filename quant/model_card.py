@@ -14,6 +14,17 @@ from typing import Annotated, Final, Literal
 
 from pydantic import Field
 
+from protocol.blocks import (
+    AggregationBlock,
+    BaseBlock,
+    EvaluatorGate,
+    FilterBlock,
+    GateBlock,
+    LoraBlock,
+    MaskingBlock,
+    NoGate,
+    TrainingBlock,
+)
 from protocol.chain import (
     AggregationReport,
     CovarianceGap,
@@ -25,18 +36,7 @@ from protocol.chain import (
 from protocol.errors import ProtocolError
 from protocol.guarantee import describe_privacy
 from protocol.limits import MAX_JSON_BYTES
-from protocol.manifest import (
-    AggregationBlock,
-    BaseBlock,
-    EvaluatorGate,
-    FederationManifest,
-    FilterBlock,
-    GateBlock,
-    LoraBlock,
-    MaskingBlock,
-    NoGate,
-    TrainingBlock,
-)
+from protocol.manifest import FederationManifest
 from protocol.numbers import Count, PositiveInt, Text
 from protocol.privacy import PrivacyBlock
 from protocol.signing import format_fingerprint

@@ -8,7 +8,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Final
 
-from protocol.manifest import Factor, LoraBlock
+from protocol.blocks import Factor, LoraBlock
 from quant.errors import BaseModelError
 
 _NF4_BLOCK: Final = 64

@@ -13,7 +13,7 @@ from typing import Any, Final
 import torch
 from opacus.grad_sample import GradSampleModule
 
-from protocol.manifest import Factor, LoraBlock
+from protocol.blocks import Factor, LoraBlock
 from quant.base_model import LoadedBase
 from quant.errors import AdapterError
 from quant.lora import AdaptedLayer, AdaptedModel

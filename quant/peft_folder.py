@@ -19,9 +19,9 @@ from pydantic import ValidationError
 from safetensors import SafetensorError
 
 from protocol.base_description import BaseDescription
+from protocol.blocks import Factor, LoraBlock
 from protocol.errors import ProtocolError
 from protocol.limits import MAX_TARGET_MODULES
-from protocol.manifest import Factor, LoraBlock
 from protocol.wire import explain, sha256
 from quant.adapter import (
     CONFIG_NAME,

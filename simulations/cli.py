@@ -11,9 +11,9 @@ from rich.console import Console
 from aggregator_server.recipes import Masking
 from edge_agent.errors import AgentError
 from privacy.errors import PrivacyError
+from protocol.blocks import LoraRule
 from protocol.errors import ProtocolError
 from protocol.guarantee import describe_privacy
-from protocol.lora_rules import LoraRule
 from quant.errors import QuantError
 from quant.quiet import quiet_libraries
 from simulations import cli_audit, cli_judge

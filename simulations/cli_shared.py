@@ -8,7 +8,7 @@ from typing import Any, Final
 import typer
 from rich.console import Console
 
-from protocol.manifest import Factor
+from protocol.blocks import Factor
 from simulations.errors import OutputError
 
 console: Final = Console(stderr=True)

@@ -25,10 +25,10 @@ from edge_agent.evaluation import held_out_loss
 from edge_agent.home import AgentHome
 from edge_agent.journal import Journal
 from edge_agent.transport import Transport
+from protocol.blocks import LoraRule, Schedule
 from protocol.chain import Release
 from protocol.clock import SystemClock
-from protocol.lora_rules import LoraRule
-from protocol.manifest import FederationManifest, Schedule
+from protocol.manifest import FederationManifest
 from protocol.messages import FederationStatus
 from quant.adapter import AdapterArrays, adapter_shapes, from_safetensors
 from quant.base_model import LoadedBase, load_base, set_threads

@@ -15,8 +15,8 @@ from edge_agent.data.tokens import tokenize
 from edge_agent.evaluation import held_out_loss, score_answers
 from edge_agent.training.sampling import ShuffledBatches
 from edge_agent.training.trainer import LocalTrainer, RoundRecipe, TrainerOptions, TrainingProgress
+from protocol.blocks import TrainingBlock
 from protocol.clock import SystemClock
-from protocol.manifest import TrainingBlock
 from quant.adapter import AdapterArrays, adapter_shapes, sent_layout, unflatten
 from quant.lora import AdaptedModel
 

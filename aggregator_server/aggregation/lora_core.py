@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from aggregator_server.aggregation.lora_pairs import LoraAdapter, Pair
 from aggregator_server.errors import AggregationError
-from protocol.manifest import Factor
+from protocol.blocks import Factor
 from quant.adapter import module_of, tensor_name
 
 _CORE_SUFFIX: Final = ".lora_core.weight"

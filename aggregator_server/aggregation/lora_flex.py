@@ -11,8 +11,8 @@ from aggregator_server.aggregation.lora_pairs import Cohort, local_adapter, scal
 from aggregator_server.aggregation.robust.units import Float64Array, Units
 from aggregator_server.errors import AggregationError
 from privacy.updates import Float32Array, PlainUpdate
+from protocol.blocks import LoraBlock
 from protocol.layout import TensorSlot, VectorLayout
-from protocol.manifest import LoraBlock
 from quant.adapter import flatten, module_of, unflatten
 
 GROUP_BYTES: Final = 1 << 28

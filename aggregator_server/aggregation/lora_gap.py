@@ -19,9 +19,9 @@ from aggregator_server.aggregation.robust.units import BoolArray, Float64Array, 
 from aggregator_server.errors import AggregationError
 from privacy.noise import KEY_BYTES, SecureStream
 from privacy.updates import Float32Array
+from protocol.blocks import Factor
 from protocol.chain import CovarianceGap
 from protocol.layout import TensorSlot, VectorLayout
-from protocol.manifest import Factor
 from quant.adapter import factor_of, module_of
 
 N_DIMS: Final = 128

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from aggregator_server.errors import AggregationError
 from privacy.updates import PlainUpdate
+from protocol.blocks import Factor, LoraBlock
 from protocol.layout import VectorLayout
-from protocol.manifest import Factor, LoraBlock
 from quant.adapter import AdapterArrays, factor_of, flatten, module_of, tensor_name, unflatten
 
 FloatArray = NDArray[np.float32] | NDArray[np.float64]

@@ -35,8 +35,8 @@ from aggregator_server.aggregation.fedavg import Average, average
 from aggregator_server.aggregation.robust.caps import cap_factors, median_norm
 from aggregator_server.errors import AggregationError
 from privacy.updates import CellSum, Float32Array, Float64Array, l2_norm
+from protocol.blocks import LoraBlock
 from protocol.layout import VectorLayout
-from protocol.manifest import LoraBlock
 from quant.adapter import module_of
 from quant.mixed_ranks import by_row, modules_of
 

@@ -21,10 +21,10 @@ from aggregator_server.errors import ConfigError, KeyFileError, Refusal
 from privacy.errors import MaskedMessageError, ShareError
 from privacy.helper import HelpedCell, HelperKey, check_helped, mask_seed, seal_context
 from privacy.masking import CHUNK_BYTES, Mask, MaskAdder, word_dtype
+from protocol.blocks import HelperMasking
 from protocol.chain import BlobRef, RoundManifest
 from protocol.errors import ProtocolError
 from protocol.helped import HelperAnswer, HelperDescription, HelperRequest, MaskSum
-from protocol.manifest import HelperMasking
 from protocol.problems import ProblemType
 from protocol.signing import Signed, Signer, sign
 from protocol.wire import b64u_decode, b64u_encode, parse

@@ -37,9 +37,9 @@ from privacy.fixed_point import N_TAIL_WORDS, checked_sum
 from privacy.secagg.checks import keys_are_sound
 from privacy.secagg.derive import survivors_hash
 from privacy.secagg.server import CellServer, Recovery, UnrecoverableError
+from protocol.blocks import CellMasking
 from protocol.clock import Clock
 from protocol.errors import SignatureError
-from protocol.manifest import CellMasking
 from protocol.masked import (
     BundleNews,
     CellNews,

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 from aggregator_server.store.rows import CellMemberRow, MaskedCellRow, ReadyRow, WaveRow
 from privacy.secagg import cells
+from protocol.blocks import CellMasking
 from protocol.chain import RoundManifest
-from protocol.manifest import CellMasking
 from protocol.masked import Ready, ReadyList, Roster
 from protocol.phases import CellPhase
 from protocol.signing import Signed, Signer, sign

@@ -12,9 +12,9 @@ from aggregator_server.masking.formation import form_cells
 from aggregator_server.store.cells import OVER
 from aggregator_server.store.rows import MaskedCellRow, ReadyRow, RoundRow
 from aggregator_server.store.store import Store
+from protocol.blocks import CellMasking
 from protocol.chain import RoundManifest
 from protocol.clock import Clock
-from protocol.manifest import CellMasking
 from protocol.masked import Failed, Ready
 from protocol.phases import CellPhase
 from protocol.signing import Signed

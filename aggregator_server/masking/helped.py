@@ -18,10 +18,10 @@ from privacy.errors import SumError
 from privacy.fixed_point import N_TAIL_WORDS, checked_sum
 from privacy.secagg import cells
 from privacy.secagg.derive import check_words, survivors_hash
+from protocol.blocks import HelperMasking
 from protocol.chain import RoundManifest
 from protocol.errors import SignatureError
 from protocol.helped import HelperAnswer, HelperRequest, HelperUpload, MaskSum
-from protocol.manifest import HelperMasking
 from protocol.masked import Entries, ReadyList, entries_json
 from protocol.phases import CellPhase
 from protocol.signing import Signed, sign, verify

@@ -15,7 +15,7 @@ from jinja2 import TemplateError as JinjaError
 
 from edge_agent.data.records import ChatMessage, Record, Role
 from edge_agent.errors import MalformedRecordError, TemplateError
-from protocol.manifest import Template
+from protocol.blocks import Template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -23,7 +23,7 @@ from edge_agent.data.records import (
 )
 from edge_agent.data.templates import Piece, Segment, make_renderer
 from edge_agent.errors import DataError, MalformedRecordError, TemplateError
-from protocol.manifest import LossOn, Template
+from protocol.blocks import LossOn, Template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -13,7 +13,7 @@ import psutil
 import torch
 
 from edge_agent.errors import OutOfMemoryError
-from protocol.manifest import LoraBlock
+from protocol.blocks import LoraBlock
 from quant.base_model import LoadedBase
 from quant.errors import BaseModelError, MemoryLimitError
 from quant.fitting import (

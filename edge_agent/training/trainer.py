@@ -31,9 +31,9 @@ from edge_agent.training.gradients import GradientRule, Gradients, MeanGradient
 from edge_agent.training.micro_batches import cut
 from edge_agent.training.sampling import BatchSampler
 from privacy.updates import PlainUpdate
+from protocol.blocks import Schedule, TrainingBlock
 from protocol.clock import Clock
 from protocol.layout import VectorLayout
-from protocol.manifest import Schedule, TrainingBlock
 from protocol.wire import canonical_json
 from quant.adapter import AdapterArrays, flatten
 from quant.lora import AdaptedModel

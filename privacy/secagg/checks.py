@@ -6,9 +6,9 @@ from typing import TypeVar
 
 from privacy.secagg import cells, derive
 from privacy.secagg.cells import CellView
+from protocol.blocks import CellMasking
 from protocol.checks import Check, CheckError
 from protocol.errors import SignatureError
-from protocol.manifest import CellMasking
 from protocol.masked import (
     Bundle,
     Confirmed,

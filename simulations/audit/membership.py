@@ -24,8 +24,8 @@ from privacy.auditing.membership import (
     loss_ratio_scores,
     membership_inference,
 )
+from protocol.blocks import LossOn, Template
 from protocol.guarantee import OFF, describe_privacy
-from protocol.manifest import LossOn, Template
 from quant.peft_folder import FinishedAdapter, attach, read_finished
 from simulations.audit.recipe import AuditRecipe, Claim, ReleaseRules, Tell
 from simulations.audit.records import as_examples, ordinary_records

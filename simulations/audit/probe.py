@@ -20,7 +20,7 @@ import numpy as np
 from edge_agent.data.tokens import Example
 from privacy.auditing.membership import auc
 from privacy.auditing.probes import subspace_distance
-from protocol.manifest import Factor, Schedule
+from protocol.blocks import Factor, Schedule
 from quant.adapter import AdapterArrays, Float32Array, factor_of, module_of, unflatten
 from simulations.audit.recipe import AuditRecipe, Claim
 from simulations.audit.records import as_examples, ordinary_records

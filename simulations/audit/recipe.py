@@ -7,8 +7,8 @@ from typing import Any, Final
 
 from privacy.accounting import WEAK_MULTIPLIER, SampledGaussian, calibrate, spent
 from privacy.dp_sgd.mechanism import Mechanism
+from protocol.blocks import Factor, LoraBlock, TrainingBlock
 from protocol.guarantee import OFF
-from protocol.manifest import Factor, LoraBlock, TrainingBlock
 from simulations.errors import AuditInputError
 
 Tell = Callable[[str, int, int], None]

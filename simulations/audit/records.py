@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerBase
 
 from edge_agent.data.records import Record
 from edge_agent.data.tokens import Example, tokenize
-from protocol.manifest import TrainingBlock
+from protocol.blocks import TrainingBlock
 from quant.tiny.instructions import Category, make_records
 from quant.tiny.world import Split, make_world
 from simulations.errors import AuditInputError

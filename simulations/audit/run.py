@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from protocol.manifest import Factor
+from protocol.blocks import Factor
 from quant.base_model import load_base, set_threads
 from quant.tiny import EMBEDDED_NAME
 from simulations.audit.canaries import CanaryAudit, audit_canaries

@@ -20,8 +20,8 @@ from edge_agent.training.trainer import (
     TrainerOptions,
 )
 from privacy.noise import KEY_BYTES
+from protocol.blocks import LoraBlock, TrainingBlock
 from protocol.clock import SystemClock
-from protocol.manifest import LoraBlock, TrainingBlock
 from quant.adapter import (
     AdapterArrays,
     Float32Array,

@@ -57,8 +57,8 @@ from edge_agent.training.trainer import TrainingResult
 from edge_agent.transport import Transport
 from privacy.updates import PlainUpdate
 from protocol.base_description import BaseDescription, LinearModule
-from protocol.lora_rules import LoraRule
-from protocol.manifest import BaseBlock, CellMasking, Factor, FederationManifest, Weighting
+from protocol.blocks import BaseBlock, CellMasking, Factor, LoraRule, Weighting
+from protocol.manifest import FederationManifest
 from protocol.messages import Enrolment
 from protocol.phases import AgentPhase, CellPhase, RoundPhase
 from protocol.signing import sign

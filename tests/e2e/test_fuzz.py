@@ -45,11 +45,11 @@ from privacy.noise import SecureStream
 from privacy.secagg.agent import SecAggAgent
 from privacy.secagg.checks import CellPolicy
 from protocol.base_description import BaseDescription, LinearModule
+from protocol.blocks import BaseBlock
 from protocol.chain import RoundManifest
 from protocol.errors import EncodingError
 from protocol.helped import HelperDescription
 from protocol.limits import NONCE_BYTES
-from protocol.manifest import BaseBlock
 from protocol.masked import (
     BundleNews,
     Complaint,

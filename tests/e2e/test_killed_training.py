@@ -19,7 +19,7 @@ from edge_agent.data.tokens import Example
 from edge_agent.training.sampling import ShuffledBatches
 from edge_agent.training.trainer import LocalTrainer, RoundRecipe, TrainerOptions
 from protocol.clock import SystemClock
-from protocol.manifest import LoraBlock, TrainingBlock
+from protocol.blocks import LoraBlock, TrainingBlock
 from quant.adapter import adapter_shapes, initial_adapter, sent_layout
 from quant.base_model import load_base, set_threads
 from quant.lora import AdaptedModel

@@ -18,7 +18,7 @@ from edge_agent.data.tokens import tokenize
 from edge_agent.evaluation import held_out_loss
 from edge_agent.home import AgentHome
 from edge_agent.journal import Journal
-from protocol.manifest import LossOn, Template
+from protocol.blocks import LossOn, Template
 from protocol.phases import AgentPhase
 from protocol.wire import parse
 from quant.base_model import load_base

@@ -15,7 +15,7 @@ from edge_agent.data.reading import read_records
 from edge_agent.data.records import Record, dataset_digest
 from edge_agent.data.tokens import RecordTokenizer, tokenize
 from edge_agent.errors import DataError
-from protocol.manifest import LossOn, Template
+from protocol.blocks import LossOn, Template
 
 # What a record may hold: any text without NUL and lone surrogates; the two reserved code points
 # are refused by the chat template alone.

@@ -30,8 +30,8 @@ from privacy.secagg.agent import SecAggAgent
 from privacy.secagg.checks import CellPolicy
 from privacy.secagg.server import CellServer
 from privacy.shares import PRIME, Rebuilder, correct, split
+from protocol.blocks import CellMasking
 from protocol.layout import PARTICIPATION, VectorLayout
-from protocol.manifest import CellMasking
 from protocol.masked import ReadyList, Roster
 from protocol.messages import Credential
 from protocol.signing import Signed, Signer, sign

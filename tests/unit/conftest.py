@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from protocol.base_description import BaseDescription
+from protocol.blocks import BaseBlock, LoraBlock, RoundsBlock, Template, TrainingBlock
 from protocol.chain import (
     AggregationReport,
     BlobRef,
@@ -16,14 +17,7 @@ from protocol.chain import (
     Release,
     RoundManifest,
 )
-from protocol.manifest import (
-    BaseBlock,
-    FederationManifest,
-    LoraBlock,
-    RoundsBlock,
-    Template,
-    TrainingBlock,
-)
+from protocol.manifest import FederationManifest
 from protocol.signing import Signer
 from protocol.wire import sha256
 

@@ -26,8 +26,8 @@ from aggregator_server.recipes import RecipeOptions, make_config
 from edge_agent.cli import app as agent_cli
 from edge_agent.config import AgentSettings
 from protocol.base_description import BaseDescription, LinearModule
+from protocol.blocks import BaseBlock
 from protocol.clock import SystemClock
-from protocol.manifest import BaseBlock
 from simulations.cli import app as sim_cli
 
 REPOSITORY = Path(__file__).resolve().parents[2]

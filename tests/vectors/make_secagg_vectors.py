@@ -22,8 +22,8 @@ from privacy.secagg import cells, derive
 from privacy.secagg.agent import MaskPlan, SecAggAgent
 from privacy.secagg.checks import CellPolicy
 from privacy.secagg.server import CellServer
+from protocol.blocks import CellMasking
 from protocol.layout import VectorLayout
-from protocol.manifest import CellMasking
 from protocol.masked import Confirmed, Entries, ReadyList, Roster, entries_json
 from protocol.messages import Credential
 from protocol.signing import Signer, sign

@@ -11,6 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from protocol.blocks import BaseBlock, LoraBlock, RoundsBlock, TrainingBlock
 from protocol.chain import (
     AggregationReport,
     BlobRef,
@@ -21,7 +22,7 @@ from protocol.chain import (
     RoundManifest,
 )
 from protocol.layout import TensorSlot, VectorLayout
-from protocol.manifest import BaseBlock, FederationManifest, LoraBlock, RoundsBlock, TrainingBlock
+from protocol.manifest import FederationManifest
 from protocol.messages import Credential, Enrolment, UploadHeader
 from protocol.signing import Invite, Signer, fingerprint, invite_id, prove_invite, sign
 from protocol.transport_signing import sign_request

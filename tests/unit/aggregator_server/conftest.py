@@ -18,9 +18,10 @@ from aggregator_server.federation import Federation, open_federation
 from aggregator_server.founding import found_federation
 from aggregator_server.recipes import Masking, RecipeOptions, make_config
 from protocol.base_description import BaseDescription, LinearModule
+from protocol.blocks import BaseBlock, FilterRule
 from protocol.chain import RoundManifest
 from protocol.limits import NONCE_BYTES, PART_BYTES
-from protocol.manifest import BaseBlock, FederationManifest, FilterRule
+from protocol.manifest import FederationManifest
 from protocol.messages import (
     Enrolment,
     Revocation,

@@ -4,9 +4,9 @@ import pytest
 
 from aggregator_server.closing import Ending, decide
 from aggregator_server.store.rows import RoundProgress, UploadProgress
+from protocol.blocks import RoundsBlock
 from protocol.chain import BlobRef, RoundManifest
 from protocol.limits import PART_BYTES
-from protocol.manifest import RoundsBlock
 
 OPENED = 1000.0
 DEADLINE = OPENED + 3600

@@ -30,13 +30,13 @@ from aggregator_server.recipes import (
 from aggregator_server.template import _EXPLAINED, render
 from privacy.accounting import SampledGaussian, spent
 from privacy.errors import AccountingError, PrivacyError
-from protocol.lora_rules import LoraRule
-from protocol.manifest import (
+from protocol.blocks import (
     SENT,
     CellMasking,
     EvaluatorGate,
     FilterRule,
     HelperMasking,
+    LoraRule,
     NoMasking,
     Weighting,
 )

@@ -12,8 +12,8 @@ from aggregator_server.private_recipes import PrivacyOptions, Profile
 from aggregator_server.rounds import Gated
 from aggregator_server.store.rows import IncidentKind
 from aggregator_server.uploads import UPLOADS
+from protocol.blocks import EvaluatorGate, FilterRule
 from protocol.gating import EvaluationReport
-from protocol.manifest import EvaluatorGate, FilterRule
 from protocol.messages import EvaluationReply, EvaluationTask
 from protocol.phases import RoundPhase
 from protocol.problems import ProblemType

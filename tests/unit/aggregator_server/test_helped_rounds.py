@@ -19,10 +19,9 @@ from privacy.masked_vector import masked_runs
 from privacy.masking import Mask
 from privacy.noise import SecureStream
 from privacy.secagg.derive import check_words
+from protocol.blocks import Factor, HelperMasking, LoraRule
 from protocol.chain import RoundManifest
 from protocol.helped import HelperAnswer, HelperHeader, HelperUpload
-from protocol.lora_rules import LoraRule
-from protocol.manifest import Factor, HelperMasking
 from protocol.messages import Credential, UploadStatus
 from protocol.phases import RoundPhase
 from protocol.problems import ProblemType

@@ -19,9 +19,9 @@ from aggregator_server.helper.service import (
 from aggregator_server.helper_app import create_helper_app
 from privacy.helper import mask_seed, seal_context, seal_seed
 from privacy.masking import Mask, MaskAdder
+from protocol.blocks import AggregationBlock, HelperMasking, RoundsBlock
 from protocol.helped import HelperAnswer, HelperDescription, HelperHeader, HelperRequest
 from protocol.helped import HelperUpload as Upload
-from protocol.manifest import AggregationBlock, HelperMasking, RoundsBlock
 from protocol.masked import ReadyList
 from protocol.messages import Credential
 from protocol.problems import ProblemDocument, ProblemType

@@ -15,7 +15,7 @@ from aggregator_server.aggregation.lora_pairs import Cohort, local_adapter
 from aggregator_server.aggregation.robust.units import ArrayUnits
 from aggregator_server.errors import AggregationError
 from privacy.updates import PlainUpdate
-from protocol.manifest import Factor, LoraBlock
+from protocol.blocks import Factor, LoraBlock
 from quant.adapter import flatten, sent_layout, tensor_name, unflatten
 
 SCALE = 2.0

@@ -32,8 +32,7 @@ from aggregator_server.aggregation.lora_pairs import (
 from aggregator_server.aggregation.lora_products import best_rank, norm, total
 from aggregator_server.errors import AggregationError
 from privacy.updates import CellSum, PlainUpdate
-from protocol.lora_rules import LoraRule
-from protocol.manifest import Factor, LoraBlock
+from protocol.blocks import Factor, LoraBlock, LoraRule
 from quant.adapter import flatten, sent_layout, tensor_name, unflatten
 from quant.errors import AdapterError
 from quant.lora_turns import changed_factors, sent_factors, turn_layouts

@@ -30,10 +30,9 @@ from privacy.secagg import cells as draw
 from privacy.secagg.agent import SecAggAgent
 from privacy.secagg.checks import CellPolicy, check_roster
 from privacy.secagg.derive import public_key_of, survivors_hash
+from protocol.blocks import Factor, FilterRule, LoraBlock, LoraRule
 from protocol.chain import RoundManifest
 from protocol.limits import MAX_READY_ATTEMPTS, MIN_CELL, PART_BYTES
-from protocol.lora_rules import LoraRule
-from protocol.manifest import Factor, FilterRule, LoraBlock
 from protocol.masked import (
     BundleNews,
     CellNews,

@@ -17,8 +17,7 @@ from aggregator_server.errors import AggregationError
 from aggregator_server.recipes import OPTIMIZERS, Optimizer
 from privacy.updates import CellSum, PlainUpdate, l2_norm
 from protocol.base_description import BaseDescription, LinearModule
-from protocol.lora_rules import LoraRule
-from protocol.manifest import BaseBlock, Factor, FilterRule, LoraBlock
+from protocol.blocks import BaseBlock, Factor, FilterRule, LoraBlock, LoraRule
 from protocol.phases import RoundPhase
 from quant.adapter import adapter_shapes, flatten, sent_layout, unflatten
 from quant.mixed_ranks import crop, modules_of, own_lora, pad, participation

@@ -10,7 +10,7 @@ from aggregator_server.cli import app
 from aggregator_server.evidence import observations_of
 from aggregator_server.reputation import MIN_REMOVED, Observation, reputations
 from aggregator_server.store.rows import IncidentKind
-from protocol.manifest import FilterRule
+from protocol.blocks import FilterRule
 from protocol.messages import TrainTask, WaitReason
 from protocol.wire import b64u_encode
 

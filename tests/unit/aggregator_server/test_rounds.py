@@ -18,9 +18,8 @@ from aggregator_server.selection import rank
 from aggregator_server.store.rows import BlobRole
 from aggregator_server.store.store import Store
 from privacy.updates import PlainUpdate
+from protocol.blocks import Factor, FilterRule, LoraRule
 from protocol.chain import RoundManifest
-from protocol.lora_rules import LoraRule
-from protocol.manifest import Factor, FilterRule
 from protocol.messages import TrainTask, WaitReason, WithdrawalReason
 from protocol.phases import RoundPhase
 from protocol.problems import ProblemType

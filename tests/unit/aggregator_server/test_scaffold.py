@@ -11,8 +11,8 @@ from aggregator_server.errors import AggregationError, Refusal
 from aggregator_server.rounds import Gated
 from aggregator_server.store.rows import BlobRole
 from privacy.updates import PlainUpdate, l2_norm
+from protocol.blocks import FilterRule, TrainingBlock
 from protocol.chain import Release
-from protocol.manifest import FilterRule, TrainingBlock
 from protocol.problems import ProblemType
 from protocol.wire import parse
 from quant.adapter import flatten, from_safetensors

@@ -5,7 +5,7 @@ import hashlib
 import pytest
 
 from aggregator_server.selection import cohort_size, draw, rank
-from protocol.manifest import RoundsBlock
+from protocol.blocks import RoundsBlock
 
 IDENTITIES = [hashlib.sha256(bytes([i])).digest() for i in range(20)]
 

@@ -189,7 +189,7 @@ class TestBadHeaders:
         assert problem_of(response) is ProblemType.BAD_SIGNATURE
 
     def test_with_uniform_weighting_every_weight_is_one(self, make_case, start_round, problem_of):
-        from protocol.manifest import AggregationBlock, Weighting
+        from protocol.blocks import AggregationBlock, Weighting
 
         rule = AggregationBlock(weighting=Weighting.UNIFORM)
         case = make_case(edit=lambda config: config.model_copy(update={"aggregation": rule}))

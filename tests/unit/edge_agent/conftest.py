@@ -22,6 +22,14 @@ from privacy.secagg.checks import CellPolicy
 from privacy.secagg.server import CellServer
 from privacy.turns import Turns
 from protocol.base_description import BaseDescription, LinearModule
+from protocol.blocks import (
+    AggregationBlock,
+    BaseBlock,
+    CellMasking,
+    LoraBlock,
+    RoundsBlock,
+    TrainingBlock,
+)
 from protocol.chain import (
     AggregationReport,
     BlobRef,
@@ -31,15 +39,7 @@ from protocol.chain import (
     RoundManifest,
 )
 from protocol.layout import VectorLayout
-from protocol.manifest import (
-    AggregationBlock,
-    BaseBlock,
-    CellMasking,
-    FederationManifest,
-    LoraBlock,
-    RoundsBlock,
-    TrainingBlock,
-)
+from protocol.manifest import FederationManifest
 from protocol.masked import (
     BundleNews,
     CellNews,

@@ -30,20 +30,20 @@ from edge_agent.newest import newest_release
 from edge_agent.politeness import OwnersWishes
 from edge_agent.training.trainer import LocalTrainer, TrainingProgress
 from edge_agent.transport import Upload as SentUpload
-from protocol.chain import AggregationReport, BlobRef, Release, RoundManifest
-from protocol.layout import VectorLayout
-from protocol.lora_rules import LoraRule
-from protocol.manifest import (
+from protocol.blocks import (
     SENT,
     AggregationBlock,
     ChangeLimitsBlock,
     Factor,
-    FederationManifest,
     LoraBlock,
+    LoraRule,
     RoundsBlock,
     TrainingBlock,
     Weighting,
 )
+from protocol.chain import AggregationReport, BlobRef, Release, RoundManifest
+from protocol.layout import VectorLayout
+from protocol.manifest import FederationManifest
 from protocol.messages import (
     Acknowledged,
     Credential,

@@ -20,7 +20,7 @@ from edge_agent.data.records import ChatMessage, Role
 from edge_agent.data.tokens import RecordTokenizer
 from edge_agent.errors import EvaluationError, MalformedRecordError, OutOfMemoryError
 from edge_agent.evaluation import score_answers
-from protocol.manifest import LossOn, Template
+from protocol.blocks import LossOn, Template
 from quant.adapter import CONFIG_NAME
 from quant.base_model import LoadedBase, load_base
 from quant.errors import AdapterError, BaseModelError, FingerprintError

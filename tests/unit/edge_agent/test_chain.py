@@ -15,10 +15,10 @@ from edge_agent.chain import (
     check_round,
 )
 from edge_agent.errors import TrustError
+from protocol.blocks import EvaluatorGate
 from protocol.chain import BlobRef, EvaluatorVerdict, NoVerdict, Release
 from protocol.gating import EvaluationReport
 from protocol.layout import VectorLayout
-from protocol.manifest import EvaluatorGate
 from protocol.messages import Credential, Discovery
 from protocol.signing import Invite, Signed, Signer, fingerprint, sign
 

@@ -14,7 +14,7 @@ import torch
 from edge_agent import cli, cli_adapter
 from edge_agent.home import AgentHome
 from edge_agent.journal import Journal
-from protocol.manifest import LoraBlock
+from protocol.blocks import LoraBlock
 from protocol.messages import ReleasePage
 from protocol.signing import sign
 from protocol.wire import sha256
@@ -226,7 +226,7 @@ def test_a_chat_template_remembers_until_it_is_told_to_forget(
 
     from transformers import AutoTokenizer
 
-    from protocol.manifest import Template
+    from protocol.blocks import Template
 
     base_dir = tmp_path / "chat-base"
     shutil.copytree(random_base_dir, base_dir)

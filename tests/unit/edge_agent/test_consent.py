@@ -4,8 +4,7 @@ import pytest
 
 from edge_agent.consent import disclose, hub_host
 from edge_agent.plain_text import escaped, plain
-from protocol.lora_rules import LoraRule
-from protocol.manifest import AggregationBlock, BaseBlock, Factor, LoraBlock, Weighting
+from protocol.blocks import AggregationBlock, BaseBlock, Factor, LoraBlock, LoraRule, Weighting
 from protocol.signing import format_fingerprint
 from quant.tiny import EMBEDDED_NAME
 

@@ -13,7 +13,7 @@ from edge_agent.data.records import ChatMessage, OnMalformed, Record, Role, data
 from edge_agent.data.templates import ALPACA_WITH_INPUT, ALPACA_WITHOUT_INPUT
 from edge_agent.data.tokens import Example, RecordTokenizer, TokenizedData, tokenize
 from edge_agent.errors import DataError, MalformedRecordError, TemplateError
-from protocol.manifest import LossOn, Template
+from protocol.blocks import LossOn, Template
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content | trim }}<|im_end|>\n"

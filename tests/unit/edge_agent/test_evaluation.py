@@ -22,7 +22,7 @@ from edge_agent.evaluation import (
     score_answers,
 )
 from edge_agent.rouge import rouge_l
-from protocol.manifest import LossOn, Template
+from protocol.blocks import LossOn, Template
 
 PEOPLE = [("Ada", "red"), ("Bo", "blue"), ("Cy", "green"), ("Di", "red"), ("Eve", "blue")]
 

@@ -12,10 +12,10 @@ from edge_agent.errors import EvaluationError, JournalError, RefusedError, Trust
 from edge_agent.evaluation import held_out_loss
 from edge_agent.evaluator import Evaluator, pin_federation
 from edge_agent.home import AgentHome
+from protocol.blocks import EvaluatorGate, LoraBlock, NoGate
 from protocol.chain import BlobRef
 from protocol.gating import EvaluationReport
 from protocol.limits import MAX_CATEGORIES
-from protocol.manifest import EvaluatorGate, LoraBlock, NoGate
 from protocol.messages import Acknowledged, Discovery, EvaluationReply, EvaluationTask
 from protocol.problems import ProblemType, problem_document
 from protocol.signing import Signed, Signer, sign, verify

@@ -14,15 +14,15 @@ from edge_agent.consent import disclose
 from edge_agent.explaining import Explanation, explain
 from edge_agent.home import AgentHome
 from edge_agent.journal import Journal
-from protocol.manifest import (
+from protocol.blocks import (
     AggregationBlock,
     CellMasking,
     EvaluatorGate,
-    FederationManifest,
     HelperMasking,
     RoundsBlock,
     Weighting,
 )
+from protocol.manifest import FederationManifest
 from protocol.messages import Discovery, ReleasePage
 from protocol.signing import Signer, format_fingerprint, sign
 

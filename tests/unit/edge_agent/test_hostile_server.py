@@ -38,8 +38,8 @@ from privacy.secagg.agent import AttemptState
 from privacy.shares import PRIME, SHARE_BYTES, Rebuilder
 from privacy.updates import PlainUpdate
 from protocol.base_description import BaseDescription
+from protocol.blocks import CellMasking, ChangeLimitsBlock, Factor, LoraBlock, RoundsBlock
 from protocol.checks import Check
-from protocol.manifest import CellMasking, ChangeLimitsBlock, Factor, LoraBlock, RoundsBlock
 from protocol.masked import (
     Bundle,
     BundleNews,

@@ -31,10 +31,10 @@ from privacy.fixed_point import with_checks
 from privacy.masking import Mask, MaskAdder
 from privacy.secagg.agent import AttemptState, SecAggAgent
 from privacy.updates import PlainUpdate
+from protocol.blocks import AggregationBlock, CellMasking, Weighting
 from protocol.checks import Check
 from protocol.layout import VectorLayout
 from protocol.limits import MIB
-from protocol.manifest import AggregationBlock, CellMasking, Weighting
 from protocol.masked import (
     MISSING_SHARE,
     BundleNews,

@@ -12,8 +12,8 @@ from edge_agent.home import AgentHome
 from edge_agent.journal import Journal
 from edge_agent.newest import connect, joined, newest_release
 from protocol.base_description import BaseDescription, LinearModule
+from protocol.blocks import BaseBlock, ChangeLimitsBlock, Factor, LoraBlock
 from protocol.chain import BlobRef, Release
-from protocol.manifest import BaseBlock, ChangeLimitsBlock, Factor, LoraBlock
 from protocol.messages import ReleasePage
 from protocol.signing import Signed, sign
 from protocol.wire import sha256

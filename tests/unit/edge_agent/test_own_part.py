@@ -20,9 +20,7 @@ from edge_agent.training.sampling import ShuffledBatches
 from edge_agent.training.trainer import LocalTrainer, RoundRecipe
 from privacy.fixed_point import EncodingPlan, agreed_layout
 from privacy.updates import PlainUpdate
-from protocol.clock import SystemClock
-from protocol.layout import PARTICIPATION
-from protocol.manifest import (
+from protocol.blocks import (
     AggregationBlock,
     CellMasking,
     Factor,
@@ -30,6 +28,8 @@ from protocol.manifest import (
     RoundsBlock,
     TrainingBlock,
 )
+from protocol.clock import SystemClock
+from protocol.layout import PARTICIPATION
 from quant.adapter import adapter_shapes, initial_adapter, sent_layout, unflatten
 from quant.base_model import LoadedBase
 from quant.companions import update_layout

@@ -21,14 +21,8 @@ from privacy.agent_accounting import calibrate_noise
 from privacy.distributed_noise import Cohort
 from privacy.errors import BudgetError
 from privacy.ledger import Ledger
-from protocol.manifest import (
-    AggregationBlock,
-    CellMasking,
-    FederationManifest,
-    RoundsBlock,
-    TrainingBlock,
-    Weighting,
-)
+from protocol.blocks import AggregationBlock, CellMasking, RoundsBlock, TrainingBlock, Weighting
+from protocol.manifest import FederationManifest
 from protocol.privacy import AgentPrivacy, CentralPrivacy, ExamplePrivacy
 
 AGENT, FEDERATION = bytes(32), bytes(16)

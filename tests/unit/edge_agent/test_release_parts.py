@@ -4,9 +4,8 @@ import pytest
 
 from edge_agent.errors import TrustError
 from edge_agent.release_parts import parts_of, round_n_bytes
+from protocol.blocks import SENT, LoraBlock, LoraRule
 from protocol.chain import BlobRef, Release
-from protocol.lora_rules import LoraRule
-from protocol.manifest import SENT, LoraBlock
 
 
 def lora_of(rule: LoraRule) -> LoraBlock:

@@ -20,10 +20,10 @@ from privacy.secagg.checks import CellPolicy
 from privacy.secagg.derive import ShareKind
 from privacy.secagg.server import CellServer
 from privacy.shares import split
+from protocol.blocks import CellMasking
 from protocol.checks import Check, CheckError
 from protocol.layout import VectorLayout
 from protocol.limits import MAX_CELL
-from protocol.manifest import CellMasking
 from protocol.masked import (
     Bundle,
     Confirm,

@@ -24,7 +24,7 @@ from privacy.agent_accounting import (
 )
 from privacy.distributed_noise import AgentNoise, Cohort
 from privacy.errors import AccountingError, DrownedError, NoiseError
-from protocol.manifest import CellMasking, NoMasking
+from protocol.blocks import CellMasking, NoMasking
 from protocol.privacy import AgentPrivacy, CentralPrivacy, NoPrivacy
 
 DELTA = 1e-5

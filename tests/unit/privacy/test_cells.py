@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from privacy.secagg.cells import CellView, assign, cell_sizes, colluders, draw_seed, threshold
+from protocol.blocks import CellMasking
 from protocol.limits import MAX_CELL, MAX_JSON_BYTES, MAX_WAVE, MIN_CELL
-from protocol.manifest import CellMasking
 from protocol.masked import Bundle, ReadyList, SharesHeader
 from protocol.signing import Signed
 from protocol.wire import canonical_json

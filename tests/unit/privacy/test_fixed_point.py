@@ -24,9 +24,9 @@ from privacy.masking import Mask, MaskAdder, expand
 from privacy.noise import SecureStream
 from privacy.secagg.derive import check_words
 from privacy.updates import l2_norm
+from protocol.blocks import CellMasking, NoMasking
 from protocol.layout import PARTICIPATION, VectorLayout
 from protocol.limits import MAX_CELL, MAX_UPDATE_BYTES
-from protocol.manifest import CellMasking, NoMasking
 from protocol.privacy import AgentPrivacy
 
 WORD_BITS: list[Any] = [16, 32]

@@ -28,9 +28,9 @@ from privacy.noise import SecureStream
 from privacy.secagg.agent import SecAggAgent
 from privacy.secagg.checks import CellPolicy
 from privacy.secagg.server import CellServer
+from protocol.blocks import CellMasking
 from protocol.checks import Check, CheckError
 from protocol.layout import VectorLayout
-from protocol.manifest import CellMasking
 from protocol.masked import Confirmed, MaskedHeader, ReadyList, Reveal, Roster, Shares
 from protocol.messages import Credential
 from protocol.signing import Signed, Signer, sign

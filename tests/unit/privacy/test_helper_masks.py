@@ -18,10 +18,10 @@ from privacy.helper import (
 from privacy.masking import Mask, MaskAdder
 from privacy.noise import SecureStream
 from privacy.secagg.derive import check_words
+from protocol.blocks import AggregationBlock, HelperMasking, RoundsBlock
 from protocol.chain import RoundManifest
 from protocol.helped import HelperDescription, HelperHeader, HelperRequest, HelperUpload
 from protocol.layout import VectorLayout
-from protocol.manifest import AggregationBlock, HelperMasking, RoundsBlock
 from protocol.masked import ReadyList
 from protocol.messages import Credential
 from protocol.signing import Signed, Signer, sign

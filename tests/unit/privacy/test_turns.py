@@ -5,8 +5,8 @@ import pytest
 from privacy.errors import EncodingPlanError
 from privacy.fixed_point import EncodingPlan, agreed_layout
 from privacy.turns import Turns
+from protocol.blocks import AggregationBlock, CellMasking, RoundsBlock
 from protocol.layout import VectorLayout
-from protocol.manifest import AggregationBlock, CellMasking, RoundsBlock
 
 LAYOUTS = tuple(VectorLayout.of_shapes({"t": (n,)}) for n in (6, 10))
 MASKING = CellMasking(max_change=0.1, clip_norm=1.0)

@@ -3,8 +3,8 @@
 import pytest
 
 from protocol.base_description import BaseDescription, LinearModule
+from protocol.blocks import BaseBlock
 from protocol.errors import ManifestError
-from protocol.manifest import BaseBlock
 from protocol.wire import parse
 
 NAMES = (

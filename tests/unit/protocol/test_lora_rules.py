@@ -5,8 +5,7 @@ import json
 import pytest
 from pydantic import ValidationError
 
-from protocol.lora_rules import LoraRule
-from protocol.manifest import (
+from protocol.blocks import (
     SENT,
     AggregationBlock,
     CellMasking,
@@ -16,6 +15,7 @@ from protocol.manifest import (
     FilterBlock,
     FilterRule,
     LoraBlock,
+    LoraRule,
     RoundsBlock,
     TrainingBlock,
     Weighting,

@@ -10,12 +10,8 @@ import safetensors.numpy
 import torch
 
 from protocol.base_description import BaseDescription, LinearModule
+from protocol.blocks import BaseBlock, Factor, LoraBlock
 from protocol.errors import ManifestError
-from protocol.manifest import (
-    BaseBlock,
-    Factor,
-    LoraBlock,
-)
 from quant.adapter import (
     CARD_NAME,
     CONFIG_NAME,

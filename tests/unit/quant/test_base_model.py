@@ -9,7 +9,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from protocol.manifest import BaseBlock, LoraBlock
+from protocol.blocks import BaseBlock, LoraBlock
 from protocol.wire import parse
 from quant.adapter import initial_adapter
 from quant.base_model import (

@@ -9,7 +9,7 @@ import torch
 from bitsandbytes.functional import dequantize_4bit
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from protocol.manifest import Factor, LoraBlock
+from protocol.blocks import Factor, LoraBlock
 from quant.adapter import (
     AdapterArrays,
     factor_of,

@@ -23,7 +23,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from protocol.manifest import LoraBlock
+from protocol.blocks import LoraBlock
 from quant.base_model import LoadedBase, linear_modules, load_base
 from quant.lora import AdaptedModel
 from quant.loss import example_losses

@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from protocol.base_description import BaseDescription, LinearModule
+from protocol.blocks import BaseBlock, Factor, LoraBlock, TrainingBlock
 from protocol.layout import CONTROL, PARTICIPATION, VectorLayout
-from protocol.manifest import BaseBlock, Factor, LoraBlock, TrainingBlock
 from quant.adapter import (
     adapter_shapes,
     factor_of,

@@ -7,9 +7,9 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
+from protocol.blocks import BaseBlock, EvaluatorGate, TrainingBlock
 from protocol.chain import AggregationReport, BlobRef, CovarianceGap, EvaluatorVerdict
 from protocol.gating import EvaluationReport
-from protocol.manifest import BaseBlock, EvaluatorGate, TrainingBlock
 from protocol.signing import format_fingerprint, sign
 from quant.adapter import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME
 from quant.errors import AdapterError

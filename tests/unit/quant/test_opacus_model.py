@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from protocol.manifest import Factor, LoraBlock
+from protocol.blocks import Factor, LoraBlock
 from quant.adapter import initial_adapter
 from quant.base_model import LoadedBase, load_base
 from quant.errors import AdapterError

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from edge_agent.data.records import Record
 from edge_agent.evaluation import score_answers
 from protocol.base_description import BaseDescription
-from protocol.manifest import Template
+from protocol.blocks import Template
 from protocol.wire import parse
 from quant.base_model import load_base
 from quant.tiny import EMBEDDED_NAME, tiny_base_path

@@ -21,8 +21,8 @@ from edge_agent.training.trainer import LocalTrainer, RoundRecipe, TrainerOption
 from privacy.auditing.one_run import one_run_epsilon
 from privacy.dp_sgd import mechanism as mechanism_module
 from privacy.errors import AccountingError
+from protocol.blocks import Factor
 from protocol.clock import SystemClock
-from protocol.manifest import Factor
 from quant.adapter import peft_config, to_safetensors, write_folder
 from quant.base_model import LoadedBase, load_base, set_threads
 from quant.errors import AdapterError

@@ -17,8 +17,8 @@ from edge_agent.training.trainer import (
     TrainerOptions,
     TrainingProgress,
 )
+from protocol.blocks import Factor, LoraBlock, TrainingBlock
 from protocol.clock import SystemClock
-from protocol.manifest import Factor, LoraBlock, TrainingBlock
 from quant.adapter import AdapterArrays, adapter_shapes, initial_adapter, sent_layout
 from quant.base_model import LoadedBase
 from quant.lora import AdaptedModel

@@ -9,7 +9,7 @@ import torch
 from edge_agent.errors import OutOfMemoryError
 from edge_agent.training import planning
 from edge_agent.training.planning import CudaMeter, choose_settings, measure, workload_of
-from protocol.manifest import LoraBlock
+from protocol.blocks import LoraBlock
 from quant.base_model import LoadedBase
 from quant.errors import BaseModelError
 from quant.fitting import USABLE_FRAC, choose

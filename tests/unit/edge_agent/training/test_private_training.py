@@ -26,8 +26,8 @@ from edge_agent.training.trainer import (
     TrainingProgress,
 )
 from privacy.dp_sgd.mechanism import Mechanism, release
+from protocol.blocks import Factor, LoraBlock, TrainingBlock
 from protocol.clock import SystemClock
-from protocol.manifest import Factor, LoraBlock, TrainingBlock
 from quant.adapter import adapter_shapes, initial_adapter, sent_layout
 from quant.base_model import LoadedBase, load_base
 from quant.lora import AdaptedModel

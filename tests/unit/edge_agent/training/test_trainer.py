@@ -18,8 +18,8 @@ from edge_agent.training.trainer import (
     TrainingProgress,
     Wish,
 )
+from protocol.blocks import Factor, LoraBlock, Schedule, TrainingBlock
 from protocol.clock import SystemClock
-from protocol.manifest import Factor, LoraBlock, Schedule, TrainingBlock
 from quant import loss as loss_module
 from quant.adapter import AdapterArrays, adapter_shapes, initial_adapter, sent_layout
 from quant.base_model import LoadedBase, load_base
