@@ -16,7 +16,7 @@ from protocol.errors import ProtocolError
 from protocol.guarantee import describe_privacy
 from quant.errors import QuantError
 from quant.quiet import quiet_libraries
-from simulations import cli_audit, cli_judge
+from simulations import cli_audit, cli_judge, cli_timetable
 from simulations.cli_shared import console, write_json
 from simulations.errors import SimulationError
 from simulations.partition.schemes import DRAWN_SCHEMES, Scheme
@@ -186,6 +186,7 @@ def make_tiny_base(
 
 cli_audit.register(app)
 cli_judge.register(app)
+cli_timetable.register(app)
 
 if __name__ == "__main__":
     main()

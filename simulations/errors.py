@@ -8,6 +8,7 @@ SimulationError
 ├── JudgeError         a judge that cannot be asked, or whose answer cannot be read
 ├── OutputError        a place for results that cannot be used
 ├── PartitionError     records that cannot be split so, or a manifest that does not fit
+├── PopulationError    agents that no round can be made with, or a file that describes none
 └── ProcessError       a server or agent process that did not do its part
 ```
 """
@@ -39,6 +40,10 @@ class OutputError(SimulationError):
 
 class PartitionError(SimulationError):
     """Records that cannot be split as asked, or a partition's manifest that does not fit."""
+
+
+class PopulationError(SimulationError):
+    """A population that cannot be read, or with which a federation's rules close no rounds."""
 
 
 class ProcessError(SimulationError):
