@@ -69,4 +69,7 @@ def cap_factors(lengths: Float64Array, bound: float) -> Float64Array:
         msg = f"a norm bound of {bound} over norms of which all must be finite; expected 0 or more"
         raise AggregationError(msg)
     over = lengths > bound
-    return np.divide(bound, lengths, out=np.ones(len(lengths)), where=over)
+    factors = np.divide(bound, lengths, out=np.ones(len(lengths)), where=over)
+    # A subnormal factor has too few digits to keep the bound; what it would leave is nothing.
+    factors[factors < np.finfo(np.float64).tiny] = 0.0
+    return factors

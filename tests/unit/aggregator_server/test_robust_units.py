@@ -184,3 +184,9 @@ def test_no_median_of_nothing_or_of_nan(lengths):
 def test_a_cap_that_cannot_be_is_refused(length, bound):
     with pytest.raises(AggregationError, match="expected 0 or more"):
         cap_factors(np.array([length]), bound)
+
+
+def test_a_factor_with_too_few_digits_is_zero():
+    factors = cap_factors(np.array([3.93629233e29, 1.0]), 7.427335311654106e-290)
+    assert factors[0] == 0.0
+    assert factors[1] == 7.427335311654106e-290
