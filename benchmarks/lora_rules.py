@@ -54,6 +54,10 @@ _COLOURS: Final = ("#0072b2", "#e67e22", "#009e73", "#cc79a7", "#56b4e9", "#d55e
 _MARKERS: Final = "osD^vPX"
 
 
+BASE: Final = replace(dolly_base.BaseRecipe(), n_steps=300)
+"""A fifth of the reading of `benchmarks.dolly`'s base: rules are compared, not models."""
+
+
 class Results:
     """All that was measured, by job."""
 
@@ -255,7 +259,7 @@ def main() -> None:
     args = parser.parse_args()
     quiet_libraries()
     settings = QUICK if args.quick else Settings()
-    recipe = dolly_base.QUICK if args.quick else dolly_base.BaseRecipe()
+    recipe = dolly_base.QUICK if args.quick else BASE
     wheres = list(Where) if args.only is None else [args.only]
     folder = dolly_base.data_folder()
     text_folder = folder / "text"
