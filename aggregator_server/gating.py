@@ -25,7 +25,6 @@ from protocol.gating import EvaluationReport, objection
 from protocol.limits import MAX_TEXT_CHARS
 from protocol.messages import EvaluationTask
 from protocol.phases import RoundEvent, RoundPhase
-from protocol.privacy import CentralPrivacy
 from protocol.signing import Signed, sign
 from protocol.wire import WireModel, parse
 
@@ -183,14 +182,10 @@ class EvaluatorsGate:
         return NewIncident(kind=kind, text=text, at=self._clock.now(), round=row.number)
 
     def _parts(self, candidate: Candidate) -> tuple[tuple[bytes, ...], ...]:
-        """A division of the kept cells by lot; empty where there is nothing to leave out.
-
-        Cells by themselves where they are few. Under P3 each candidate would have noise of its own,
-        and choosing the best of several would cost more ε than the ledgers count.
-        """
+        """A division of the kept cells by lot, each by itself where they are few; may be empty."""
         kept = candidate.accepted
         n_parts = min(self._gate.max_retries, len(kept))
-        if n_parts < 2 or isinstance(self._charter.manifest.privacy, CentralPrivacy):
+        if n_parts < 2:
             return ()
         shuffled = secrets.SystemRandom().sample(kept, len(kept))
         return tuple(tuple(shuffled[index::n_parts]) for index in range(n_parts))

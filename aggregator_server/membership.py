@@ -75,18 +75,27 @@ class Membership:
             Refusal: Not a member (`unknown-agent`, `revoked`), `stale` or `replayed`.
         """
         agent = self.require_member(request.identity, even_revoked=even_revoked)
-        self._admit_fresh(request)
+        self.admit_once(request)
         if agent.revoked_at is None:
             self._saw(agent)
         return request.identity
 
     def admit_once(self, request: VerifiedRequest) -> None:
-        """Admit a request of one who is no member but known, such as the evaluator, once.
+        """Admit a request once, of whoever is known: a member, or the evaluator.
+
+        Args:
+            request: Whose signature holds.
 
         Raises:
             Refusal: `stale` or `replayed`.
         """
-        self._admit_fresh(request)
+        try:
+            with self._lock:
+                self._guard.admit(request, now=self._clock.now())
+        except StaleSignatureError as error:
+            raise Refusal(ProblemType.STALE, str(error), retry_after_s=_STALE_RETRY_S) from error
+        except ReplayedSignatureError as error:
+            raise Refusal(ProblemType.REPLAYED, str(error)) from error
 
     def require_member(self, identity: bytes, *, even_revoked: bool = False) -> AgentRow:
         """A member, or a refusal.
@@ -137,7 +146,7 @@ class Membership:
         known = self._store.agents.get(body.agent)
         member = known is not None and known.revoked_at is None
         invite = None if member else self._check_invite(body, known)
-        self._admit_fresh(request)
+        self.admit_once(request)
         if known is not None and member:
             self._saw(known)
             return self._stored_credential(known)
@@ -271,15 +280,6 @@ class Membership:
                 return
             self._journalled[agent.identity] = now
             self._seen[agent.identity] = now
-
-    def _admit_fresh(self, request: VerifiedRequest) -> None:
-        try:
-            with self._lock:
-                self._guard.admit(request, now=self._clock.now())
-        except StaleSignatureError as error:
-            raise Refusal(ProblemType.STALE, str(error), retry_after_s=_STALE_RETRY_S) from error
-        except ReplayedSignatureError as error:
-            raise Refusal(ProblemType.REPLAYED, str(error)) from error
 
     def _check_invite(self, body: Enrolment, known: AgentRow | None) -> bytes | None:
         barred = known is not None and known.barred

@@ -17,7 +17,6 @@ from aggregator_server.aggregation import optimizers
 from aggregator_server.aggregation.fedavg import average
 from aggregator_server.aggregation.lora_flex import flexlora_step
 from aggregator_server.aggregation.lora_gap import estimate_gap, kept_updates
-from aggregator_server.aggregation.lora_pairs import scale_of
 from aggregator_server.aggregation.mixed_ranks import RankRows
 from aggregator_server.aggregation.robust.outcome import robust_mean
 from aggregator_server.aggregation.robust.pipeline import MIN_FILTER_UNITS, Mode
@@ -259,7 +258,7 @@ class Merger:
             kept_updates(self._plain_units(cells), decision.kept, decision.factors),
             start=self._releases.vector(base),
             layout=self._tensors(cells),
-            scale=scale_of(lora),
+            scale=lora.scale,
             seed=os.urandom(KEY_BYTES),
         )
 

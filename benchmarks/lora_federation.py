@@ -25,7 +25,6 @@ from aggregator_server.aggregation.lora_pairs import (
     Pair,
     local_adapter,
     pairs_of,
-    scale_of,
 )
 from aggregator_server.aggregation.lora_products import best_rank, total
 from aggregator_server.aggregation.robust.units import ArrayUnits
@@ -294,7 +293,7 @@ class _Wide:
         if frozen is None:
             return cls(lora=lora, arrays=trained)
         pairs = pairs_of(trained)
-        scale = scale_of(lora)
+        scale = lora.scale
         wide = {
             module: Pair(
                 A=np.concatenate([pair.A, frozen.pairs[module].A]),
@@ -309,7 +308,7 @@ class _Wide:
 
 def _beside_frozen_rows(method: Method, federation: Federation) -> Made:
     """FLoRA (the stack is frozen, new factors every round) and FedEx-LoRA (the residual is)."""
-    lora, scale = federation.lora, scale_of(federation.lora)
+    lora, scale = federation.lora, federation.lora.scale
     release: AdapterArrays = federation.start()
     narrow = sent_layout({name: array.shape for name, array in release.items()}, BOTH)
     transforms = (KeepRows(lora.rank), ClipNorm(federation.max_grad_norm))

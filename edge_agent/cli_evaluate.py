@@ -121,10 +121,9 @@ def evaluate(
         loss_on=LossOn.RESPONSE if told is None else told.training.loss_on,
         max_length=max_length,
     ).examples
-    pad_id = int(loaded.tokenizer.pad_token_id or loaded.tokenizer.eos_token_id or 0)
     model = ready.answerer.adapted.model
     say(f"Scoring {len(examples)} records …")
-    loss = held_out_loss(model, examples, pad_id=pad_id)
+    loss = held_out_loss(model, examples, pad_id=loaded.pad_id)
     answers = score_answers(
         model,
         loaded.tokenizer,

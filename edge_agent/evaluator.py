@@ -13,6 +13,7 @@ from typing import Final
 from edge_agent.chain import check_discovery, check_evaluation_task
 from edge_agent.data.records import UNCATEGORIZED, Record
 from edge_agent.data.tokens import tokenize
+from edge_agent.durable import write_durably
 from edge_agent.errors import EvaluationError, JournalError, RefusedError, TrustError
 from edge_agent.evaluation import held_out_loss
 from edge_agent.home import AgentHome
@@ -78,7 +79,8 @@ def pin_federation(home: AgentHome, transport: Transport, signer: Signer) -> Fed
             f"({b64u_encode(signer.identity)}): give --evaluator to `sheepfold-server init`"
         )
         raise TrustError(msg)
-    path.write_bytes(signed.federation.canonical())
+    if not path.exists():
+        write_durably(path, signed.federation.canonical())
     transport.use_federation(manifest)
     return manifest
 
@@ -134,7 +136,7 @@ class Evaluator:
         self._say = say
         self._shapes = adapter_shapes(base.description, manifest.lora)
         self._adapted = AdaptedModel(base, manifest.lora)
-        self._pad_id = int(base.tokenizer.pad_token_id or base.tokenizer.eos_token_id or 0)
+        self._pad_id = base.pad_id
         self._data = sha256(b"".join(sha256(record) for record in record_bytes(records)))
         counts: dict[str, int] = {}
         for example in self._examples:

@@ -101,7 +101,7 @@ def _of_evaluator(manifest: FederationManifest, gate: EvaluatorGate) -> str:
     parts = (
         f", and, where one does not pass, the same without some of the updates: with the first, "
         f"these tell {seen}"
-        if gate.max_retries and not isinstance(manifest.privacy, CentralPrivacy)
+        if gate.max_retries
         else ""
     )
     return f"{who}: each adapter before it is published{parts}."

@@ -184,6 +184,13 @@ class Release(WireModel):
         if first and self.round_digest is not None:
             msg = "release 0 comes from no round"
             raise ValueError(msg)
+        back = self.rolled_back_to
+        if back is not None and (self.round_digest is not None or back >= self.number):
+            msg = (
+                f"rolled_back_to is {back}: it must be below {self.number}, and round_digest null: "
+                "no round makes an older adapter"
+            )
+            raise ValueError(msg)
         return self
 
     def digest(self) -> bytes:

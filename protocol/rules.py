@@ -19,6 +19,7 @@ from typing import Protocol
 from protocol.blocks import (
     AggregationBlock,
     FilterBlock,
+    GateBlock,
     LoraBlock,
     LoraRule,
     MaskingBlock,
@@ -68,13 +69,25 @@ class Recipe(Protocol):
         ...
 
     @property
+    def gate(self) -> GateBlock:
+        """The rule."""
+        ...
+
+    @property
     def filter(self) -> FilterBlock:
         """The rule."""
         ...
 
 
 def rules_of_lora(recipe: Recipe) -> dict[str, bool]:
-    """What the LoRA rule asks of the other blocks, and whether it is broken."""
+    """What the LoRA rule asks of the other blocks.
+
+    Args:
+        recipe: The blocks.
+
+    Returns:
+        For each sentence whether what it asks is broken; empty where nothing is asked.
+    """
     optimizer = recipe.aggregation.optimizer
     is_plain = optimizer.kind == "fedavg" and optimizer.learning_rate == 1.0
     if recipe.lora.rule is LoraRule.FLEXLORA:
@@ -107,7 +120,14 @@ def rules_of_lora(recipe: Recipe) -> dict[str, bool]:
 
 
 def rules_of_privacy(recipe: Recipe) -> dict[str, bool]:
-    """What the profile asks of the other blocks, and whether it is broken."""
+    """What the privacy profile asks of the other blocks.
+
+    Args:
+        recipe: The blocks.
+
+    Returns:
+        As `rules_of_lora`.
+    """
     privacy, masking = recipe.privacy, recipe.masking
     if isinstance(privacy, NoPrivacy):
         return {}
@@ -134,6 +154,10 @@ def rules_of_privacy(recipe: Recipe) -> dict[str, bool]:
         return rules | {
             'filter.rule must be "none": what is left out would tell of it without noise': (
                 recipe.filter.rule != "none"
+            ),
+            'gate.rule must be "none": what becomes of a candidate tells of its noisy mean, '
+            "also where it is refused, and ε counts the rounds that are published": (
+                recipe.gate.rule != "none"
             ),
             'privacy.adaptive needs masking.mode = "off": under masks agents clip, to the norm '
             "of this manifest": privacy.adaptive is not None and masking.mode != "off",
@@ -162,7 +186,14 @@ def _rules_of_shares(recipe: Recipe, privacy: AgentPrivacy) -> dict[str, bool]:
 
 
 def rules_of_scaffold(recipe: Recipe) -> dict[str, bool]:
-    """What control variates ask of the other blocks, and whether it is broken."""
+    """What control variates ask of the other blocks.
+
+    Args:
+        recipe: The blocks.
+
+    Returns:
+        As `rules_of_lora`.
+    """
     if not recipe.training.scaffold:
         return {}
     is_plain = (

@@ -76,6 +76,11 @@ class LoadedBase:
     device: torch.device
     compute_dtype: torch.dtype
 
+    @property
+    def pad_id(self) -> int:
+        """A token to pad with, which no loss sees: the tokenizer's own, or the end of a text."""
+        return int(self.tokenizer.pad_token_id or self.tokenizer.eos_token_id or 0)
+
 
 def default_device() -> torch.device:
     """The first CUDA device, or the CPU."""

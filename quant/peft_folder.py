@@ -73,7 +73,7 @@ class FinishedAdapter:
     @property
     def scale(self) -> float:
         """The factor of `B · A`, which peft calls scaling."""
-        return self.lora.alpha / self.lora.rank
+        return self.lora.scale
 
     def pairs(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         """(A [rank, d_in], B [d_out, rank]) in float32, by the name of the module they adapt."""

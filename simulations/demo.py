@@ -355,7 +355,7 @@ class _Watcher:
             loss_on=block.loss_on,
             max_length=block.max_length,
         ).examples
-        self._pad_id = int(base.tokenizer.pad_token_id or 0)
+        self._pad_id = base.pad_id
         self._last: Release | None = None
         self.losses: tuple[float, ...] = ()
         self.arrays: tuple[AdapterArrays, ...] = ()

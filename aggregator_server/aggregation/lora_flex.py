@@ -7,7 +7,7 @@ from typing import Final
 import numpy as np
 
 from aggregator_server.aggregation.lora import flexlora
-from aggregator_server.aggregation.lora_pairs import Cohort, local_adapter, scale_of
+from aggregator_server.aggregation.lora_pairs import Cohort, local_adapter
 from aggregator_server.aggregation.robust.units import Float64Array, Units
 from aggregator_server.errors import AggregationError
 from privacy.updates import Float32Array, PlainUpdate
@@ -71,11 +71,11 @@ def flexlora_step(
                 PlainUpdate(vector=_part(units.load(index), group), weight=int(weight)),
                 arrays,
                 part,
-                scale=scale_of(lora),
+                scale=lora.scale,
             )
             for index, weight in enumerate(units.weights)
         )
-        best = flexlora(Cohort(agents=agents), rank=lora.rank, scale=scale_of(lora))
+        best = flexlora(Cohort(agents=agents), rank=lora.rank, scale=lora.scale)
         after = flatten(best.adapter.arrays(), part).astype(np.float64)
         for (_slot, where), (_same, there) in zip(group, part.slices(), strict=True):
             step[where] = after[there] - before[there]

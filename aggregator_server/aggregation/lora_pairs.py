@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from aggregator_server.errors import AggregationError
 from privacy.updates import PlainUpdate
-from protocol.blocks import Factor, LoraBlock
+from protocol.blocks import Factor
 from protocol.layout import VectorLayout
 from quant.adapter import AdapterArrays, factor_of, flatten, module_of, tensor_name, unflatten
 
@@ -163,11 +163,6 @@ class Cohort:
                 )
                 raise AggregationError(msg)
         return first.scale
-
-
-def scale_of(lora: LoraBlock) -> float:
-    """What the peft library multiplies B·A with: alpha / rank."""
-    return lora.alpha / lora.rank
 
 
 def pairs_of(arrays: AdapterArrays) -> dict[str, Pair]:

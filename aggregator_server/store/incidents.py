@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from sqlalchemy import Connection, func, insert, select
+from sqlalchemy import Connection, insert, select
 
 from aggregator_server.store.database import Database
 from aggregator_server.store.rows import IncidentKind, IncidentRow, NewIncident
@@ -24,11 +24,6 @@ class IncidentStore:
                 IncidentRow(**{**row._mapping, "kind": IncidentKind(row.kind)})
                 for row in connection.execute(query)
             )
-
-    def count(self) -> int:
-        """How many there are."""
-        with self._database.reading() as connection:
-            return int(connection.execute(select(func.count()).select_from(incidents)).scalar_one())
 
 
 def add_incident(connection: Connection, incident: NewIncident) -> None:

@@ -221,7 +221,7 @@ def audit_release(
     tell("the base", 1, 1)
     template, loss_on, length = _rules_of(adapter)
     adapted = attach(loaded, adapter)
-    pad_id = int(loaded.tokenizer.pad_token_id or 0)
+    pad_id = loaded.pad_id
     found = []
     for stage, records in (("members", inside), ("non-members", outside)):
         tell(stage, 0, 1)

@@ -111,7 +111,7 @@ class Subject:
         self.adapted = AdaptedModel(base, lora)
         self.layout = sent_layout(adapter_shapes(base.description, lora), lora.sent)
         self.start = initial_adapter(base.description, lora)
-        self._pad_id = int(base.tokenizer.pad_token_id or 0)
+        self._pad_id = base.pad_id
 
     def close(self) -> None:
         """Give the base back as it was."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 
+from aggregator_server.errors import ConfigError
 from aggregator_server.filtering import FilterDecision
 from aggregator_server.gating import CandidateList
 from aggregator_server.private_recipes import PrivacyOptions, Profile
@@ -266,21 +267,17 @@ class TestObjecting:
                 assert candidate.filter.n_rejected >= len(removed)
         assert second.attempt == 2
 
-    def test_under_p3_there_is_one_candidate_with_one_noise(self, gated):
-        options = PrivacyOptions(epsilon=8.0, profile=Profile.CENTRAL, clip_norm=0.5)
-        case, evaluator, manifest = gated([9.0, 9.0], bad_when, privacy=options)
-        evaluator.answer()
-        assert case.federation._store.rounds.get(manifest.round).phase is RoundPhase.FAILED
-        assert len(case.federation._store.evaluations.of_round(manifest.round)) == 1
-
     def test_an_operator_who_wants_no_second_try_gets_none(self, gated):
         case, evaluator, manifest = gated([9.0, 9.0], around(0.0, within=1.0), edit=no_retries)
         evaluator.answer()
         assert case.federation._store.rounds.get(manifest.round).phase is RoundPhase.FAILED
 
 
-def bad_when(vector: np.ndarray) -> Mapping[str, float]:
-    return {"all": BAD if vector.any() else GOOD}
+def test_p3_allows_no_gate(make_case):
+    """A refused candidate's noisy mean was seen, and its fate is told: no ε counts that."""
+    options = PrivacyOptions(epsilon=8.0, profile=Profile.CENTRAL, clip_norm=0.5)
+    with pytest.raises(ConfigError, match=r'gate\.rule must be "none"'):
+        make_case(privacy=options, evaluator=Signer.generate().identity)
 
 
 def strict(config):

@@ -27,7 +27,6 @@ from aggregator_server.aggregation.lora_pairs import (
     Pair,
     local_adapter,
     pairs_of,
-    scale_of,
 )
 from aggregator_server.aggregation.lora_products import best_rank, norm, total
 from aggregator_server.errors import AggregationError
@@ -417,7 +416,7 @@ def test_a_factor_without_its_other_one_is_refused():
 
 def test_the_scale_is_pefts():
     block = LoraBlock(rank=8, alpha=12.0, target_modules=("q_proj",), init_seed=0)
-    assert scale_of(block) == 1.5
+    assert block.scale == 1.5
 
 
 def test_an_agents_adapter_is_the_start_plus_its_update():

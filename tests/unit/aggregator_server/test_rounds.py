@@ -6,7 +6,7 @@ from safetensors.numpy import load
 
 from aggregator_server.aggregation import optimizers
 from aggregator_server.aggregation.lora import covariance_gap, flexlora
-from aggregator_server.aggregation.lora_pairs import Cohort, local_adapter, pairs_of, scale_of
+from aggregator_server.aggregation.lora_pairs import Cohort, local_adapter, pairs_of
 from aggregator_server.config import Retention
 from aggregator_server.errors import NoSpaceError, Refusal, StoreBusyError
 from aggregator_server.filtering import FilterDecision
@@ -362,7 +362,7 @@ class TestAggregation:
                 agent.upload(manifest, vector, weight=weight)
             case.advance()
             lora, start = case.manifest.lora, releases.arrays(base)
-            scale = scale_of(lora)
+            scale = lora.scale
             locals_ = tuple(
                 local_adapter(PlainUpdate(vector=v, weight=w), start, layout, scale=scale)
                 for v, w in zip(vectors, weights, strict=True)

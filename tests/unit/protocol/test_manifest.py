@@ -5,7 +5,7 @@ import json
 from collections.abc import Callable
 
 import pytest
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 from protocol.chain import Release, RoundManifest
 from protocol.errors import ManifestError
@@ -230,6 +230,7 @@ def test_a_round_that_contradicts_itself_is_refused(
         ("number", 1, "exactly release 0 has no predecessor"),
         ("verdict.rule", "oracle", "verdict"),
         ("verdict.accepted", False, "verdict.none.accepted"),
+        ("rolled_back_to", 0, "rolled_back_to is 0: it must be below 0"),
         ("filter.rule", "norm", "filter.rule"),
         ("aggregation.rule", "median", "aggregation.rule"),
         ("aggregation.update_norm", -1.0, "aggregation.none.update_norm"),
@@ -448,3 +449,15 @@ def test_noise_on_updates_does_not_go_with_ranks_of_ones_own(
     message = refusal(FederationManifest, json.dumps(data).encode())
     assert f"privacy.profile is {privacy['profile']}, so lora.min_rank" in message
     assert "noise of its own" in message
+
+
+@pytest.mark.parametrize(("back", "from_round"), [(1, False), (2, False), (0, True), (1, True)])
+def test_a_release_goes_back_to_an_earlier_one_and_then_comes_from_no_round(
+    make_release: Callable[..., Release], back: int, from_round: bool
+) -> None:
+    """Or an agent that looks for the parts of an older adapter would look in a circle."""
+    first = make_release()
+    digest = {} if from_round else {"round_digest": None}
+    make_release(after=first, round_digest=None, rolled_back_to=0)
+    with pytest.raises(ValidationError, match="it must be below 1"):
+        make_release(after=first, rolled_back_to=back, **digest)
