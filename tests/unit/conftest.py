@@ -78,7 +78,9 @@ def make_release(
             "round": number,
             "previous": None if after is None else after.digest(),
             "federation_digest": manifest.digest(),
-            "round_digest": None if after is None else bytes([4]) * 32,
+            "round_digest": None
+            if after is None or changes.get("rolled_back_to") is not None
+            else bytes([4]) * 32,
             "adapter": blob,
             "sent": blob,
             "config": blob,

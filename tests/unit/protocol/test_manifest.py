@@ -457,7 +457,7 @@ def test_a_release_goes_back_to_an_earlier_one_and_then_comes_from_no_round(
 ) -> None:
     """Or an agent that looks for the parts of an older adapter would look in a circle."""
     first = make_release()
-    digest = {} if from_round else {"round_digest": None}
+    digest = {"round_digest": bytes([4]) * 32 if from_round else None}
     make_release(after=first, round_digest=None, rolled_back_to=0)
     with pytest.raises(ValidationError, match="it must be below 1"):
         make_release(after=first, rolled_back_to=back, **digest)
