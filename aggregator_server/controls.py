@@ -1,8 +1,6 @@
 """SCAFFOLD's c among the files of a release: shown to agents, with a book that nobody is shown."""
 
-import numpy as np
-
-from aggregator_server.aggregation.scaffold import ControlBook
+from aggregator_server.aggregation.scaffold import ControlBook, initial_control
 from aggregator_server.blobs import Blobs
 from aggregator_server.releases import Releases, store_file
 from aggregator_server.store.rows import BlobRole
@@ -29,7 +27,7 @@ def stored_control(
     """
     book = releases.hidden_file(release.number, BlobRole.CONTROL_BOOK)
     if release.control is None or book is None:
-        return np.zeros(tensors.n_values, np.float32), ControlBook()
+        return initial_control(tensors.n_values)
     shapes = {slot.name: slot.shape for slot in tensors.slots}
     arrays = from_safetensors(releases.file(release.control), shapes)
     return flatten(arrays, tensors), parse(ControlBook, book)

@@ -1,21 +1,24 @@
-"""The filter of a round: its units as they are stored, and what was decided of each.
+"""The filter of a round: its cells as a rule reads them, and what was decided of each.
 
 The decision is made once, journalled before the round moves on, and read again by whoever averages:
 a server that is killed in between does not draw another seed.
 """
 
-import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated, Final
+from typing import Annotated, Final, Generic, Protocol, TypeVar
 
 import numpy as np
 from pydantic import Field
 
 from aggregator_server.aggregation.robust.outcome import FilterOutcome
 from aggregator_server.aggregation.robust.pipeline import Mode, run_pipeline
-from aggregator_server.aggregation.robust.units import BoolArray, Float64Array, Int64Array
+from aggregator_server.aggregation.robust.units import (
+    BoolArray,
+    Float64Array,
+    Int64Array,
+    Units,
+)
 from aggregator_server.errors import AggregationError
-from aggregator_server.store.rows import CellRow
 from privacy.updates import CellSum, Float32Array
 from protocol.blocks import FilterRule
 from protocol.chain import FilterReport
@@ -23,11 +26,37 @@ from protocol.layout import VectorLayout
 from protocol.wire import Digest, WireModel
 
 LEFT_OUT: Final = "the gate left it out"
-_SEED_BYTES: Final = 32
 
 
-class StoredUnits:
-    """The accepted cells of a round, read from where they are stored.
+class SummedCell(Protocol):
+    """A cell whose sum is known, wherever the sum is: one agent in the open mode, or several."""
+
+    @property
+    def transcript(self) -> bytes:
+        """What names it in decisions and releases, 32 bytes; no other of the round has it."""
+        ...
+
+    @property
+    def weight_sum(self) -> int:
+        """Σ w over its members, at least 1."""
+        ...
+
+    @property
+    def n_members(self) -> int:
+        """Number of agents in it, at least 1."""
+        ...
+
+    @property
+    def only_member(self) -> bytes:
+        """The agent of a cell of one; nobody asks for that of another cell."""
+        ...
+
+
+CellT = TypeVar("CellT", bound=SummedCell)
+
+
+class LazyUnits(Generic[CellT]):
+    """The cells of a round as the units of a filter, each read when it is asked for.
 
     Guarantees:
         1. At most one of them is in memory at a time, and of `rows` no more than is asked for.
@@ -39,7 +68,7 @@ class StoredUnits:
     """
 
     def __init__(
-        self, cells: Sequence[CellRow], load: Callable[[CellRow], CellSum], *, n_values: int
+        self, cells: Sequence[CellT], load: Callable[[CellT], CellSum], *, n_values: int
     ) -> None:
         """Nothing is read yet."""
         self._cells = cells
@@ -112,13 +141,14 @@ class FilterDecision(WireModel):
 
 
 def decide(
-    cells: Sequence[CellRow],
-    units: StoredUnits,
+    cells: Sequence[SummedCell],
+    units: Units,
     *,
     rule: FilterRule,
     mode: Mode,
     layout: VectorLayout,
     faults: Mapping[bytes, str],
+    draw_seed: Callable[[], bytes],
 ) -> FilterDecision:
     """Judge the cells of a round, once its uploads are closed.
 
@@ -129,6 +159,8 @@ def decide(
         mode: Whether a cell is one agent.
         layout: Of the values that are judged.
         faults: Why cells cannot be used at all, by transcript.
+        draw_seed: Gives the 32 bytes of the rule's projection; asked once, and by a rule that has
+            one.
 
     Raises:
         AggregationError: None of them can be used.
@@ -143,7 +175,7 @@ def decide(
     }
     if rule is FilterRule.ROBUST:
         # Drawn now, when nobody can fit an update to the projection any more.
-        seed = os.urandom(_SEED_BYTES)
+        seed = draw_seed()
         found: FilterOutcome = run_pipeline(units, mode=mode, layout=layout, seed=seed).outcome
         judged = {
             cell.transcript: FilteredCell(

@@ -17,7 +17,7 @@ import numpy as np
 
 from privacy.masking import Mask, MaskAdder, Words, word_dtype
 
-ReadSlice: TypeAlias = Callable[[int, int], Iterator[bytes]]
+ReadSlice: TypeAlias = Callable[[int, int], Iterator[bytes | memoryview]]
 """Reads bytes `start` to `stop` of each member's vector, one member after the other."""
 
 SLICE_BYTES: Final = 4 * 1024 * 1024

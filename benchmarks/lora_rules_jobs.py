@@ -15,7 +15,7 @@ from typing import Any, Final
 import numpy as np
 
 from aggregator_server.aggregation.optimizers import Optimizer as ServerOptimizer
-from aggregator_server.merging import optimizer_of
+from aggregator_server.aggregation.optimizers import optimizer_of
 from aggregator_server.recipes import OPTIMIZERS, Optimizer
 from benchmarks import dolly_jobs
 from benchmarks.dolly_jobs import Clients, make_split, training_block

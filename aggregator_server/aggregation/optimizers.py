@@ -32,6 +32,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 
 from aggregator_server.errors import AggregationError
+from protocol.blocks import FedAvgBlock, OptimizerBlock
 
 Float64Array = NDArray[np.float64]
 
@@ -116,6 +117,20 @@ Optimizer = FedAvg | FedAvgM | FedAdagrad | FedAdam | FedYogi
 RULES: Final[dict[str, type[Optimizer]]] = {
     kind.rule: kind for kind in (FedAvg, FedAvgM, FedAdagrad, FedAdam, FedYogi)
 }
+
+
+def optimizer_of(block: OptimizerBlock) -> Optimizer:
+    """The optimiser of a manifest.
+
+    Args:
+        block: The manifest's.
+
+    Raises:
+        AggregationError: A setting out of range.
+    """
+    if isinstance(block, FedAvgBlock):
+        return FedAvg(learning_rate=block.learning_rate)
+    return RULES[block.kind](**block.model_dump(exclude={"kind"}))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -31,6 +31,15 @@ class ControlBook(WireModel):
     """Ascending."""
 
 
+def initial_control(n_values: int) -> tuple[Float32Array, ControlBook]:
+    """C and its book before the first round: zero, the mean of nobody's.
+
+    Args:
+        n_values: Length of the updates.
+    """
+    return np.zeros(n_values, np.float32), ControlBook()
+
+
 def renewed(
     control: Float32Array,
     book: ControlBook,

@@ -95,7 +95,20 @@ def load_sum(blobs: Blobs, transcript: bytes, digest: bytes, plan: EncodingPlan)
     if sha256(data) != digest:
         msg = f"the sum of cell {transcript.hex()[:12]} has changed on disk"
         raise AggregationError(msg)
-    found = decode(np.frombuffer(data, plan.dtype), plan)
+    return cell_sum(np.frombuffer(data, plan.dtype), plan)
+
+
+def cell_sum(payload: Words, plan: EncodingPlan) -> CellSum:
+    """What the words of a checked sum say of their cell.
+
+    Args:
+        payload: [n_payload] words from `fixed_point.checked_sum`.
+        plan: Of the round.
+
+    Raises:
+        SumError: Another length.
+    """
+    found = decode(payload, plan)
     return CellSum(
         weighted_sum=found.values * np.float32(plan.max_weight),
         weight_sum=found.weight_sum,

@@ -1,5 +1,6 @@
 """What goes into the database and comes out of it: frozen rows, bytes for keys and digests."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
@@ -7,6 +8,7 @@ from typing import Final
 
 from protocol.chain import BlobRef
 from protocol.phases import CellPhase, RoundPhase
+from protocol.wire import b64u_decode
 
 
 class UploadPhase(StrEnum):
@@ -246,6 +248,16 @@ class CellRow:
     weight_sum: int
     sum_sha256: bytes | None = None
     """Of a masked cell's sum."""
+
+    @property
+    def only_member(self) -> bytes:
+        """The agent of a cell of one.
+
+        Raises:
+            ValueError: It has several members.
+        """
+        [[agent, _]] = json.loads(self.members)
+        return b64u_decode(agent, n_bytes=32)
 
 
 class MessageKind(StrEnum):

@@ -6,6 +6,7 @@ import json
 import pytest
 from pydantic import SecretStr
 
+from aggregator_server.aggregation.optimizers import optimizer_of
 from aggregator_server.config import (
     Enrolment,
     LogFormat,
@@ -18,7 +19,6 @@ from aggregator_server.config import (
 from aggregator_server.errors import ConfigError
 from aggregator_server.founding import build_manifest, check_recipe
 from aggregator_server.keys import Keys
-from aggregator_server.merging import optimizer_of
 from aggregator_server.private_recipes import PrivacyOptions, Profile
 from aggregator_server.recipes import (
     OPTIMIZERS,

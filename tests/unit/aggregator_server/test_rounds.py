@@ -10,7 +10,6 @@ from aggregator_server.aggregation.lora_pairs import Cohort, local_adapter, pair
 from aggregator_server.config import Retention
 from aggregator_server.errors import NoSpaceError, Refusal, StoreBusyError
 from aggregator_server.filtering import FilterDecision
-from aggregator_server.merging import optimizer_of
 from aggregator_server.private_recipes import PrivacyOptions, Profile
 from aggregator_server.recipes import OPTIMIZERS, Optimizer
 from aggregator_server.rounds import Gated
@@ -530,7 +529,7 @@ class TestAggregation:
             agent.upload(manifest, rng.standard_normal(n_values).astype(np.float32), weight=1)
         seeds = []
         monkeypatch.setattr(
-            "aggregator_server.filtering.os.urandom", lambda n: seeds.append(n) or bytes(n)
+            "aggregator_server.merge_rules.os.urandom", lambda n: seeds.append(n) or bytes(n)
         )
         kill = pytest.MonkeyPatch()
         kill.setattr(Gated, "work", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
@@ -550,7 +549,7 @@ class TestAggregation:
     def test_a_server_optimiser_goes_on_from_release_to_release(self, make_case, start_round, kind):
         case = make_case(cohort_target=2, optimizer=OPTIMIZERS[kind])
         agents, _ = start_round(case, 2)
-        optimizer = optimizer_of(OPTIMIZERS[kind])
+        optimizer = optimizers.optimizer_of(OPTIMIZERS[kind])
         n_values = case.federation.charter.layout.n_values
         state = optimizers.initial_state(optimizer, n_values=n_values)
         releases = case.federation.releases
