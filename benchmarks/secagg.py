@@ -66,8 +66,7 @@ def _mask(job: dict[str, Any]) -> dict[str, Any]:
     from privacy.fixed_point import encode
     from privacy.noise import SecureStream
 
-    cell = sim.Cell(job["n"], job["d"], sim.masking_for(job["n"]))
-    cell.share(cell.members)
+    cell = sim.shared_cell(job["n"], job["d"], sim.masking_for(job["n"]))
     update = sim.update_of(job["d"], 1)
     times: list[float] = []
     peak = None
@@ -82,7 +81,7 @@ def _mask(job: dict[str, Any]) -> dict[str, Any]:
         plan = member.agent.receive_bundle(bundle)
         payload = encode(update, weight=1, plan=cell.plan, stream=SecureStream())
         file.seek(0)
-        cell.mask_into(file, payload, plan)
+        sim.mask_into(file, payload, plan, cell.plan)
         times.append(time.perf_counter() - began)
         if peak is None:
             peak = watch.above_bytes()
@@ -108,7 +107,7 @@ def _share(job: dict[str, Any]) -> dict[str, Any]:
     from privacy.secagg.derive import ShareKind, agree, open_shares
     from privacy.shares import Rebuilder
 
-    cell = sim.Cell(job["n"], 10, sim.masking_for(job["n"]))
+    cell = sim.make_cell(job["n"], 10, sim.masking_for(job["n"]))
     times = []
     for member in cell.members[: job["repeats"] + 1]:
         began = time.perf_counter()
@@ -196,11 +195,10 @@ def _crowd(job: dict[str, Any]) -> dict[str, Any]:
     masking = CellMasking(max_change=0.02, clip_norm=1e6, cell_target=16, max_cell=31)
     rng = random.Random(job["seed"])  # noqa: S311 - who drops out, no secret
     began = time.process_time()
-    results = []
-    for size in cell_sizes(job["n"], masking.cell_target):
-        # A block of its own for each cell's draw: one cell of the drawn size.
-        own = sim.masking_for(size).model_copy(update={"max_cell": 31})
-        results.append(sim.crowd_cell(size, job["d"], own, rng, 0.10))
+    results = [
+        sim.crowd_cell(size, job["d"], masking, rng, 0.10)
+        for size in cell_sizes(job["n"], masking.cell_target)
+    ]
     finished = [result for result in results if result["lost"] is None]
     return {
         "n_cells": len(results),
@@ -216,11 +214,11 @@ def _bytes(job: dict[str, Any]) -> dict[str, Any]:
     """Bytes up of one client in all stages."""
     from benchmarks import secagg_cells as sim
 
-    cell = sim.Cell(job["n"], job["d"], sim.masking_for(job["n"]))
-    cell.share(cell.members)
+    cell = sim.shared_cell(job["n"], job["d"], sim.masking_for(job["n"]))
     for member in cell.members:
         cell.take_bundle(member)
         cell.upload(member, bytes(32))
+    cell.server.close_uploading()
     confirmed = cell.confirm(cell.members)
     if confirmed is None:
         raise RuntimeError("too few confirmed")
@@ -256,9 +254,12 @@ def _growth(job: dict[str, Any]) -> dict[str, Any]:
         server_s = min(sim.unmask(cell, vectors, Unmasker())[1] for _ in range(3))
         member = cell.members[-1]
         plan, update = member.agent.mask_plan(), sim.update_of(d, 1)
-        began = time.perf_counter()
-        cell.masked(encode(update, weight=1, plan=cell.plan, stream=SecureStream()), plan)
-        found["d"].append({"d": d, "server_s": server_s, "client_s": time.perf_counter() - began})
+        with tempfile.TemporaryFile() as file:
+            began = time.perf_counter()
+            payload = encode(update, weight=1, plan=cell.plan, stream=SecureStream())
+            sim.mask_into(file, payload, plan, cell.plan)
+            client_s = time.perf_counter() - began
+        found["d"].append({"d": d, "server_s": server_s, "client_s": client_s})
         del vectors
     for n in job["ns"]:
         server_s = 0.0
