@@ -1,7 +1,8 @@
 """Splits a data set over clients: the two schemes of arXiv 2305.05644, and four to compare with.
 
 All begin alike: sort by category, draw the held-out records of each, keep the rest in category
-order. What is split is a column of categories; no scheme looks at a record's text.
+order. What is split is a column, called categories here whatever it holds: tasks, languages, files
+(see `columns`). No scheme looks at a record's text.
 """
 
 from collections.abc import Callable, Sequence
@@ -40,7 +41,8 @@ class Scheme(StrEnum):
     QUANTITY = "quantity"
     """Records at random, volumes by proportions from one symmetric Dirichlet distribution."""
     BY_CATEGORY = "by-category"
-    """One category a client; several, whole, where there are fewer clients than categories."""
+    """By the column: one of its values a client (a category, or a language if that is split);
+    several, whole, where there are fewer clients than values."""
 
 
 DRAWN_SCHEMES: Final = (Scheme.SKEWED, Scheme.DIRICHLET, Scheme.QUANTITY)
@@ -161,7 +163,7 @@ class Partition:
 
 
 def make_partition(categories: Sequence[str], recipe: PartitionRecipe) -> Partition:
-    """Split records over clients by their categories.
+    """Split records over clients by a column, such as their categories.
 
     Guarantees:
         1. Every record is either held out or with exactly one client, and no client is empty.
@@ -170,7 +172,7 @@ def make_partition(categories: Sequence[str], recipe: PartitionRecipe) -> Partit
         3. The same categories and recipe give the same indices; no global generator is used.
 
     Args:
-        categories: Of each record, in the data set's order.
+        categories: Of each record, in the data set's order; `SourceData.column`.
         recipe: How to split.
 
     Returns:
@@ -191,8 +193,8 @@ def make_partition(categories: Sequence[str], recipe: PartitionRecipe) -> Partit
     for name, group in zip(names, groups, strict=True):
         if group.size < recipe.n_held_out:
             msg = (
-                f"category {str(name)!r} has {group.size} records, fewer than the "
-                f"{recipe.n_held_out} to hold out; choose a smaller number"
+                f"{str(name)!r} has {group.size} records, fewer than the {recipe.n_held_out} to "
+                "hold out; choose a smaller number"
             )
             raise PartitionError(msg)
         chosen = np.zeros(group.size, np.bool_)

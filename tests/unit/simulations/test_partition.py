@@ -347,15 +347,14 @@ def records_file(tmp_path: Path) -> Path:
 def manifest(records_file: Path) -> PartitionManifest:
     source = read_source(records_file)
     recipe = make_recipe(Scheme.SKEWED, n_clients=4, n_held_out=2, min_records=3)
-    return PartitionManifest(
-        source=source.file, partition=make_partition(source.categories, recipe)
-    )
+    return PartitionManifest.of(source, make_partition(source.column, recipe))
 
 
 def test_a_manifest_comes_back_as_it_was_saved(manifest: PartitionManifest, tmp_path: Path) -> None:
     digest = manifest.save(tmp_path / "a.json")
-    loaded = PartitionManifest.load(tmp_path / "a.json", data=manifest.source)
-    assert loaded.source == manifest.source
+    loaded = PartitionManifest.load(tmp_path / "a.json", data=manifest.sources)
+    assert loaded.sources == manifest.sources
+    assert loaded.by == manifest.by == "category"
     assert loaded.partition.recipe == manifest.partition.recipe
     assert loaded.partition.n_tries == manifest.partition.n_tries
     pairs = zip(loaded.partition.clients, manifest.partition.clients, strict=True)
@@ -404,8 +403,8 @@ def test_a_manifest_of_another_file_is_refused(
 def test_a_manifest_that_forgets_records_is_refused(
     manifest: PartitionManifest, tmp_path: Path
 ) -> None:
-    source = manifest.source.model_copy(update={"n_records": 61})
-    PartitionManifest(source=source, partition=manifest.partition).save(tmp_path / "a.json")
+    source = manifest.sources[0].model_copy(update={"n_records": 61})
+    PartitionManifest(sources=(source,), partition=manifest.partition).save(tmp_path / "a.json")
     with pytest.raises(PartitionError, match="splits 60 records of a file that has 61"):
         PartitionManifest.load(tmp_path / "a.json")
 
@@ -442,7 +441,7 @@ def test_a_manifest_with_other_clients_than_it_speaks_of_is_refused(
 ) -> None:
     recipe = replace(manifest.partition.recipe, n_clients=9)
     partition = replace(manifest.partition, recipe=recipe)
-    PartitionManifest(source=manifest.source, partition=partition).save(tmp_path / "a.json")
+    PartitionManifest(sources=manifest.sources, partition=partition).save(tmp_path / "a.json")
     with pytest.raises(PartitionError, match="has 4 clients and speaks of 9"):
         PartitionManifest.load(tmp_path / "a.json")
 
@@ -568,7 +567,7 @@ def test_the_command_writes_manifest_figure_and_json(records_file: Path, tmp_pat
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
     loaded = PartitionManifest.load(out, data=read_source(records_file).file)
-    assert found["sha256"] == loaded.source.sha256.hex()
+    assert found["sha256"] == loaded.sources[0].sha256.hex()
     assert [client["n_records"] for client in found["clients"]] == [18, 18, 18]
     assert loaded.partition.recipe == make_recipe(
         Scheme.EQUAL_VOLUME, n_clients=3, seed=4, n_held_out=2
