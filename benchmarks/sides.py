@@ -20,7 +20,6 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from benchmarks.resident import ResidentPeak
-from edge_agent.data.batches import collate
 from edge_agent.data.reading import read_records
 from edge_agent.data.records import Record
 from edge_agent.data.tokens import Example, tokenize
@@ -28,6 +27,8 @@ from edge_agent.training.gradients import (
     GradientRule,
     MeanGradient,
     PrivateGradient,
+    Wanted,
+    gradients_of,
     noise_threads,
 )
 from edge_agent.training.sampling import ShuffledBatches
@@ -43,8 +44,7 @@ from protocol.clock import SystemClock
 from quant.adapter import initial_adapter, sent_layout
 from quant.base_model import LoadedBase
 from quant.lora import AdaptedModel
-from quant.loss import example_losses
-from quant.memory import StepSettings
+from quant.memory import DEFAULT_LOSS_CHUNK, StepSettings
 
 SHAPES: Final = {
     # hidden, intermediate, layers, heads, kv heads, vocabulary
@@ -192,32 +192,32 @@ def our_step(
     adapted.model.train()
     factors = adapted.trainable
     optimizer = torch.optim.AdamW(factors.values(), lr=LEARNING_RATE, weight_decay=0.0)
-    padded = [collate(batch, 0) for batch in batches]
-    device = adapted.base.device
     taken = MeanGradient() if rule is None else rule
     done = 0
 
     def step() -> float:
         nonlocal done
-        batch = padded[done % len(padded)]
-        adapted.seed_dropout(range(done * 1000, done * 1000 + len(batch.input_ids)))
-        done += 1
-        losses = example_losses(
-            adapted.model,
-            input_ids=batch.input_ids.to(device),
-            loss_mask=batch.loss_mask.to(device),
+        batch = tuple(batches[done % len(batches)])
+        wanted = Wanted(
+            examples=batch,
+            dropout_seeds=tuple(range(done * 1000, done * 1000 + len(batch))),
+            per_example=taken.per_example,
+            loss_scale=1.0,
+            loss_chunk=DEFAULT_LOSS_CHUNK,
         )
+        done += 1
         totals = {name: torch.zeros_like(factor) for name, factor in factors.items()}
         taken.begin(totals, step=done)
-        taken.add(adapted, losses, totals, loss_scale=1.0)
-        taken.finish(totals, n_examples=len(losses), step=done)
+        given = gradients_of(adapted, wanted)
+        taken.add(given.gradients, totals, loss_scale=1.0)
+        taken.finish(totals, n_examples=len(batch), step=done)
         for name, factor in factors.items():
             factor.grad = totals[name]
         if rule is None:
             torch.nn.utils.clip_grad_norm_(factors.values(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        return float(losses.detach().mean())
+        return given.loss_sum / len(batch)
 
     return step
 

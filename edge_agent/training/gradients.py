@@ -14,11 +14,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from edge_agent.data.batches import collate
+from edge_agent.data.tokens import Example
 from edge_agent.errors import TrainingError
 from privacy.dp_sgd.mechanism import Mechanism, Noise, clip_and_add, release
 from privacy.errors import ClippingError
 from privacy.noise import SecureStream
 from quant.lora import AdaptedModel
+from quant.loss import example_losses
 
 Gradients = dict[str, torch.Tensor]
 
@@ -27,17 +30,103 @@ _MOST_NOISE_THREADS: Final = 8
 _PART_VALUES: Final = 1 << 17
 
 
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """What a step asks of a model: the gradients of a micro-batch.
+
+    Attributes:
+        examples: At least one.
+        dropout_seeds: One for each example.
+        per_example: Each example's gradient by itself, not their sum.
+        loss_scale: What the losses are multiplied by before backward, and gradients divided by.
+        loss_chunk: Positions whose logits exist at once.
+    """
+
+    examples: tuple[Example, ...]
+    dropout_seeds: tuple[int, ...]
+    per_example: bool
+    loss_scale: float
+    loss_chunk: int
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Given:
+    """What a model answers.
+
+    Attributes:
+        loss_sum: Over the examples.
+        gradients: By tensor name, of the sum of the losses, or [B, …] of each.
+    """
+
+    loss_sum: float
+    gradients: Gradients
+
+
+def gradients_of(adapted: AdaptedModel, wanted: Wanted) -> Given:
+    """Go forward and backward through a micro-batch.
+
+    Args:
+        adapted: The model, with its adapter.
+        wanted: The examples, and what is asked of them.
+
+    Raises:
+        TrainingError: Gradients of single examples are asked for, and something is trained that has
+            none.
+    """
+    device = adapted.base.device
+    batch = collate(wanted.examples, pad_id=adapted.base.pad_id)
+    adapted.seed_dropout(wanted.dropout_seeds)
+    for factor in adapted.trainable.values():
+        factor.grad = None
+    losses = example_losses(
+        adapted.model,
+        input_ids=batch.input_ids.to(device),
+        loss_mask=batch.loss_mask.to(device),
+        chunk=wanted.loss_chunk,
+    )
+    total = losses.sum() * wanted.loss_scale
+    if wanted.per_example:
+        with adapted.per_example_gradients() as found:
+            total.backward()
+        _require_examples(adapted)
+    else:
+        total.backward()
+        found = {
+            name: factor.grad
+            for name, factor in adapted.trainable.items()
+            if factor.grad is not None
+        }
+    if wanted.loss_scale != 1.0:
+        for gradient in found.values():
+            gradient.div_(wanted.loss_scale)
+    return Given(loss_sum=float(losses.detach().sum()), gradients=found)
+
+
+def _require_examples(adapted: AdaptedModel) -> None:
+    """Whatever gets a gradient in the ordinary way goes past the clipping."""
+    for name, parameter in adapted.model.named_parameters():
+        if parameter.grad is not None:
+            msg = (
+                f"differential privacy is asked for, and {name} is trained as a whole: its "
+                "gradient cannot be clipped example by example; nothing is trained"
+            )
+            raise TrainingError(msg)
+
+
 class GradientRule(Protocol):
     """How the gradients of a logical batch become the one that the optimiser gets."""
+
+    @property
+    def per_example(self) -> bool:
+        """Whether it takes the gradient of each example by itself."""
+        ...
 
     def begin(self, totals: Gradients, *, step: int) -> None:
         """A step begins; its gradients will be summed in `totals`."""
         ...
 
-    def add(
-        self, adapted: AdaptedModel, losses: torch.Tensor, totals: Gradients, *, loss_scale: float
-    ) -> bool:
-        """Go backward from a micro-batch's losses [B] and add their gradients.
+    def add(self, found: Gradients, totals: Gradients, *, loss_scale: float) -> bool:
+        """Add the gradients of a micro-batch.
 
         Returns:
             False where the gradients overflowed at this loss scale; nothing was added.
@@ -53,19 +142,16 @@ class GradientRule(Protocol):
 class MeanGradient:
     """The mean over the examples. Not private."""
 
+    @property
+    def per_example(self) -> bool:
+        """No."""
+        return False
+
     def begin(self, totals: Gradients, *, step: int) -> None:
         """Nothing is to be prepared."""
 
-    def add(
-        self, adapted: AdaptedModel, losses: torch.Tensor, totals: Gradients, *, loss_scale: float
-    ) -> bool:
+    def add(self, found: Gradients, totals: Gradients, *, loss_scale: float) -> bool:
         """Add the gradient of the losses' sum."""
-        (losses.sum() * loss_scale).backward()
-        found = {
-            name: factor.grad / loss_scale
-            for name, factor in adapted.trainable.items()
-            if factor.grad is not None
-        }
         if loss_scale > 1.0 and not all(bool(g.isfinite().all()) for g in found.values()):
             return False
         for name, gradient in found.items():
@@ -173,13 +259,16 @@ class PrivateGradient:
         known = hashlib.sha256(self.secret).hexdigest()
         return f"PrivateGradient({self.mechanism!r}, secret sha256:{known})"
 
+    @property
+    def per_example(self) -> bool:
+        """Yes."""
+        return True
+
     def begin(self, totals: Gradients, *, step: int) -> None:
         """Begin to make the step's noise, where there are threads for it."""
         self._noise.begin(step, sum(total.numel() for total in totals.values()))
 
-    def add(
-        self, adapted: AdaptedModel, losses: torch.Tensor, totals: Gradients, *, loss_scale: float
-    ) -> bool:
+    def add(self, found: Gradients, totals: Gradients, *, loss_scale: float) -> bool:  # noqa: ARG002 - interface
         """Clip and add the gradients of single examples; never False.
 
         One that overflowed adds zero. Trying all again at another scale would let it show in how
@@ -188,12 +277,6 @@ class PrivateGradient:
         Raises:
             TrainingError: Something is trained that cannot be clipped.
         """
-        with adapted.per_example_gradients() as found:
-            (losses.sum() * loss_scale).backward()
-        if loss_scale != 1.0:
-            for gradient in found.values():
-                gradient.div_(loss_scale)
-        self._check(adapted)
         try:
             clip_and_add(found, totals, clip_norm=self.mechanism.clip_norm)
         except ClippingError as error:
@@ -204,14 +287,3 @@ class PrivateGradient:
     def finish(self, totals: Gradients, *, n_examples: int, step: int) -> None:  # noqa: ARG002 - interface
         """Add the noise and divide by the expected batch size, whatever was drawn."""
         release(totals, self.mechanism, self._noise.of_step(step))
-
-    @staticmethod
-    def _check(adapted: AdaptedModel) -> None:
-        """Whatever gets a gradient in the ordinary way goes past the clipping."""
-        for name, parameter in adapted.model.named_parameters():
-            if parameter.grad is not None:
-                msg = (
-                    f"differential privacy is asked for, and {name} is trained as a whole: its "
-                    "gradient cannot be clipped example by example; nothing is trained"
-                )
-                raise TrainingError(msg)

@@ -13,21 +13,27 @@ loses at most that step's work and never changes the result.
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Final, Protocol, cast
+from typing import Final, Protocol, TypeAlias, cast
 
 import numpy as np
 import torch
 
-from edge_agent.data.batches import collate
 from edge_agent.data.tokens import Example
 from edge_agent.errors import OutOfMemoryError, TrainingError, TrainingStoppedError
 from edge_agent.training.checkpoint import Progress, load_state, save_state
 from edge_agent.training.control import Control, Unattended, Wish
 from edge_agent.training.control_variates import ControlVariates
-from edge_agent.training.gradients import GradientRule, Gradients, MeanGradient
+from edge_agent.training.gradients import (
+    Given,
+    GradientRule,
+    Gradients,
+    MeanGradient,
+    Wanted,
+    gradients_of,
+)
 from edge_agent.training.micro_batches import cut
 from edge_agent.training.sampling import BatchSampler
 from privacy.updates import PlainUpdate
@@ -37,7 +43,7 @@ from protocol.layout import VectorLayout
 from protocol.wire import canonical_json
 from quant.adapter import AdapterArrays, flatten
 from quant.lora import AdaptedModel
-from quant.loss import example_losses
+from quant.lora_stack import StackSlot
 from quant.memory import StepSettings
 
 SAVE_EVERY_STEPS: Final = 10
@@ -161,6 +167,10 @@ class _Drawn:
         return len(self.example.input_ids)
 
 
+Session: TypeAlias = Generator[Wanted, Given | None, TrainingResult]
+"""A training that asks for gradients and is given them."""
+
+
 class LocalTrainer:
     """Trains one adapter on one owner's examples for one round.
 
@@ -174,7 +184,7 @@ class LocalTrainer:
         3. The update is finite and not zero, or `TrainingError` is raised (PROTOCOL, check 18).
 
     Args:
-        adapted: The model; its adapter is replaced by `start`.
+        adapted: The model, or one adapter of several on it; its numbers are replaced by `start`.
         examples: The owner's examples; at least one with loss tokens.
         recipe: The round's recipe.
         sampler: Which examples make up a batch.
@@ -187,7 +197,7 @@ class LocalTrainer:
 
     def __init__(
         self,
-        adapted: AdaptedModel,
+        adapted: AdaptedModel | StackSlot,
         examples: Sequence[Example],
         recipe: RoundRecipe,
         *,
@@ -216,7 +226,41 @@ class LocalTrainer:
         self._loss_scale = _FIRST_FP16_LOSS_SCALE if fp16 else 1.0
 
     def run(self, start: AdapterArrays, layout: VectorLayout, *, weight: int) -> TrainingResult:
-        """Train one round from the global adapter.
+        """Train one round from the global adapter; `session` with this trainer's model.
+
+        Args:
+            start: The global adapter, all tensors.
+            layout: The order of the update's values.
+            weight: The update's FedAvg weight.
+
+        Raises:
+            Exception: See `session`.
+            TypeError: The adapter is one of several: drive the sessions of all.
+        """
+        session = self.session(start, layout, weight=weight)
+        try:
+            wanted = next(session)
+            while True:
+                wanted = session.send(self._answer(wanted))  # held nowhere: it may be large
+        except StopIteration as ended:
+            return cast("TrainingResult", ended.value)
+
+    def _answer(self, wanted: Wanted) -> Given | None:
+        if isinstance(self._adapted, StackSlot):
+            msg = "an adapter of a stack is trained by its session"
+            raise TypeError(msg)
+        try:
+            return gradients_of(self._adapted, wanted)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            return None
+
+    def session(self, start: AdapterArrays, layout: VectorLayout, *, weight: int) -> Session:
+        """Train one round, leaving forward and backward to whoever drives the session.
+
+        It yields what it wants of the model and is sent the answer, or None where that did not fit
+        into memory. Several sessions can so share one pass through a base.
 
         Args:
             start: The global adapter, all tensors.
@@ -254,7 +298,7 @@ class LocalTrainer:
         first_loss = last_loss = math.nan
         self._adapted.model.train()
         for step in range(done, n_steps):
-            loss = self._step(optimizer, step, n_steps, run)
+            loss = yield from self._step(optimizer, step, n_steps, run)
             if not math.isnan(loss):  # a batch of nobody has none
                 first_loss = loss if math.isnan(first_loss) else first_loss
                 last_loss = loss
@@ -269,7 +313,9 @@ class LocalTrainer:
             last_loss=last_loss,
         )
 
-    def _step(self, optimizer: torch.optim.AdamW, step: int, n_steps: int, run: str) -> float:
+    def _step(
+        self, optimizer: torch.optim.AdamW, step: int, n_steps: int, run: str
+    ) -> Generator[Wanted, Given | None, float]:
         batch = [
             _Drawn(
                 example=self._examples[int(index)], seed=_mix(self._recipe.seed, step, int(index))
@@ -285,7 +331,7 @@ class LocalTrainer:
         while pending:
             self._obey(optimizer, step, run)
             micro = pending.pop(0)
-            total = self._try(micro, gradients)
+            total = yield from self._accumulate(micro, gradients)
             if total is None:
                 pending = self._shrink(micro) + pending
             else:
@@ -325,34 +371,33 @@ class LocalTrainer:
         micros = cut([drawn.n_tokens for drawn in batch], self._settings)
         return [[batch[position] for position in micro] for micro in micros]
 
-    def _try(self, micro: list[_Drawn], gradients: Gradients) -> float | None:
-        """The micro-batch's loss sum, or None when it does not fit into memory."""
-        try:
-            return self._accumulate(micro, gradients)
-        except RuntimeError as error:
-            if not _is_out_of_memory(error):
-                raise
-            return None
+    def _accumulate(
+        self, micro: list[_Drawn], gradients: Gradients
+    ) -> Generator[Wanted, Given | None, float | None]:
+        """Add a micro-batch's gradients; its loss sum, or None where it does not fit into memory.
 
-    def _accumulate(self, micro: list[_Drawn], gradients: Gradients) -> float:
-        """Add a micro-batch's gradient sum; on failure `gradients` is as it was."""
-        adapted = self._adapted
-        device = adapted.base.device
-        batch = collate([drawn.example for drawn in micro], pad_id=_pad_id(adapted))
-        adapted.seed_dropout([drawn.seed for drawn in micro])
-        for factor in adapted.trainable.values():
-            factor.grad = None
-        losses = example_losses(
-            adapted.model,
-            input_ids=batch.input_ids.to(device),
-            loss_mask=batch.loss_mask.to(device),
-            chunk=self._settings.loss_chunk,
-        )
-        if not self._rule.add(adapted, losses, gradients, loss_scale=self._loss_scale):
+        In that case, and on failure, `gradients` is as it was.
+        """
+        while True:
+            given = yield Wanted(
+                examples=tuple(drawn.example for drawn in micro),
+                dropout_seeds=tuple(drawn.seed for drawn in micro),
+                per_example=self._rule.per_example,
+                loss_scale=self._loss_scale,
+                loss_chunk=self._settings.loss_chunk,
+            )
+            if given is None:
+                return None
+            try:
+                added = self._rule.add(given.gradients, gradients, loss_scale=self._loss_scale)
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                return None
+            if added:
+                return given.loss_sum
             # float16 overflowed: the same examples again at half the scale, so none is skipped.
             self._loss_scale /= 2.0
-            return self._accumulate(micro, gradients)
-        return float(losses.detach().sum())
 
     def _shrink(self, micro: list[_Drawn]) -> list[list[_Drawn]]:
         """Halve the micro-batch that did not fit; the last resort is to recompute activations."""
@@ -481,18 +526,16 @@ class LocalTrainer:
         return PlainUpdate(vector=vector, weight=weight)
 
 
-def _pad_id(adapted: AdaptedModel) -> int:
-    tokenizer = adapted.base.tokenizer
-    pad_id = tokenizer.pad_token_id
-    return cast("int", tokenizer.eos_token_id if pad_id is None else pad_id)
-
-
 def _mix(seed: int, step: int, index: int) -> int:
     return int(np.random.SeedSequence([seed, step, index]).generate_state(1, np.uint64)[0])
 
 
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether memory ran out: on the CPU, and inside libraries, torch has no class for that."""
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether memory ran out: on the CPU, and inside libraries, torch has no class for that.
+
+    Args:
+        error: As it was raised.
+    """
     said = str(error)
     return isinstance(error, torch.OutOfMemoryError) or any(
         sign in said for sign in ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")

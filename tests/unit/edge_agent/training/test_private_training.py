@@ -11,11 +11,13 @@ import torch
 
 from edge_agent.data.tokens import Example
 from edge_agent.errors import TrainingError
-from edge_agent.training import trainer as trainer_module
+from edge_agent.training import gradients as gradients_module
 from edge_agent.training.gradients import (
     Gradients,
     PrivateGradient,
     StepNoise,
+    Wanted,
+    gradients_of,
     noise_threads,
 )
 from edge_agent.training.sampling import PoissonBatches
@@ -258,11 +260,13 @@ def test_guarantee_1_an_example_that_is_not_finite_adds_zero(
         ]
         return found * torch.tensor(factors)
 
-    monkeypatch.setattr(trainer_module, "example_losses", losses)
+    monkeypatch.setattr(gradients_module, "example_losses", losses)
     assert_near(bench.gradient(), bench.by_hand(0.5, frozenset({spoilt})))
 
 
-def test_a_loss_scale_leaves_no_trace_in_the_clipped_gradients(random_base: LoadedBase) -> None:
+def test_a_loss_scale_leaves_no_trace_in_the_clipped_gradients(
+    random_base: LoadedBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """TRAINING, trap 6: gradients are unscaled, in float32, before they are clipped; an example
     that overflows adds zero, and no step is done again at another scale."""
     bench = Bench(random_base)
@@ -274,12 +278,20 @@ def test_a_loss_scale_leaves_no_trace_in_the_clipped_gradients(random_base: Load
     def total(loss_scale: float, factors: list[float]) -> Gradients:
         sums = {name: torch.zeros_like(f) for name, f in bench.adapted.trainable.items()}
         for example, factor in zip(examples, factors, strict=True):  # their lengths differ
-            losses = example_losses(
-                bench.adapted.model,
-                input_ids=torch.from_numpy(example.input_ids.astype(np.int64))[None],
-                loss_mask=torch.from_numpy(example.loss_mask)[None],
+            monkeypatch.setattr(
+                gradients_module,
+                "example_losses",
+                lambda *args, factor=factor, **rest: example_losses(*args, **rest) * factor,
             )
-            assert rule.add(bench.adapted, losses * factor, sums, loss_scale=loss_scale)
+            wanted = Wanted(
+                examples=(example,),
+                dropout_seeds=(0,),
+                per_example=True,
+                loss_scale=loss_scale,
+                loss_chunk=64,
+            )
+            given = gradients_of(bench.adapted, wanted)
+            assert rule.add(given.gradients, sums, loss_scale=loss_scale)
         return sums
 
     wanted = total(1.0, [1.0] * 4)

@@ -327,7 +327,7 @@ def test_out_of_memory_halves_the_micro_batch_and_carries_on(
     bench = Bench(random_base)
     whole = bench.update()
     scarce = ScarceMemory(bench.adapted, 60, with_checkpointing=60)
-    monkeypatch.setattr("edge_agent.training.trainer.example_losses", scarce)
+    monkeypatch.setattr("edge_agent.training.gradients.example_losses", scarce)
     np.testing.assert_allclose(bench.update(), whole, rtol=1e-3, atol=1e-6)
 
 
@@ -348,7 +348,7 @@ def test_memory_that_ends_on_the_cpu_is_known_by_what_torch_says(
             raise RuntimeError(said)
         return real(model, **tensors)
 
-    monkeypatch.setattr("edge_agent.training.trainer.example_losses", scarce)
+    monkeypatch.setattr("edge_agent.training.gradients.example_losses", scarce)
     if said:
         np.testing.assert_allclose(bench.update(), whole, rtol=1e-3, atol=1e-6)
     else:
@@ -362,7 +362,7 @@ def test_activations_are_recomputed_when_one_example_does_not_fit(
     bench = Bench(random_base)
     whole = bench.update()
     scarce = ScarceMemory(bench.adapted, 10, with_checkpointing=30)
-    monkeypatch.setattr("edge_agent.training.trainer.example_losses", scarce)
+    monkeypatch.setattr("edge_agent.training.gradients.example_losses", scarce)
     np.testing.assert_allclose(bench.update(), whole, rtol=1e-3, atol=1e-6)
     scarce.with_checkpointing = 10
     with pytest.raises(OutOfMemoryError, match="does not fit"):
@@ -499,6 +499,6 @@ def test_a_gradient_that_is_never_finite_is_an_error_and_not_a_loop(
     def broken(model: object, **tensors: torch.Tensor) -> torch.Tensor:
         return real(model, **tensors) * float("nan")
 
-    monkeypatch.setattr("edge_agent.training.trainer.example_losses", broken)
+    monkeypatch.setattr("edge_agent.training.gradients.example_losses", broken)
     with pytest.raises(TrainingError, match="the gradient of step 1 is not finite"):
         bench.update(block=make_block(local_steps=1))
