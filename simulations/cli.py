@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from aggregator_server.errors import ServerError
 from aggregator_server.recipes import Masking
 from edge_agent.errors import AgentError
 from privacy.errors import PrivacyError
@@ -16,10 +17,9 @@ from protocol.errors import ProtocolError
 from protocol.guarantee import describe_privacy
 from quant.errors import QuantError
 from quant.quiet import quiet_libraries
-from simulations import cli_audit, cli_judge, cli_timetable
-from simulations.cli_shared import console, write_json
+from simulations import cli_audit, cli_judge, cli_partition, cli_run, cli_timetable
+from simulations.cli_shared import console
 from simulations.errors import SimulationError
-from simulations.partition.schemes import DRAWN_SCHEMES, Scheme
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -32,12 +32,16 @@ app = typer.Typer(
 )
 
 
+_ERRORS = (SimulationError, AgentError, PrivacyError, QuantError, ProtocolError, ServerError)
+"""Of ours: one sentence each."""
+
+
 def main() -> None:
     """Run the command line; errors of ours are one sentence and exit code 1."""
     quiet_libraries()
     try:
         app()
-    except (SimulationError, AgentError, PrivacyError, QuantError, ProtocolError) as error:
+    except _ERRORS as error:
         text = str(error).replace("[", r"\[")
         console.print(f"[bold red]Error:[/] {text}", highlight=False)
         sys.exit(1)
@@ -106,71 +110,6 @@ def demo(
         sys.stdout.write(text)
 
 
-@app.command()
-def partition(
-    data: Annotated[Path, typer.Argument(help="Records: JSON, JSON Lines, CSV or Parquet.")],
-    *,
-    out: Annotated[Path, typer.Option(help="The manifest to write: who holds which records.")],
-    scheme: Annotated[Scheme, typer.Option(help="How records are split.")] = Scheme.SKEWED,
-    clients: Annotated[int, typer.Option(min=1, help="Over how many clients.")] = 100,
-    seed: Annotated[int, typer.Option(min=0, help="Of all draws.")] = 1,
-    held_out: Annotated[
-        int, typer.Option(min=0, help="Records of each category that no client gets.")
-    ] = 10,
-    alpha: Annotated[
-        float, typer.Option(help="Concentration of Dirichlet draws (skewed, dirichlet, quantity).")
-    ] = 0.5,
-    min_records: Annotated[
-        int | None,
-        typer.Option(min=1, help="Least records of a client; default 40 if skewed, else 1."),
-    ] = None,
-    figure: Annotated[
-        Path | None, typer.Option(metavar="PNG", help="Draw category by client.")
-    ] = None,
-    json_path: Annotated[
-        str | None, typer.Option("--json", metavar="PATH", help="Write JSON here; `-` for stdout.")
-    ] = None,
-) -> None:
-    """Split a data set over clients, and save which record went where.
-
-    The paper's two schemes are `equal-volume` (few categories a client) and `skewed` (unequal
-    volume too; the one that it ran). The manifest holds the indices and the file's digest.
-    """
-    from simulations.partition import figure as partition_figure
-    from simulations.partition.manifest import PartitionManifest, read_source
-    from simulations.partition.schemes import PartitionRecipe, default_min_records, make_partition
-
-    recipe = PartitionRecipe(
-        scheme=scheme,
-        n_clients=clients,
-        seed=seed,
-        n_held_out=held_out,
-        alpha=alpha,
-        min_records=default_min_records(scheme) if min_records is None else min_records,
-    )
-    source = read_source(data)
-    split = make_partition(source.categories, recipe)
-    digest = PartitionManifest(source=source.file, partition=split).save(out)
-    shown = console if json_path == "-" else Console()
-    shown.print(partition_figure.table(split, source.categories))
-    tries = f" Draws until the smallest client had enough: {split.n_tries}."
-    shown.print(
-        f"{split.n_records:,} records; clients hold {split.sizes.min()} to {split.sizes.max()}."
-        f"{tries if scheme in DRAWN_SCHEMES else ''}\nManifest: {out}, digest {digest[:16]}…",
-        highlight=False,
-        soft_wrap=True,
-    )
-    if source.n_malformed:
-        shown.print(f"Left out as malformed: {source.n_malformed}.", highlight=False)
-    if figure is not None:
-        partition_figure.draw(split, source.categories, figure)
-        shown.print(f"Figure:   {figure}", highlight=False, soft_wrap=True)
-    if json_path is not None:
-        found = partition_figure.as_json(split, source.categories)
-        found |= {"digest": digest, "sha256": source.file.sha256.hex(), "manifest": str(out)}
-        write_json(found, json_path)
-
-
 @app.command("make-tiny-base")
 def make_tiny_base(
     out: Annotated[Path, typer.Argument(help="A new folder for the base.")],
@@ -186,7 +125,9 @@ def make_tiny_base(
 
 cli_audit.register(app)
 cli_judge.register(app)
+cli_partition.register(app)
 cli_timetable.register(app)
+cli_run.register(app)
 
 if __name__ == "__main__":
     main()

@@ -1,4 +1,4 @@
-"""`sheepfold-sim judge`: one model's answers against others', by any OpenAI-compatible endpoint."""
+"""`sheepfold-sim answer` and `judge`: answers compared by any OpenAI-compatible endpoint."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,8 +16,37 @@ if TYPE_CHECKING:
 
 
 def register(app: typer.Typer) -> None:
-    """Add the command of this module to the laboratory's."""
+    """Add the commands of this module to the laboratory's."""
+    app.command()(answer)
     app.command()(judge)
+
+
+def answer(
+    adapter: Annotated[Path, typer.Argument(help="A PEFT folder, such as a run's `adapter`.")],
+    *,
+    questions: Annotated[Path, typer.Option(help="The questions: JSON Lines, as Vicuna's.")],
+    out: Annotated[Path, typer.Option(help="JSON Lines for `judge`; what is there stays.")],
+    base: Annotated[
+        str | None, typer.Option(help="A folder or a model of the hub.  [default: the adapter's]")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 512,
+) -> None:
+    """Let an adapter answer questions, for a judge to compare: the likeliest token each time."""
+    from simulations.answers import answer_questions
+
+    with _progress() as progress:
+        task = progress.add_task("answering", total=None)
+        n_new = answer_questions(
+            adapter,
+            questions,
+            out,
+            base=base,
+            device=device,
+            max_new_tokens=max_new_tokens,
+            on_answer=lambda done, total: progress.update(task, completed=done, total=total),
+        )
+    console.print(f"{n_new} answered now: {out}", highlight=False, soft_wrap=True)
 
 
 def judge(

@@ -5,7 +5,10 @@ SimulationError
 ├── AttackError        an attack that cannot be made with what its attackers have
 ├── AuditInputError    an audit that cannot be made of this
 ├── ClaimRefutedError  an audit that found more than what is claimed
+├── EngineError        virtual agents that cannot be run, or a worker that died
+├── ExperimentError    an experiment that cannot be run as it is written
 ├── JudgeError         a judge that cannot be asked, or whose answer cannot be read
+├── MaskedCellError    a masked cell that no federation would form, or words that do not fit it
 ├── OutputError        a place for results that cannot be used
 ├── PartitionError     records that cannot be split so, or a manifest that does not fit
 ├── PopulationError    agents that no round can be made with, or a file that describes none
@@ -30,8 +33,20 @@ class ClaimRefutedError(SimulationError):
     """A lower bound that exceeds the ε that is claimed: the claim is wrong, or the code is."""
 
 
+class EngineError(SimulationError):
+    """An engine that cannot start, or a worker of it that ended in the midst of its work."""
+
+
+class ExperimentError(SimulationError):
+    """An experiment's file, or what it asks for, that cannot be."""
+
+
 class JudgeError(SimulationError):
     """A judge that cannot be asked, an answer of its that cannot be read, or nothing to compare."""
+
+
+class MaskedCellError(SimulationError):
+    """A masked cell that no federation would form, or words that do not fit its plan."""
 
 
 class OutputError(SimulationError):

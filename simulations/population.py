@@ -6,8 +6,9 @@ closed by the server's own functions (`aggregator_server.selection.draw`,
 federation what it did here. What devices can do is yours to say: no figure of theirs is built in.
 """
 
+import itertools
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -83,8 +84,8 @@ class PopulationFile(BaseModel):
 class Workload:
     """What a round asks of an agent."""
 
-    n_tokens: int
-    """Trained on, all passes together."""
+    n_tokens: int | np.ndarray
+    """Trained on, all passes together; of each agent, [n_agents], or of all alike."""
     down_n_bytes: int
     up_n_bytes: int
 
@@ -218,21 +219,54 @@ def simulate(
             wanted.
     """
     found: list[SimulatedRound] = []
-    now, n_done = _EPOCH_S, 0
-    while n_done < rules.n_rounds:
+    n_done = 0
+    for one in rounds_of(population, rules, workload, seed=seed):
+        found.append(one)
+        n_done += one.failure is None
+        if n_done == rules.n_rounds:
+            break
         if len(found) - n_done >= rules.n_rounds:
             msg = (
                 f"{rules.n_rounds} rounds failed ({found[-1].failure}): lower rounds.min_cohort, "
                 "or give a longer deadline"
             )
             raise PopulationError(msg)
-        opened = _opening(population, rules, now)
-        rng = _generator(seed, _ROUNDS, len(found))
-        one = _round(population, rules, workload, len(found) + 1, now, opened, rng)
-        found.append(one)
-        n_done += one.failure is None
-        now = opened + one.duration_s
     return found
+
+
+def rounds_of(
+    population: Population, rules: RoundsBlock, workload: Workload, *, seed: int
+) -> Iterator[SimulatedRound]:
+    """Rounds without end, failed ones too: whoever asks says when there are enough.
+
+    Args:
+        population: Who may come.
+        rules: The federation's.
+        workload: Of a round.
+        seed: Of cohorts and drop-outs.
+
+    Yields:
+        Rounds, numbered from 1.
+
+    Raises:
+        PopulationError: Never enough agents are there at once.
+    """
+    now = _EPOCH_S
+    for index in itertools.count():
+        opened = _opening(population, rules, now)
+        rng = _generator(seed, _ROUNDS, index)
+        one = _round(population, rules, workload, index + 1, now, opened, rng)
+        yield one
+        now = opened + one.duration_s
+
+
+def per_agent(n_tokens: Sequence[int]) -> np.ndarray:
+    """Tokens of each agent, for a `Workload`.
+
+    Args:
+        n_tokens: In the agents' order.
+    """
+    return np.asarray(n_tokens, np.float64)
 
 
 def _opening(population: Population, rules: RoundsBlock, now: float) -> float:
@@ -268,7 +302,8 @@ def _round(
     fetched = opened + workload.down_n_bytes / (
         population.column("down_bytes_per_s")[selected] * speed
     )
-    trained = fetched + workload.n_tokens / (population.column("tokens_per_s")[selected] * speed)
+    n_tokens = np.broadcast_to(workload.n_tokens, len(population))[selected]
+    trained = fetched + n_tokens / (population.column("tokens_per_s")[selected] * speed)
     up_rate = population.column("up_bytes_per_s")[selected] * speed
     finished = trained + workload.up_n_bytes / up_rate
     dropped = rng.random(len(selected)) < population.column("drop_out")[selected]

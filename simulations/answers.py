@@ -1,0 +1,65 @@
+"""Lets an adapter answer a file of questions, so that a judge can compare it with others."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from edge_agent.answering import Answerer, Sampling, load_base_of, single_question, template_of
+from quant.base_model import parse_device
+from quant.peft_folder import read_finished
+from simulations.errors import OutputError
+from simulations.judging import read_answers, read_questions
+
+
+def answer_questions(
+    adapter: Path,
+    questions: Path,
+    out: Path,
+    *,
+    base: str | None,
+    device: str | None,
+    max_new_tokens: int,
+    on_answer: Callable[[int, int], None],
+) -> int:
+    """Answer every question once, always by the likeliest token, and go on with what is missing.
+
+    Args:
+        adapter: A PEFT folder, such as a run's.
+        questions: JSON Lines, as Vicuna's.
+        out: JSON Lines of `question_id` and `text`; answers that are there stay.
+        base: None: the one that the adapter names.
+        device: None: a GPU where there is one.
+        max_new_tokens: Longest answer.
+        on_answer: Told how many of how many are done.
+
+    Returns:
+        How many were answered now.
+
+    Raises:
+        AdapterError: The folder is no adapter, or of another base.
+        BaseModelError: The base cannot be loaded.
+        JudgeError: A file cannot be read.
+        OutputError: The answers cannot be written.
+    """
+    asked = read_questions(questions)
+    known = read_answers(out) if out.exists() else {}
+    missing = [question for question in asked if question.id not in known]
+    if not missing:
+        return 0
+    finished = read_finished(adapter)
+    template, _ = template_of(finished)
+    place = None if device is None else parse_device(device)
+    answerer = Answerer(load_base_of(finished, base, device=place), finished, template)
+    sampling = Sampling(temperature=0.0, max_new_tokens=max_new_tokens, seed=0)
+    try:
+        with out.open("a", encoding="utf-8") as file:
+            for number, question in enumerate(missing, start=1):
+                found = answerer.answer(single_question(question.text), sampling)
+                row = {"question_id": question.id, "text": found.text}
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                file.flush()
+                on_answer(len(known) + number, len(asked))
+    except OSError as error:
+        msg = f"cannot write {out}: {error.strerror}"
+        raise OutputError(msg) from error
+    return len(missing)

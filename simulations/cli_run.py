@@ -1,0 +1,402 @@
+"""`sheepfold-sim run`, `compare`, `sweep`, `attack`, `report`: the laboratory's experiments."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from protocol.blocks import FilterRule
+from simulations.attacks.catalogue import UpdateAttack
+from simulations.cli_shared import console, write_json
+from simulations.lab.records import Arm
+
+if TYPE_CHECKING:
+    from simulations.lab.engines import Engine
+    from simulations.lab.experiment import Experiment
+    from simulations.lab.series import Member
+
+Name = Annotated[
+    str, typer.Argument(metavar="EXPERIMENT", help="`fedit`, `privacy`, or a TOML file of yours.")
+]
+Out = Annotated[Path | None, typer.Option(help="Where the results go.  [default: runs/EXPERIMENT]")]
+Model = Annotated[
+    str | None, typer.Option(help="The base: embedded:tiny, a folder, or a model of the hub.")
+]
+Data = Annotated[
+    list[str] | None,
+    typer.Option(help="Records: a file, or `hub:owner/name`; may be given again."),
+]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Any key, such as federation.rank=16."),
+]
+Workers = Annotated[
+    int | None, typer.Option(min=1, help="Processes or Ray actors, of one thread each.")
+]
+Ray = Annotated[
+    str | None, typer.Option(metavar="ADDRESS", help="Run on Ray: `local`, or a cluster's address.")
+]
+Group = Annotated[
+    str | None, typer.Option(help="How many agents train at once: a number, or `auto`.")
+]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1.  [default: a GPU if any]")]
+Real = Annotated[
+    bool,
+    typer.Option("--real-crypto", help="Run the cryptography of masked sums; the same result."),
+]
+Seeds = Annotated[str | None, typer.Option(metavar="1,2,3", help="Instead of the experiment's.")]
+Json = Annotated[
+    str | None, typer.Option("--json", metavar="PATH", help="Write JSON here; `-` for stdout.")
+]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands of this module to the laboratory's."""
+    for command in (run, compare, sweep, attack, report):
+        app.command()(command)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Wishes:
+    """What the flags of an experiment's commands say."""
+
+    model: str | None
+    data: list[str] | None
+    pairs: list[str] | None
+    workers: int | None
+    ray: str | None
+    group: str | None
+    device: str | None
+    real: bool
+
+    def experiment(self, name: str) -> "Experiment":
+        """The experiment with what was asked for."""
+        from simulations.lab.experiment import EngineKind, load_experiment
+
+        values: dict[str, object] = dict(map(_pair, self.pairs or ()))
+        if self.model is not None:
+            values["base.model"] = self.model
+        if self.data:
+            values["data.source"] = self.data
+        if self.ray is not None:
+            values["engine.kind"] = EngineKind.RAY.value
+        elif self.workers is not None and self.workers > 1:
+            values["engine.kind"] = EngineKind.PROCESSES.value
+        if self.workers is not None:
+            values["engine.workers"] = self.workers
+        if self.group is not None:
+            values["engine.group"] = self.group if self.group == "auto" else int(self.group)
+        if self.device is not None:
+            values["engine.device"] = self.device
+        if self.real:
+            values["engine.cryptography"] = "real"
+        return load_experiment(_path_of(name)).with_values(values)
+
+    def engine(self, experiment: "Experiment") -> "Engine":
+        """Where it runs."""
+        from simulations.lab.engines import make_engine
+
+        address = None if self.ray in {None, "local"} else self.ray
+        return make_engine(experiment.engine, ray_address=address)
+
+
+def run(
+    name: Name,
+    *,
+    arm: Annotated[
+        Arm, typer.Option(help="Who sees which records: the federation, or a baseline.")
+    ] = Arm.FEDERATED,
+    client: Annotated[
+        str, typer.Option(help="With --arm local: smallest, median, largest, or a number.")
+    ] = "median",
+    seed: Annotated[int | None, typer.Option(min=0, help="[default: the experiment's first]")] = (
+        None
+    ),
+    out: Out = None,
+    model: Model = None,
+    data: Data = None,
+    pairs: Set = None,
+    workers: Workers = None,
+    ray: Ray = None,
+    group: Group = None,
+    device: Device = None,
+    real: Real = False,
+    show: Annotated[
+        bool, typer.Option("--show", help="Print the experiment with every default; run nothing.")
+    ] = False,
+    json_path: Json = None,
+) -> None:
+    """Run an experiment, or go on with it: virtual agents, the agent's trainer, the server's rules.
+
+    The folder holds everything: journal, releases, adapter, tables, figures, `report.html`. A run
+    that was killed goes on from where it stood when the same command is given again.
+    """
+    from simulations.lab.data import prepare_data
+    from simulations.lab.run import Request
+    from simulations.lab.series import Member
+
+    wishes = _wishes(model, data, pairs, workers, ray, group, device, real=real)
+    experiment = wishes.experiment(name)
+    if show:
+        sys.stdout.write(experiment.as_toml())
+        return
+    used = experiment.seeds[0] if seed is None else seed
+    number: int | None = None
+    if arm is Arm.LOCAL:
+        found = prepare_data(experiment.data, seed=used)
+        number = int(client) if client.isdigit() else found.client_of_size(_size(client))
+    request = Request(experiment=experiment, arm=arm, client=number, seed=used)
+    root = _root(out, experiment) if out is not None else _root(out, experiment) / request.name
+    member = Member(request=request, folder=Path(), label=request.name, settings={})
+    _run_all(root, [member], wishes, experiment)
+    _tell(root, json_path)
+
+
+def compare(
+    name: Name,
+    *,
+    seeds: Seeds = None,
+    out: Out = None,
+    model: Model = None,
+    data: Data = None,
+    pairs: Set = None,
+    workers: Workers = None,
+    ray: Ray = None,
+    group: Group = None,
+    device: Device = None,
+    real: Real = False,
+    json_path: Json = None,
+) -> None:
+    """The paper's comparison: base, clients alone, all in one place, the federation; every seed."""
+    from simulations.lab.report.comparison import Comparison
+    from simulations.lab.report.comparison_figure import draw_relative_scores
+    from simulations.lab.series import arms
+
+    wishes = _wishes(model, data, pairs, workers, ray, group, device, real=real)
+    experiment = wishes.experiment(name)
+    root = _root(out, experiment)
+    members = arms(experiment, seeds=_seeds(seeds, experiment))
+    _run_all(root, members, wishes, experiment)
+    found = Comparison.of(
+        [root / member.folder for member in members], labels=[member.label for member in members]
+    )
+    shown = console if json_path == "-" else Console()
+    shown.print(found.table())
+    (root / "comparison.md").write_text(found.markdown(), encoding="utf-8")
+    write_json(found.as_json(), str(root / "comparison.json"))
+    draw_relative_scores(found, root / "comparison.png")
+    shown.print(f"Figure: {root / 'comparison.png'}", highlight=False, soft_wrap=True)
+    if json_path is not None:
+        write_json(found.as_json(), json_path)
+
+
+def sweep(
+    name: Name,
+    *,
+    seeds: Seeds = None,
+    out: Out = None,
+    model: Model = None,
+    data: Data = None,
+    pairs: Set = None,
+    workers: Workers = None,
+    ray: Ray = None,
+    group: Group = None,
+    device: Device = None,
+    real: Real = False,
+    json_path: Json = None,
+) -> None:
+    """Utility, privacy and bytes over all combinations of the experiment's `[sweep]`."""
+    from simulations.lab.series import sweep as points
+
+    wishes = _wishes(model, data, pairs, workers, ray, group, device, real=real)
+    experiment = wishes.experiment(name)
+    root = _root(out, experiment)
+    members = points(experiment, seeds=_seeds(seeds, experiment))
+    _run_all(root, members, wishes, experiment)
+    _surface(root, members, json_path)
+
+
+def attack(
+    name: Name,
+    *,
+    attacks: Annotated[list[UpdateAttack], typer.Option("--attack", help="May be given again.")],
+    share: Annotated[float, typer.Option(help="Of the clients that attack.")] = 0.2,
+    filters: Annotated[
+        list[FilterRule] | None, typer.Option("--filter", help="May be given again.  [both]")
+    ] = None,
+    out: Out = None,
+    model: Model = None,
+    data: Data = None,
+    pairs: Set = None,
+    workers: Workers = None,
+    ray: Ray = None,
+    group: Group = None,
+    device: Device = None,
+    real: Real = False,
+    json_path: Json = None,
+) -> None:
+    """What attackers do to an experiment, under each filter and beside no attack at all."""
+    from simulations.lab.series import attacks as points
+
+    wishes = _wishes(model, data, pairs, workers, ray, group, device, real=real)
+    experiment = wishes.experiment(name)
+    root = _root(out, experiment)
+    rules = filters or [FilterRule.NONE, FilterRule.ROBUST]
+    members = points(
+        experiment,
+        names=[one.value for one in attacks],
+        share=share,
+        filters=[rule.value for rule in rules],
+    )
+    _run_all(root, members, wishes, experiment)
+    _surface(root, members, json_path)
+
+
+def report(
+    folder: Annotated[Path, typer.Argument(help="A run's folder.")], *, json_path: Json = None
+) -> None:
+    """Write a run's page, figures and tables anew from its journal, finished or not."""
+    _write_report(folder)
+    _tell(folder, json_path)
+
+
+def _wishes(
+    model: str | None,
+    data: list[str] | None,
+    pairs: list[str] | None,
+    workers: int | None,
+    ray: str | None,
+    group: str | None,
+    device: str | None,
+    *,
+    real: bool,
+) -> _Wishes:
+    if group is not None and group != "auto" and not group.isdigit():
+        msg = f"--group is a number or auto, not {group!r}"
+        raise typer.BadParameter(msg)
+    return _Wishes(
+        model=model,
+        data=data,
+        pairs=pairs,
+        workers=workers,
+        ray=ray,
+        group=group,
+        device=device,
+        real=real,
+    )
+
+
+def _path_of(name: str) -> Path:
+    """A file of the user's, or an experiment that comes with Sheepfold."""
+    path = Path(name)
+    shipped = Path(str(files("simulations.experiments") / f"{name}.toml"))
+    return shipped if not path.exists() and shipped.exists() else path
+
+
+def _pair(text: str) -> tuple[str, object]:
+    import json
+
+    key, equals, value = text.partition("=")
+    if not equals:
+        msg = f"--set takes KEY=VALUE, not {text!r}"
+        raise typer.BadParameter(msg)
+    try:
+        return key.strip(), json.loads(value)
+    except ValueError:
+        return key.strip(), value
+
+
+def _size(client: str) -> str:
+    if client not in {"smallest", "median", "largest"}:
+        msg = f"--client is smallest, median, largest or a number, not {client!r}"
+        raise typer.BadParameter(msg)
+    return client
+
+
+def _seeds(text: str | None, experiment: "Experiment") -> tuple[int, ...]:
+    if text is None:
+        return experiment.seeds
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError as error:
+        msg = f"--seeds takes numbers such as 1,2,3, not {text!r}"
+        raise typer.BadParameter(msg) from error
+
+
+def _root(out: Path | None, experiment: "Experiment") -> Path:
+    return Path("runs") / experiment.name if out is None else out
+
+
+def _run_all(
+    root: Path, members: "Sequence[Member]", wishes: _Wishes, experiment: "Experiment"
+) -> None:
+    from quant.quiet import quiet_libraries
+    from simulations.lab.display import RunDisplay
+    from simulations.lab.run import run as run_one
+
+    quiet_libraries()
+    engine = wishes.engine(experiment)
+    try:
+        for number, member in enumerate(members, start=1):
+            title = member.label
+            if len(members) > 1:
+                title = f"[{number} of {len(members)}] {member.label}, seed {member.request.seed}"
+            folder = root / member.folder
+            with RunDisplay(console, title) as display:
+                run_one(folder, member.request, engine, display)
+            _write_report(folder)
+    finally:
+        engine.close()
+
+
+def _write_report(folder: Path) -> None:
+    from simulations.lab.report.page import write_report
+    from simulations.lab.report.tables import export_tables
+    from simulations.lab.report.tensorboard import write_events
+
+    export_tables(folder)
+    write_events(folder)
+    write_report(folder)
+
+
+def _tell(root: Path, json_path: str | None) -> None:
+    from simulations.lab.report.comparison import Comparison
+
+    found = Comparison.of([root])
+    shown = console if json_path == "-" else Console()
+    shown.print(found.table())
+    shown.print(
+        f"Report:  {root / 'report.html'}\nAdapter: {root / 'adapter'}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    if json_path is not None:
+        write_json(found.as_json(), json_path)
+
+
+def _surface(root: Path, members: "Sequence[Member]", json_path: str | None) -> None:
+    from simulations.lab.report.surface import Surface, SweepPoint
+    from simulations.lab.report.surface_figure import draw_surface
+
+    points: dict[str, SweepPoint] = {}
+    for member in members:
+        earlier = points.get(member.label)
+        roots = {} if earlier is None else dict(earlier.roots)
+        roots[member.request.seed] = root / member.folder
+        points[member.label] = SweepPoint(settings=member.settings, roots=roots)
+    found = Surface.of(list(points.values()))
+    shown = console if json_path == "-" else Console()
+    shown.print(found.table())
+    found.write(root)
+    (root / "surface.md").write_text(found.markdown(), encoding="utf-8")
+    told: dict[str, Any] = found.as_json()
+    write_json(told, str(root / "surface.json"))
+    draw_surface(found, root / "surface.png")
+    shown.print(f"Figure: {root / 'surface.png'}", highlight=False, soft_wrap=True)
+    if json_path is not None:
+        write_json(told, json_path)

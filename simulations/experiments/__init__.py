@@ -1,0 +1,1 @@
+"""Experiments that come with Sheepfold, as TOML files."""

@@ -1,0 +1,74 @@
+"""Clients that attack: what they send instead of what they trained."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from privacy.updates import Float32Array, PlainUpdate
+from protocol.layout import VectorLayout
+from simulations.attacks.catalogue import update_attacks
+from simulations.attacks.knowledge import Knowledge
+from simulations.lab.chance import RunChance
+from simulations.lab.experiment import AttackSection
+
+
+class Attackers:
+    """The attackers of a run.
+
+    Args:
+        section: Of the experiment.
+        n_clients: Of the run.
+        chance: Draws who they are.
+    """
+
+    def __init__(self, section: AttackSection, *, n_clients: int, chance: RunChance) -> None:
+        """Draw them: at least one, and one client stays honest."""
+        wanted = round(section.share * n_clients)
+        n_attackers = min(max(1, wanted), max(1, n_clients - 1))
+        drawn = chance.generator("attackers").permutation(n_clients)[:n_attackers]
+        self.clients = frozenset(int(client) for client in drawn)
+        self._attack = update_attacks(omniscient=section.omniscient)[section.name]
+        self._chance = chance
+
+    def craft(
+        self,
+        number: int,
+        updates: Sequence[tuple[int, PlainUpdate]],
+        *,
+        layout: VectorLayout,
+        last_change: Float32Array | None,
+    ) -> list[tuple[int, PlainUpdate]]:
+        """The updates of a round as they are sent.
+
+        Args:
+            number: Of the round.
+            updates: As they were trained, by client.
+            layout: Of their values.
+            last_change: This round's release less the one before, in that layout; None: the first.
+
+        Raises:
+            AttackError: The attack cannot be made with what the attackers know.
+        """
+        own = [update for client, update in updates if client in self.clients]
+        if not own or len(own) == len(updates):
+            return list(updates)
+        honest = [update.vector for client, update in updates if client not in self.clients]
+        crafted = iter(
+            self._attack.craft(
+                Knowledge(
+                    own_updates=np.stack([update.vector for update in own]),
+                    n_agents=len(updates),
+                    layout=layout,
+                    round_number=number,
+                    last_change=last_change,
+                    honest_updates=np.stack(honest),
+                ),
+                rng=self._chance.generator("attack", number),
+            )
+        )
+        return [
+            (client, PlainUpdate(vector=next(crafted), weight=update.weight))
+            if client in self.clients
+            else (client, update)
+            for client, update in updates
+        ]

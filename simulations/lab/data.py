@@ -1,0 +1,172 @@
+"""Records of a run: who has which, and what nobody trains on."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from edge_agent.data.hub import HuggingFaceHub, choose_files
+from edge_agent.data.records import UNCATEGORIZED, Record
+from edge_agent.data.sources import FileSource, parse_source
+from protocol.wire import canonical_json
+from quant.tiny.instructions import make_records
+from quant.tiny.world import Split, make_world
+from simulations.lab.chance import RunChance
+from simulations.lab.experiment import WORLD, DataSection
+from simulations.partition.manifest import PartitionManifest, SourceData, read_source, selected
+from simulations.partition.schemes import (
+    Partition,
+    PartitionRecipe,
+    default_min_records,
+    make_partition,
+)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LabData:
+    """Who has which records.
+
+    Attributes:
+        clients: The records of each client, at least one.
+        held_out: Records that nobody trains on.
+        partition: What `clients` was cut by, before the cap of `max_records`.
+        column: What the partition splits, of each record.
+        manifest: Of the partition, where the records come from files.
+        sha256: Of the data, hexadecimal.
+    """
+
+    clients: tuple[tuple[Record, ...], ...]
+    held_out: tuple[Record, ...]
+    partition: Partition
+    column: tuple[str, ...]
+    manifest: PartitionManifest | None
+    sha256: str
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """How many records each client has."""
+        return tuple(len(client) for client in self.clients)
+
+    @property
+    def everything(self) -> tuple[Record, ...]:
+        """All clients' records, client by client."""
+        return tuple(record for client in self.clients for record in client)
+
+    def client_of_size(self, name: str) -> int:
+        """The client of the smallest, median or largest number of records.
+
+        Args:
+            name: Which.
+        """
+        order = sorted(range(len(self.clients)), key=lambda client: self.sizes[client])
+        return order[{"smallest": 0, "median": len(order) // 2, "largest": -1}[name]]
+
+
+def prepare_data(section: DataSection, *, seed: int) -> LabData:
+    """Read records, or make those of the embedded world, and split them.
+
+    Args:
+        section: Of the experiment.
+        seed: Of the run.
+
+    Raises:
+        DataError: Records that cannot be read.
+        PartitionError: Records that cannot be split so.
+    """
+    chance = RunChance(seed)
+    recipe = PartitionRecipe(
+        scheme=section.scheme,
+        n_clients=section.n_clients,
+        seed=seed,
+        n_held_out=0 if section.source == (WORLD,) else section.held_out,
+        alpha=section.alpha,
+        min_records=default_min_records(section.scheme)
+        if section.min_records is None
+        else section.min_records,
+    )
+    manifest: PartitionManifest | None = None
+    if section.source == (WORLD,):
+        records, held_out = (
+            _world(count, split, chance)
+            for count, split in (
+                (section.per_category, Split.TRAIN),
+                (section.held_out, Split.TEST),
+            )
+        )
+        column = tuple(record.category or UNCATEGORIZED for record in records)
+        partition = make_partition(column, recipe)
+        sha256 = _digest([*records, *held_out])
+    else:
+        paths = [path for name in section.source for path in _local(name)]
+        source = read_source(*paths, by=section.by)
+        records, column = list(source.records), source.column
+        partition = make_partition(column, recipe)
+        held_out = list(selected(records, partition.held_out.tolist()))
+        manifest = PartitionManifest.of(source, partition)
+        sha256 = _digest_of_files(source)
+    return LabData(
+        clients=_capped(records, partition, section.max_records, chance),
+        held_out=tuple(held_out),
+        partition=partition,
+        column=column,
+        manifest=manifest,
+        sha256=sha256,
+    )
+
+
+def _world(n_per_category: int, split: Split, chance: RunChance) -> list[Record]:
+    rows = make_records(
+        make_world(),
+        n_per_category=n_per_category,
+        split=split,
+        rng=chance.generator(f"records of the world, {split.value}"),
+        courteous=True,
+    )
+    return [
+        Record(**row, messages=None, source=f"{WORLD}:{split.value}:{number}")
+        for number, row in enumerate(rows, start=1)
+    ]
+
+
+def _capped(
+    records: Sequence[Record], partition: Partition, most: int | None, chance: RunChance
+) -> tuple[tuple[Record, ...], ...]:
+    """Each client's records; where there are too many in all, the same share of each, at random."""
+    share = 1.0 if most is None else min(1.0, most / int(partition.sizes.sum()))
+    clients = []
+    for number, indices in enumerate(partition.clients):
+        kept = indices
+        if share < 1.0:
+            rng = chance.generator("records that a client keeps", number)
+            count = max(1, round(share * indices.size))
+            kept = np.sort(rng.choice(indices, count, replace=False))
+        clients.append(tuple(selected(records, kept.tolist())))
+    return tuple(clients)
+
+
+def _local(name: str) -> list[Path]:
+    """Files on this machine: those of the hub are fetched, or found in the hub's cache."""
+    source = parse_source(name)
+    if isinstance(source, FileSource):
+        return [source.path]
+    hub = HuggingFaceHub()
+    listing = hub.list_files(source.repo_id, source.revision)
+    files = choose_files(source, listing.files)
+    return [hub.download(source.repo_id, listing.commit, file) for file in files]
+
+
+def _digest(records: Sequence[Record]) -> str:
+    digest = hashlib.sha256()
+    for record in records:
+        row = [record.instruction, record.context, record.response, record.category]
+        digest.update(canonical_json(row))
+    return digest.hexdigest()
+
+
+def _digest_of_files(source: SourceData) -> str:
+    digest = hashlib.sha256()
+    for file in source.files:
+        digest.update(file.sha256)
+    return digest.hexdigest()

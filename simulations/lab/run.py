@@ -1,0 +1,589 @@
+"""The main loop of a run: rounds of visits, closed by the server's rules, noted as they end.
+
+What a sitting finds in the folder it takes as done; what it does not find it does, with the same
+chance. So a run that was killed, at whatever moment and however often, ends with the same releases,
+bit for bit, as one that was not.
+"""
+
+import hashlib
+import importlib.metadata
+import platform
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Final, Protocol
+
+from edge_agent.data.records import UNCATEGORIZED, Record
+from edge_agent.training.trainer import RoundRecipe
+from privacy.updates import Float32Array, PlainUpdate, l2_norm
+from protocol.base_description import BaseDescription
+from protocol.blocks import NoMasking
+from protocol.guarantee import describe_privacy
+from quant.adapter import (
+    CONFIG_NAME,
+    WEIGHTS_NAME,
+    flatten,
+    initial_adapter,
+    peft_config,
+    to_safetensors,
+    unflatten,
+)
+from simulations.errors import ExperimentError
+from simulations.lab import engines
+from simulations.lab.attackers import Attackers
+from simulations.lab.chance import RunChance
+from simulations.lab.data import prepare_data
+from simulations.lab.engines import Engine
+from simulations.lab.experiment import Experiment
+from simulations.lab.folder import RunFolder, read_card, read_vector
+from simulations.lab.probe import choose_group
+from simulations.lab.records import (
+    Arm,
+    EndNote,
+    Fate,
+    Measure,
+    RoundNote,
+    RunCard,
+    ScoreNote,
+    VisitNote,
+)
+from simulations.lab.server import Closed, Release, VirtualServer
+from simulations.lab.spending import Spending
+from simulations.lab.terms import make_terms
+from simulations.lab.timetable import PlannedRound, alone, timetable
+from simulations.lab.visits import Question, Setup, Visit, VisitResult
+
+_PACKAGES: Final = ("torch", "transformers", "peft", "bitsandbytes", "numpy", "sheepfold")
+_FAILED_ROUNDS: Final = 3
+"""Times as many rounds as were wanted may be tried before a run gives up."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What is to be run.
+
+    Attributes:
+        experiment: Resolved.
+        arm: Who sees which records.
+        client: Of a local arm, the client's number; None elsewhere.
+        seed: Of all draws.
+    """
+
+    experiment: Experiment
+    arm: Arm = Arm.FEDERATED
+    client: int | None = None
+    seed: int = 1
+
+    @property
+    def name(self) -> str:
+        """For folders and tables."""
+        who = self.arm.value if self.client is None else f"{self.arm.value}-{self.client}"
+        return f"{who}-seed-{self.seed}"
+
+
+class Listener(Protocol):
+    """Told how a run goes."""
+
+    def stage(self, text: str) -> None:
+        """Something begins that takes a while."""
+        ...
+
+    def begun(self, card: RunCard, *, n_done: int) -> None:
+        """The run is about to train; so many rounds were done by earlier sittings."""
+        ...
+
+    def visited(self, note: VisitNote) -> None:
+        """An agent's training ended."""
+        ...
+
+    def closed(self, note: RoundNote) -> None:
+        """A round ended."""
+        ...
+
+    def scored(self, notes: Sequence[ScoreNote]) -> None:
+        """A release was measured."""
+        ...
+
+
+class Silent:
+    """A listener that says nothing."""
+
+    def stage(self, text: str) -> None:
+        """Nothing."""
+
+    def begun(self, card: RunCard, *, n_done: int) -> None:
+        """Nothing."""
+
+    def visited(self, note: VisitNote) -> None:
+        """Nothing."""
+
+    def closed(self, note: RoundNote) -> None:
+        """Nothing."""
+
+    def scored(self, notes: Sequence[ScoreNote]) -> None:
+        """Nothing."""
+
+
+def run(root: Path, request: Request, engine: Engine, listener: Listener | None = None) -> RunCard:
+    """Run an experiment to its end, or go on with it.
+
+    Guarantees:
+        1. Equal requests and group sizes give equal releases, bit for bit, on machines of one kind:
+           whatever the engine, the number of workers, and how often the run was killed.
+        2. A run whose folder says that it ended is not touched.
+
+    Args:
+        root: The run's folder: new, empty, or of this very run.
+        request: What is to be run.
+        engine: Where agents train.
+        listener: Told how it goes.
+
+    Raises:
+        SimulationError: The folder holds another run, or the experiment cannot be run.
+        Exception: Whatever data, base, manifest or training raise as one sentence.
+    """
+    told = Silent() if listener is None else listener
+    with RunFolder(root) as folder:
+        return _Sitting(folder, request, engine, told).go()
+
+
+class _Sitting:
+    """One process's work on a run."""
+
+    def __init__(
+        self, folder: RunFolder, request: Request, engine: Engine, listener: Listener
+    ) -> None:
+        self._folder = folder
+        self._request = request
+        self._experiment = request.experiment
+        self._engine = engine
+        self._listener = listener
+        self._chance = RunChance(request.seed)
+        self._visits: dict[tuple[int, int], VisitNote] = {}
+        self._rounds: list[RoundNote] = []
+        self._scores: dict[int, list[ScoreNote]] = {}
+
+    def go(self) -> RunCard:
+        begun = time.perf_counter()
+        if self._has_ended():
+            return read_card(self._folder.root)
+        section = self._experiment.base
+        setup = Setup(
+            model=section.model,
+            revision=section.revision,
+            device=self._experiment.engine.device,
+            seed=self._request.seed,
+        )
+        self._listener.stage(f"loading {section.model} in 4 bit")
+        base = engines.describe(self._engine, setup)
+        self._listener.stage("reading and splitting the records")
+        self._data = prepare_data(self._experiment.data, seed=self._request.seed)
+        terms = self._terms = make_terms(
+            self._experiment, base, arm=self._request.arm, seed=self._request.seed
+        )
+        self._setup = replace(setup, manifest=terms.manifest.canonical())
+        first = flatten(initial_adapter(base, terms.manifest.lora), terms.whole)
+        card = self._open(first)
+        self._setup = replace(self._setup, group=card.group_size)
+        self._read_notes()
+        release = self._release(first)
+        self._listener.begun(card, n_done=release.number)
+        if release.number == 0:
+            self._folder.write_vector(self._folder.release(0), first)
+        if self._rounds or self._request.arm is Arm.BASE:  # what a killed sitting did not get to
+            self._measure(Release(number=0, vector=first))
+            self._measure(release)
+        self._run_rounds(release, base)
+        self._folder.append([EndNote(wall_s=time.perf_counter() - begun)])
+        return card
+
+    # Beginning
+
+    def _has_ended(self) -> bool:
+        return any(isinstance(note, EndNote) for note in self._folder.notes())
+
+    def _open(self, first: Float32Array) -> RunCard:
+        """Write the card, or find that of an earlier sitting, whose group size stays."""
+        experiment, terms = self._experiment, self._terms
+        earlier = read_card(self._folder.root) if self._folder.is_begun else None
+        if earlier is not None:
+            group = earlier.group_size
+        elif experiment.engine.group != "auto":
+            group = experiment.engine.group
+        elif self._request.arm is Arm.FEDERATED:
+            self._listener.stage("trying how many agents to train at once")
+            order = sorted(range(len(self._data.sizes)), key=lambda k: -self._data.sizes[k])
+            group = choose_group(
+                self._engine,
+                self._setup,
+                first,
+                [self._data.clients[client] for client in order[:16]],
+                cohort=terms.manifest.rounds.cohort_target,
+            )
+        else:
+            group = 1
+        masked = not isinstance(terms.manifest.masking, NoMasking)
+        rounds = terms.manifest.rounds
+        card = RunCard(
+            experiment=experiment.name,
+            arm=self._request.arm,
+            client=self._request.client,
+            seed=self._request.seed,
+            experiment_sha256=experiment.digest(),
+            manifest_sha256=terms.manifest.digest().hex(),
+            base_fingerprint=terms.manifest.base.fingerprint.hex(),
+            data_sha256=self._data.sha256,
+            n_clients=len(self._data.clients),
+            n_values=terms.tensors.n_values,
+            cohort=rounds.cohort_target,
+            n_rounds=0 if self._request.arm is Arm.BASE else rounds.n_rounds,
+            engine=self._engine.name,
+            group_size=group,
+            cryptography=experiment.engine.cryptography if masked else None,
+            profile=terms.manifest.privacy.profile,
+            guarantee=describe_privacy(terms.manifest.privacy, n_rounds=rounds.n_rounds),
+            versions={name: importlib.metadata.version(name) for name in _PACKAGES},
+            machine=platform.processor() or platform.machine(),
+            began_at=time.time() if earlier is None else earlier.began_at,
+        )
+        self._folder.open_card(card, experiment=experiment.as_toml())
+        if self._data.manifest is not None and not self._folder.partition.exists():
+            self._data.manifest.save(self._folder.partition)
+        return card
+
+    def _read_notes(self) -> None:
+        for note in self._folder.notes():
+            match note:
+                case VisitNote():
+                    self._visits[note.round, note.agent] = note
+                case RoundNote():
+                    self._rounds.append(note)
+                case ScoreNote():
+                    self._scores.setdefault(note.release, []).append(note)
+                case _:
+                    pass
+
+    def _release(self, first: Float32Array) -> Release:
+        """The newest one."""
+        number = sum(note.failure is None for note in self._rounds)
+        if number == 0:
+            return Release(number=0, vector=first)
+        vector = read_vector(self._folder.release(number))
+        last = next(note for note in reversed(self._rounds) if note.failure is None)
+        if _sha256(vector) != last.release_sha256:
+            msg = (
+                f"{self._folder.release(number)} is not the release that the journal speaks of; "
+                "restore it, or begin anew in another folder"
+            )
+            raise ExperimentError(msg)
+        state = self._folder.optimizer(number)
+        return Release(
+            number=number,
+            vector=vector,
+            optimizer_state=state.read_bytes() if state.exists() else None,
+            clip_norm=last.next_clip_norm,
+        )
+
+    # Rounds
+
+    def _run_rounds(self, release: Release, base: BaseDescription) -> None:
+        if self._request.arm is Arm.BASE:
+            self._write_adapter(release, base)
+            return
+        terms, rules = self._terms, self._terms.manifest.rounds
+        server = VirtualServer(
+            terms,
+            self._chance,
+            cryptography=self._experiment.engine.cryptography,
+            vanish=self._experiment.population.vanish
+            if self._request.arm is Arm.FEDERATED
+            else 0.0,
+        )
+        section, n_clients = self._experiment.attack, len(self._data.clients)
+        attackers = (
+            Attackers(section, n_clients=n_clients, chance=self._chance)
+            if section is not None and self._request.arm is Arm.FEDERATED
+            else None
+        )
+        spending = Spending(terms.manifest, n_values=terms.tensors.n_values)
+        for plan in self._plans():
+            if plan.number <= len(self._rounds):
+                self._charge(spending, plan)
+                continue
+            if release.number >= rules.n_rounds:
+                break
+            if plan.number > _FAILED_ROUNDS * rules.n_rounds:
+                reasons = [note.failure for note in self._rounds if note.failure is not None]
+                msg = f"{plan.number - 1} rounds gave {release.number} releases: {reasons[-1]}"
+                raise ExperimentError(msg)
+            release = self._round(plan, release, server, attackers, spending)
+        self._write_adapter(release, base)
+
+    def _plans(self) -> Iterator[PlannedRound]:
+        if self._request.arm is not Arm.FEDERATED:
+            return alone(self._request.client or 0)
+        terms, section = self._terms, self._experiment.population
+        return timetable(
+            section,
+            terms.manifest.rounds,
+            n_tokens=None if section.file is None else self._tokens(),
+            n_clients=len(self._data.clients),
+            down_n_bytes=terms.turns.at(0).layout.n_bytes,
+            up_n_bytes=terms.turns.max_n_bytes,
+            seed=self._request.seed,
+        )
+
+    def _tokens(self) -> list[int]:
+        """That each client trains on in a round."""
+        self._listener.stage("counting tokens, for devices to take their time")
+        block, clients = self._terms.manifest.training, self._data.clients
+        counts = engines.count_tokens(self._engine, self._setup, clients)
+        if block.local_steps is None:
+            return [(block.local_epochs or 1) * count for count in counts]
+        n_drawn = block.local_steps * block.batch_size
+        return [
+            n_drawn * count // max(1, len(records))
+            for count, records in zip(counts, clients, strict=True)
+        ]
+
+    def _charge(self, spending: Spending, plan: PlannedRound) -> None:
+        for agent in plan.cohort:
+            note = self._visits.get((plan.number, agent))
+            if note is not None:
+                spending.trained(agent, n_examples=note.n_examples)
+
+    def _round(
+        self,
+        plan: PlannedRound,
+        release: Release,
+        server: VirtualServer,
+        attackers: Attackers | None,
+        spending: Spending,
+    ) -> Release:
+        begun = time.perf_counter()
+        updates, waited_s = ([], 0.0) if plan.failure else self._train(plan, release)
+        self._charge(spending, plan)
+        if attackers is not None:
+            updates = self._attacked(attackers, plan, release, updates)
+        closed = (
+            Closed(release=release, fates={}, failure=plan.failure)
+            if plan.failure
+            else server.close(plan.number, release, updates)
+        )
+        note = self._note(plan, closed, spending, begun=begun, waited_s=waited_s)
+        made = closed.release
+        if note.failure is None:
+            self._folder.write_vector(self._folder.release(made.number), made.vector)
+            if made.optimizer_state is not None:
+                self._folder.write(self._folder.optimizer(made.number), made.optimizer_state)
+        self._folder.append([note])
+        self._rounds.append(note)
+        self._folder.tidy(plan.number, made.number)
+        self._listener.closed(note)
+        if made.number == 1 and release.number == 0:
+            self._measure(release)
+        if made.number > release.number:
+            self._measure(made)
+        return made
+
+    def _train(
+        self, plan: PlannedRound, release: Release
+    ) -> tuple[list[tuple[int, PlainUpdate]], float]:
+        """The updates of a round, ascending by agent; and the seconds that were waited for them."""
+        waited_s = 0.0
+        todo = [group for group in self._groups(plan) if not self._is_kept(plan.number, group)]
+        mark = time.perf_counter()
+        for results in engines.train(
+            self._engine,
+            self._setup,
+            release.vector,
+            [self._visits_of(plan, release, group) for group in todo],
+        ):
+            waited_s += time.perf_counter() - mark
+            self._keep(plan.number, results)
+            mark = time.perf_counter()
+        updates = []
+        for agent in plan.cohort:
+            note = self._visits[plan.number, agent]
+            if note.error is None:
+                vector = read_vector(self._folder.update(plan.number, agent))
+                updates.append((agent, PlainUpdate(vector=vector, weight=note.weight)))
+        return updates, waited_s
+
+    def _groups(self, plan: PlannedRound) -> list[tuple[int, ...]]:
+        """The cohort in groups of like volume, the largest first: those train for equally long."""
+        order = sorted(plan.cohort, key=lambda agent: (-len(self._records(agent)), agent))
+        size = self._setup.group
+        return [tuple(order[start : start + size]) for start in range(0, len(order), size)]
+
+    def _is_kept(self, number: int, group: Sequence[int]) -> bool:
+        """Whether an earlier sitting has trained it; a group's floats depend on all its members."""
+        for agent in group:
+            note = self._visits.get((number, agent))
+            if note is None or not (
+                note.error is not None or self._folder.update(number, agent).exists()
+            ):
+                return False
+        return True
+
+    def _records(self, agent: int) -> tuple[Record, ...]:
+        if self._request.arm is Arm.CENTRALISED:
+            return self._data.everything
+        return self._data.clients[agent]
+
+    def _visits_of(
+        self, plan: PlannedRound, release: Release, group: Sequence[int]
+    ) -> tuple[Visit, ...]:
+        # A baseline trains for long at a stretch; an agent of a group is begun anew.
+        state_path = None
+        if self._request.arm is not Arm.FEDERATED:
+            state_path = self._folder.training_state
+        return tuple(
+            Visit(
+                round=plan.number,
+                release=release.number,
+                agent=agent,
+                records=self._records(agent),
+                state_path=state_path,
+            )
+            for agent in group
+        )
+
+    def _keep(self, number: int, results: Sequence[VisitResult]) -> None:
+        notes = []
+        for result in results:
+            if result.vector is not None:
+                self._folder.write_vector(self._folder.update(number, result.agent), result.vector)
+            note = VisitNote(
+                round=number,
+                agent=result.agent,
+                n_examples=result.n_examples,
+                n_tokens=result.n_tokens,
+                n_steps=result.n_steps,
+                first_loss=result.first_loss,
+                last_loss=result.last_loss,
+                weight=result.weight,
+                update_norm=0.0 if result.vector is None else l2_norm(result.vector),
+                update_sha256="" if result.vector is None else _sha256(result.vector),
+                train_s=result.train_s,
+                error=result.error,
+            )
+            notes.append(note)
+            self._visits[number, result.agent] = note
+        self._folder.append(notes)
+        for note in notes:
+            self._listener.visited(note)
+
+    def _attacked(
+        self,
+        attackers: Attackers,
+        plan: PlannedRound,
+        release: Release,
+        updates: list[tuple[int, PlainUpdate]],
+    ) -> list[tuple[int, PlainUpdate]]:
+        layout = self._terms.turns.at(release.number).layout.tensors
+        last_change: Float32Array | None = None
+        if release.number > 0:
+            before = read_vector(self._folder.release(release.number - 1))
+            change = unflatten(release.vector - before, self._terms.whole)
+            last_change = flatten(change, layout)
+        return attackers.craft(plan.number, updates, layout=layout, last_change=last_change)
+
+    def _note(
+        self,
+        plan: PlannedRound,
+        closed: Closed,
+        spending: Spending,
+        *,
+        begun: float,
+        waited_s: float,
+    ) -> RoundNote:
+        terms = self._terms
+        visits = [self._visits[plan.number, agent] for agent in plan.cohort if not plan.failure]
+        failed = {note.agent: Fate.FAILED for note in visits if note.error is not None}
+        number = sum(note.failure is None for note in self._rounds)
+        training, n_rounds = terms.manifest.training, terms.manifest.rounds.n_rounds
+        recipe = RoundRecipe(
+            training=training,
+            schedule_start=number / n_rounds,
+            schedule_end=(number + 1) / n_rounds,
+            seed=0,
+        )
+        epsilon = spending.epsilon
+        wall_s = time.perf_counter() - begun
+        return RoundNote(
+            number=plan.number,
+            release=None if closed.failure else closed.release.number,
+            fates=plan.fates | failed | dict(closed.fates),
+            n_cells=closed.n_cells,
+            n_cells_removed=closed.n_cells_removed,
+            update_norm=closed.update_norm,
+            covariance_gap=closed.covariance_gap,
+            learning_rate=recipe.learning_rate(0, 1),
+            bytes_up=closed.up_n_bytes,
+            bytes_down=len(plan.fates) * terms.turns.at(number).layout.n_bytes,
+            waited_s=plan.waited_s,
+            duration_s=plan.duration_s,
+            epsilon=epsilon,
+            train_s=sum(note.train_s for note in visits),
+            server_s=wall_s - waited_s,
+            wall_s=wall_s,
+            release_sha256=_sha256(closed.release.vector),
+            next_clip_norm=closed.release.clip_norm,
+            failure=closed.failure,
+        )
+
+    # Measuring
+
+    def _measure(self, release: Release) -> None:
+        """Score a release, if its turn has come and no earlier sitting did."""
+        section, arm = self._experiment.evaluation, self._request.arm
+        n_rounds = 0 if arm is Arm.BASE else self._terms.manifest.rounds.n_rounds
+        is_last = release.number == n_rounds
+        ends = is_last or (release.number == 0 and arm is Arm.FEDERATED)
+        due = ends or (section.every > 0 and release.number % section.every == 0)
+        if not due or (release.number == 0 and not ends) or self._is_scored(release.number, ends):
+            return
+        by_category: dict[str, list[Record]] = {}
+        for record in self._data.held_out:
+            by_category.setdefault(record.category or UNCATEGORIZED, []).append(record)
+        questions = []
+        for records in by_category.values():
+            questions.append(Question(release=release.number, loss=tuple(records)))
+            if ends and section.answers:
+                questions.append(
+                    Question(
+                        release=release.number,
+                        answers=tuple(records[: section.answers]),
+                        max_new_tokens=section.max_new_tokens,
+                    )
+                )
+        notes = engines.measure(self._engine, self._setup, release.vector, questions)
+        self._folder.append(notes)
+        scores = [note for note in notes if isinstance(note, ScoreNote)]
+        self._scores[release.number] = scores
+        self._listener.scored(scores)
+
+    def _is_scored(self, release: int, ends: bool) -> bool:  # noqa: FBT001 - private
+        categories = {record.category or UNCATEGORIZED for record in self._data.held_out}
+        wanted = {(Measure.LOSS, category) for category in categories}
+        if ends and self._experiment.evaluation.answers:
+            wanted |= {(Measure.ROUGE_L, category) for category in categories}
+        found = {(note.measure, note.category) for note in self._scores.get(release, [])}
+        return wanted <= found
+
+    def _write_adapter(self, release: Release, base: BaseDescription) -> None:
+        """The last release, for stock peft and for `sheepfold-agent`."""
+        lora = self._terms.manifest.lora
+        arrays = unflatten(release.vector, self._terms.whole)
+        files = {
+            WEIGHTS_NAME: to_safetensors(arrays),
+            CONFIG_NAME: peft_config(base.base, lora),
+        }
+        for name, data in files.items():
+            self._folder.write(self._folder.adapter / name, data)
+
+
+def _sha256(vector: Float32Array) -> str:
+    return hashlib.sha256(vector.tobytes()).hexdigest()

@@ -1,0 +1,470 @@
+"""What a virtual agent does in a round: all that an agent does between fetching and sending.
+
+A worker holds one 4-bit base. Agents bring their records and leave with an update; nothing of one
+stays behind for the next but tokens.
+"""
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Final
+
+from edge_agent.data.records import UNCATEGORIZED, Record
+from edge_agent.data.tokens import Example, tokenize
+from edge_agent.errors import TrainingError
+from edge_agent.evaluation import Scores, held_out_loss, score_answers
+from edge_agent.private import PrivacyTerms, make_terms
+from edge_agent.training.gradients import GradientRule, MeanGradient, PrivateGradient
+from edge_agent.training.sampling import BatchSampler, PoissonBatches, ShuffledBatches
+from edge_agent.training.trainer import (
+    LocalTrainer,
+    RoundRecipe,
+    TrainerOptions,
+    TrainingProgress,
+    TrainingResult,
+)
+from privacy.updates import Float32Array
+from protocol.base_description import BaseDescription
+from protocol.blocks import LoraRule, LossOn, Weighting
+from protocol.clock import SystemClock
+from protocol.layout import VectorLayout
+from protocol.manifest import FederationManifest
+from protocol.privacy import ExamplePrivacy
+from protocol.wire import parse
+from quant.adapter import AdapterArrays, adapter_shapes, sent_layout, unflatten
+from quant.base_model import LoadedBase, load_base, parse_device, set_threads
+from quant.lora import AdaptedModel
+from quant.lora_stack import StackedModel, StackSlot
+from quant.lora_turns import sent_factors
+from quant.memory import StepSettings
+from quant.quiet import quiet_libraries
+from simulations.lab.chance import RunChance
+from simulations.lab.records import AnswerNote, Measure, ScoreNote
+from simulations.lab.together import train_together
+
+MICRO_TOKENS: Final = 2048
+"""Of one agent's micro-batch; the fastest on a processor's core, and it changes no gradient."""
+_KEPT_CLIENTS: Final = 512
+"""Of whom a worker keeps the tokens."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """What a worker must have at hand; equal setups give equal workers.
+
+    Attributes:
+        model: The base.
+        revision: Of a model of the hub.
+        device: None: a GPU where there is one.
+        manifest: As JSON; None where the base is only to be described.
+        group: How many agents are trained at once.
+        seed: Of the run.
+    """
+
+    model: str
+    revision: str | None = None
+    device: str | None = None
+    manifest: bytes | None = field(default=None, repr=False)
+    group: int = 1
+    seed: int = 0
+
+    def is_of_base(self, other: "Setup") -> bool:
+        """Whether another setup is of the same base on the same device.
+
+        Args:
+            other: The other one.
+        """
+        mine = (self.model, self.revision, self.device)
+        return mine == (other.model, other.revision, other.device)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Visit:
+    """One agent's part in one round.
+
+    Attributes:
+        round: From 1.
+        release: Number of the release that it starts from.
+        agent: The client's number, from 0.
+        records: The client's.
+        state_path: Where a long training keeps its progress; of a group of one only.
+    """
+
+    round: int
+    release: int
+    agent: int
+    records: tuple[Record, ...] = field(repr=False)
+    state_path: Path | None = None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class VisitResult:
+    """What an agent has to send, and what is noted of it.
+
+    Attributes:
+        agent: The client's number.
+        vector: The update [n_values] float32 in the layout of the round; None: there is none.
+        weight: Of the update.
+        error: Why there is no update.
+    """
+
+    agent: int
+    vector: Float32Array | None
+    weight: int
+    n_examples: int
+    n_tokens: int
+    n_steps: int
+    first_loss: float | None
+    last_loss: float | None
+    train_s: float
+    error: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """What is asked of a release.
+
+    Attributes:
+        release: Its number.
+        loss: Records for the held-out loss; empty: it is not asked.
+        answers: Records to answer; the same.
+        max_new_tokens: Longest answer.
+    """
+
+    release: int
+    loss: tuple[Record, ...] = field(default=(), repr=False)
+    answers: tuple[Record, ...] = field(default=(), repr=False)
+    max_new_tokens: int = 128
+
+
+class _TokenCount:
+    """Adds up a training's useful tokens, and tells a listener."""
+
+    def __init__(self) -> None:
+        self.n_tokens = 0
+
+    def __call__(self, progress: TrainingProgress) -> None:
+        self.n_tokens += progress.n_tokens
+
+
+@dataclass(kw_only=True)
+class _Prepared:
+    """A visit that is ready to be trained."""
+
+    visit: Visit
+    trainer: LocalTrainer
+    n_examples: int
+    weight: int
+    counted: _TokenCount
+
+
+class LabWorker:
+    """One base, many agents: each trains by `LocalTrainer` from the same release.
+
+    Guarantees:
+        1. A visit's update depends on the setup, the release and the visits of its group alone, on
+           one machine with one thread: not on the worker, nor on what it did before.
+        2. With a group of one it equals the update of an agent with the same records, order of
+           batches and noise, bit for bit.
+
+    Args:
+        setup: With a manifest.
+        base: The base that the manifest names; None loads it.
+    """
+
+    def __init__(self, setup: Setup, base: LoadedBase | None = None) -> None:
+        """Load the base, if it is not given; adapters are attached when they are needed."""
+        self.base = load_lab_base(setup) if base is None else base
+        self._attached: AdaptedModel | None = None
+        self._tokens: dict[int, tuple[Example, ...]] = {}
+        self._terms: dict[int, PrivacyTerms] = {}
+        self.use(setup)
+
+    def use(self, setup: Setup) -> None:
+        """Go on with another manifest or group size over the same base.
+
+        Args:
+            setup: Of the same base and device.
+        """
+        self.setup = setup
+        self._detach()
+        self._tokens.clear()
+        self._terms.clear()
+        self._chance = RunChance(setup.seed)
+        if setup.manifest is not None:
+            self.manifest = parse(FederationManifest, setup.manifest)
+            self._shapes = adapter_shapes(self.base.description, self.manifest.lora)
+            self._whole = sent_layout(self._shapes, sent_factors(LoraRule.FEDIT, 0))
+
+    def describe(self) -> BaseDescription:
+        """Of the base."""
+        return self.base.description
+
+    # Training
+
+    def train(self, release: Float32Array, visits: Sequence[Visit]) -> list[VisitResult]:
+        """Train a group of agents at once.
+
+        Args:
+            release: The whole adapter that the round starts from, [n_whole] float32.
+            visits: At least one, at most `setup.group`, all of one round.
+        """
+        begun = time.perf_counter()
+        factors = sent_factors(self.manifest.lora.rule, visits[0].release)
+        adapters: Sequence[AdaptedModel | StackSlot]
+        if self.setup.group == 1:
+            stack = None
+            single = self._single()
+            single.train_only(factors)
+            adapters = [single]
+        else:
+            stack = self._stack()
+            stack.train_only(factors)
+            adapters = stack.slots
+        layout = sent_layout(self._shapes, factors)
+        start = unflatten(release, self._whole)
+        prepared = [
+            self._prepare(visit, adapter)
+            for visit, adapter in zip(visits, adapters[: len(visits)], strict=True)
+        ]
+        ended = _driven(prepared, stack, start, layout)
+        share = (time.perf_counter() - begun) / len(visits)
+        return [_result(one, end, share) for one, end in zip(prepared, ended, strict=True)]
+
+    def probe(
+        self, group: int, release: Float32Array, visits: Sequence[Visit], *, n_steps: int
+    ) -> None:
+        """Train for some steps at a group size, for nothing but the time that it takes.
+
+        Args:
+            group: How many at once.
+            release: The whole adapter.
+            visits: As many.
+            n_steps: Of each.
+        """
+        training = self.manifest.training.model_copy(
+            update={"local_steps": n_steps, "local_epochs": None}
+        )
+        manifest = self.manifest.model_copy(update={"training": training})
+        self.use(replace(self.setup, group=group, manifest=manifest.canonical()))
+        self.train(release, visits)
+
+    def _prepare(self, visit: Visit, adapter: AdaptedModel | StackSlot) -> _Prepared:
+        manifest, chance = self.manifest, self._chance
+        examples = self._examples(visit)
+        sampler: BatchSampler = ShuffledBatches(
+            n_examples=len(examples),
+            batch_size=manifest.training.batch_size,
+            seed=chance.integer("batches", visit.round, visit.agent),
+        )
+        rule: GradientRule = MeanGradient()
+        if isinstance(manifest.privacy, ExamplePrivacy):
+            terms = self._terms_of(len(examples))
+            secret = chance.secret("dp-sgd", visit.round, visit.agent)
+            sampler = PoissonBatches(
+                n_examples=len(examples), probability=terms.sampling_probability, secret=secret
+            )
+            rule = PrivateGradient(mechanism=terms.mechanism, secret=secret)
+        counted = _TokenCount()
+        n_rounds = manifest.rounds.n_rounds
+        trainer = LocalTrainer(
+            adapter,
+            examples,
+            RoundRecipe(
+                training=manifest.training,
+                schedule_start=visit.release / n_rounds,
+                schedule_end=(visit.release + 1) / n_rounds,
+                seed=chance.integer("dropout", visit.round, visit.agent),
+            ),
+            sampler=sampler,
+            clock=SystemClock(),
+            options=TrainerOptions(
+                rule=rule,
+                on_progress=counted,
+                state_path=visit.state_path,
+                settings=StepSettings(micro_tokens=MICRO_TOKENS),
+            ),
+        )
+        uniform = manifest.aggregation.weighting is Weighting.UNIFORM
+        return _Prepared(
+            visit=visit,
+            trainer=trainer,
+            n_examples=len(examples),
+            weight=1 if uniform else min(len(examples), manifest.max_weight),
+            counted=counted,
+        )
+
+    def _examples(self, visit: Visit) -> tuple[Example, ...]:
+        found = self._tokens.pop(visit.agent, None)
+        if found is None:
+            block = self.manifest.training
+            found = tokenize(
+                visit.records,
+                self.base.tokenizer,
+                template=block.template,
+                loss_on=block.loss_on,
+                max_length=block.max_length,
+            ).examples
+        self._tokens[visit.agent] = found  # the newest last
+        if len(self._tokens) > _KEPT_CLIENTS:
+            del self._tokens[next(iter(self._tokens))]
+        return found
+
+    def _terms_of(self, n_examples: int) -> PrivacyTerms:
+        if n_examples not in self._terms:
+            self._terms[n_examples] = make_terms(self.manifest, n_examples=n_examples)
+        return self._terms[n_examples]
+
+    def count_tokens(self, clients: Sequence[tuple[Record, ...]]) -> list[int]:
+        """How many tokens each client's examples have.
+
+        Args:
+            clients: Records of each.
+        """
+        block = self.manifest.training
+        return [
+            sum(
+                len(example.input_ids)
+                for example in tokenize(
+                    records,
+                    self.base.tokenizer,
+                    template=block.template,
+                    loss_on=block.loss_on,
+                    max_length=block.max_length,
+                ).examples
+            )
+            for records in clients
+        ]
+
+    # Measuring
+
+    def measure(self, release: Float32Array, question: Question) -> list[ScoreNote | AnswerNote]:
+        """Score a release on held-out records.
+
+        Args:
+            release: The whole adapter, [n_whole] float32.
+            question: Which records, and how.
+        """
+        adapted = self._single()
+        adapted.load(unflatten(release, self._whole))
+        block = self.manifest.training
+        notes: list[ScoreNote | AnswerNote] = []
+        if question.loss:
+            data = tokenize(
+                question.loss,
+                self.base.tokenizer,
+                template=block.template,
+                # Of the response alone, whatever is trained: on all tokens those of the template,
+                # which any adapter learns in a few steps, would decide.
+                loss_on=LossOn.RESPONSE,
+                max_length=block.max_length,
+            )
+            scores = held_out_loss(adapted.model, data.examples, pad_id=self.base.pad_id)
+            notes += _score_notes(question.release, Measure.LOSS, scores)
+        if question.answers:
+            answered = score_answers(
+                adapted.model,
+                self.base.tokenizer,
+                question.answers,
+                template=block.template,
+                max_length=block.max_length,
+                max_new_tokens=min(question.max_new_tokens, block.max_length // 2),
+            )
+            notes += _score_notes(question.release, Measure.EXACT_MATCH, answered.exact_match)
+            notes += _score_notes(question.release, Measure.ROUGE_L, answered.rouge_l)
+            notes += [
+                AnswerNote(
+                    release=question.release,
+                    category=one.record.category or UNCATEGORIZED,
+                    instruction=one.record.instruction,
+                    wanted=one.record.response,
+                    answer=one.text,
+                )
+                for one in answered.answers
+            ]
+        return notes
+
+    # Attaching
+
+    def _single(self) -> AdaptedModel:
+        if self._attached is None or isinstance(self._attached, StackedModel):
+            self._detach()
+            self._attached = AdaptedModel(self.base, self.manifest.lora)
+        return self._attached
+
+    def _stack(self) -> StackedModel:
+        if not isinstance(self._attached, StackedModel):
+            self._detach()
+            self._attached = StackedModel(self.base, self.manifest.lora, n_slots=self.setup.group)
+        return self._attached
+
+    def _detach(self) -> None:
+        if self._attached is not None:
+            self._attached.detach()
+            self._attached = None
+
+
+def load_lab_base(setup: Setup) -> LoadedBase:
+    """Load the base of a setup.
+
+    Args:
+        setup: Says which, and where to.
+
+    Raises:
+        BaseModelError: It cannot be loaded.
+    """
+    quiet_libraries()
+    set_threads(1)
+    device = None if setup.device is None else parse_device(setup.device)
+    return load_base(setup.model, revision=setup.revision, device=device)
+
+
+def _driven(
+    prepared: Sequence[_Prepared],
+    stack: StackedModel | None,
+    start: AdapterArrays,
+    layout: VectorLayout,
+) -> list[TrainingResult | TrainingError]:
+    if stack is not None:
+        sessions = [one.trainer.session(start, layout, weight=one.weight) for one in prepared]
+        return train_together(stack, sessions)
+    [one] = prepared
+    try:
+        return [one.trainer.run(start, layout, weight=one.weight)]
+    except TrainingError as error:
+        return [error]
+
+
+def _result(one: _Prepared, end: TrainingResult | TrainingError, train_s: float) -> VisitResult:
+    ended = end if isinstance(end, TrainingResult) else None
+    return VisitResult(
+        agent=one.visit.agent,
+        vector=None if ended is None else ended.update.vector,
+        weight=one.weight,
+        n_examples=one.n_examples,
+        n_tokens=one.counted.n_tokens,
+        n_steps=0 if ended is None else ended.n_steps,
+        first_loss=None if ended is None else _finite(ended.first_loss),
+        last_loss=None if ended is None else _finite(ended.last_loss),
+        train_s=train_s,
+        error=None if ended is not None else str(end),
+    )
+
+
+def _finite(loss: float) -> float | None:
+    return loss if math.isfinite(loss) else None
+
+
+def _score_notes(release: int, measure: Measure, scores: Scores) -> list[ScoreNote]:
+    return [
+        ScoreNote(
+            release=release,
+            measure=measure,
+            category=name,
+            score=one.score,
+            n_examples=one.n_examples,
+        )
+        for name, one in scores.by_category.items()
+    ]
