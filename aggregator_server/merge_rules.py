@@ -238,6 +238,7 @@ class MergeRules:
         start: Start,
         *,
         chance: Chance = SYSTEM,
+        with_gap: bool = True,
     ) -> Merged:
         """The step of a round.
 
@@ -246,6 +247,7 @@ class MergeRules:
             decision: What the filter decided.
             start: The release that the round started from.
             chance: For noise, and for the estimate of what averaging lost.
+            with_gap: Whether that is estimated, which takes longer than the average itself.
 
         Raises:
             AggregationError: Cells and decision do not match, a mean that is not finite, or a
@@ -260,7 +262,8 @@ class MergeRules:
         kept = sums.only(
             [cell for cell, keeps in zip(sums.cells, decision.kept, strict=True) if keeps]
         )
-        mean, report = self._mean(sums, kept, decision, start, chance)
+        gap = self._gap(sums, decision, start, chance) if with_gap else None
+        mean, report = self._mean(sums, kept, decision, start, chance, gap)
         optimizer = optimizers.optimizer_of(self._manifest.aggregation.optimizer)
         state = optimizers.initial_state(optimizer, n_values=len(mean))
         before = start.optimizer_state()
@@ -306,6 +309,7 @@ class MergeRules:
         decision: FilterDecision,
         start: Start,
         chance: Chance,
+        gap: CovarianceGap | None,
     ) -> tuple[NDArray[np.float64], Report]:
         privacy = self._manifest.privacy
         if isinstance(privacy, CentralPrivacy):
@@ -328,7 +332,7 @@ class MergeRules:
             n_cells=int(decision.kept.sum()),
             n_agents=n_agents,
             update_norm=float(np.linalg.norm(mean)),
-            covariance_gap=self._gap(sums, decision, start, chance),
+            covariance_gap=gap,
         )
 
     def _flexlora(self, kept: RoundSums[CellT], start: Start) -> tuple[NDArray[np.float64], Report]:
@@ -350,7 +354,8 @@ class MergeRules:
         """
         lora = self._manifest.lora
         seen = self._is_open and lora.rule is LoraRule.FEDIT
-        if not seen or lora.is_mixed:
+        hidden = isinstance(self._manifest.privacy, CentralPrivacy)
+        if not seen or lora.is_mixed or hidden:
             return None
         return estimate_gap(
             kept_updates(sums.units(), decision.kept, decision.factors),

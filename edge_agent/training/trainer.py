@@ -42,7 +42,7 @@ from protocol.clock import Clock
 from protocol.layout import VectorLayout
 from protocol.wire import canonical_json
 from quant.adapter import AdapterArrays, flatten
-from quant.lora import AdaptedModel
+from quant.lora import AdaptedModel, parts_of
 from quant.lora_stack import StackSlot
 from quant.memory import StepSettings
 
@@ -221,7 +221,11 @@ class LocalTrainer:
         transforms = self._options.transforms
         self._transforms = default if transforms is None else transforms
         self._settings, self._variates = self._options.settings, self._options.variates
-        self._anchor: Gradients = {}
+        # One vector of all that is trained, and its parts by tensor: a small base's step lasts as
+        # long as the start of its operations, and a vector needs few.
+        self._weights = torch.nn.Parameter(torch.empty(0))
+        self._views: Gradients = {}
+        self._anchor: torch.Tensor | None = None
         fp16 = adapted.base.compute_dtype is torch.float16
         self._loss_scale = _FIRST_FP16_LOSS_SCALE if fp16 else 1.0
 
@@ -278,12 +282,12 @@ class LocalTrainer:
             local_steps=block.local_steps, local_epochs=block.local_epochs
         )
         self._adapted.load(start)
+        flat, self._views = self._adapted.gathered()
+        self._weights = torch.nn.Parameter(flat)
         if block.proximal_mu > 0.0:
-            self._anchor = {
-                name: factor.detach().clone() for name, factor in self._adapted.trainable.items()
-            }
+            self._anchor = flat.clone()
         optimizer = torch.optim.AdamW(
-            list(self._adapted.trainable.values()),
+            [self._weights],
             lr=block.learning_rate,
             betas=(block.beta1, block.beta2),
             eps=block.eps,
@@ -291,12 +295,13 @@ class LocalTrainer:
         )
         if self._variates is not None:
             self._variates.begin(self._adapted.trainable)
-        run = self._run_digest(start)
+        run = "" if self._options.state_path is None else self._run_digest(start)
         done = self._resume(run, optimizer)
         if done == 0:
             self._save(run, optimizer, 0)  # the settings too: another choice rounds differently
         first_loss = last_loss = math.nan
-        self._adapted.model.train()
+        if not self._adapted.model.training:  # it goes through every module
+            self._adapted.model.train()
         for step in range(done, n_steps):
             loss = yield from self._step(optimizer, step, n_steps, run)
             if not math.isnan(loss):  # a batch of nobody has none
@@ -322,9 +327,8 @@ class LocalTrainer:
             )
             for index in self._sampler.indices(step)
         ]
-        gradients: Gradients = {
-            name: torch.zeros_like(factor) for name, factor in self._adapted.trainable.items()
-        }
+        flat = torch.zeros_like(self._weights)
+        gradients: Gradients = parts_of(flat, self._views)
         self._rule.begin(gradients, step=step)
         loss_sum = 0.0
         pending = self._cut(batch)
@@ -337,7 +341,7 @@ class LocalTrainer:
             else:
                 loss_sum += total
         self._rule.finish(gradients, n_examples=len(batch), step=step)
-        if not all(bool(tensor.isfinite().all()) for tensor in gradients.values()):
+        if not bool(flat.isfinite().all()):
             msg = (
                 f"training diverged: the gradient of step {step + 1} is not finite; nothing is sent"
             )
@@ -346,9 +350,9 @@ class LocalTrainer:
             transform(gradients, step=step)
         if self._variates is not None:
             self._variates.correct(gradients)
-        self._pull_back(gradients)
+        self._pull_back(flat)
         learning_rate = self._recipe.learning_rate(step, n_steps)
-        self._apply(optimizer, gradients, learning_rate)
+        self._apply(optimizer, flat, learning_rate)
         loss = loss_sum / len(batch) if batch else math.nan
         if self._options.on_progress is not None:
             event = TrainingProgress(
@@ -361,11 +365,11 @@ class LocalTrainer:
             self._options.on_progress(event)
         return loss
 
-    def _pull_back(self, gradients: Gradients) -> None:
+    def _pull_back(self, flat: torch.Tensor) -> None:
         """Add the gradient of μ/2 · ‖w − w₀‖², after clipping and noise: it tells nothing new."""
-        mu, trainable = self._recipe.training.proximal_mu, self._adapted.trainable
-        for name, anchor in self._anchor.items():
-            gradients[name].add_(trainable[name].detach() - anchor, alpha=mu)
+        if self._anchor is not None:
+            mu = self._recipe.training.proximal_mu
+            flat.add_(self._weights.detach() - self._anchor, alpha=mu)
 
     def _cut(self, batch: list[_Drawn]) -> list[list[_Drawn]]:
         micros = cut([drawn.n_tokens for drawn in batch], self._settings)
@@ -422,14 +426,14 @@ class LocalTrainer:
         self._adapted.checkpoint_activations(settings.n_checkpointed_layers)
 
     def _apply(
-        self, optimizer: torch.optim.AdamW, gradients: Gradients, learning_rate: float
+        self, optimizer: torch.optim.AdamW, flat: torch.Tensor, learning_rate: float
     ) -> None:
-        for name, factor in self._adapted.trainable.items():
-            factor.grad = gradients[name]
+        self._weights.grad = flat
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        self._adapted.spread(self._views)
 
     def _obey(self, optimizer: torch.optim.AdamW, step: int, run: str) -> None:
         """Wait out a pause; leave on a stop. Both keep the weights of the last whole step."""
@@ -483,14 +487,15 @@ class LocalTrainer:
         self._loss_scale = progress.loss_scale
         if progress.step == 0:
             return 0
+        moments = {key: torch.zeros_like(self._weights) for key in ("exp_avg", "exp_avg_sq")}
         with torch.no_grad():
-            for name, factor in self._adapted.trainable.items():
-                factor.copy_(tensors["factor/" + name])
-                optimizer.state[factor] = {
-                    "step": tensors["step"].clone(),
-                    "exp_avg": tensors["exp_avg/" + name].to(factor.device),
-                    "exp_avg_sq": tensors["exp_avg_sq/" + name].to(factor.device),
-                }
+            for name, view in self._views.items():
+                view.copy_(tensors["factor/" + name])
+            for key, moment in moments.items():
+                for name, part in parts_of(moment, self._views).items():
+                    part.copy_(tensors[f"{key}/{name}"])
+        self._adapted.spread(self._views)
+        optimizer.state[self._weights] = {"step": tensors["step"].clone(), **moments}
         if self._variates is not None:
             self._variates.restore(tensors)
         return progress.step
@@ -501,12 +506,12 @@ class LocalTrainer:
         tensors = {"step": torch.tensor(float(step))}
         if self._variates is not None:
             tensors |= self._variates.tensors()
-        for name, factor in self._adapted.trainable.items():
-            tensors["factor/" + name] = factor
-            moments = cast("Mapping[str, torch.Tensor]", optimizer.state.get(factor, {}))
-            for moment in ("exp_avg", "exp_avg_sq"):
-                if moment in moments:
-                    tensors[f"{moment}/{name}"] = moments[moment]
+        tensors |= {"factor/" + name: view for name, view in self._views.items()}
+        state = cast("Mapping[str, torch.Tensor]", optimizer.state.get(self._weights, {}))
+        for key in ("exp_avg", "exp_avg_sq"):
+            if key in state:
+                parts = parts_of(state[key], self._views)
+                tensors |= {f"{key}/{name}": part for name, part in parts.items()}
         progress = Progress(
             run=run,
             step=step,
@@ -516,7 +521,9 @@ class LocalTrainer:
         save_state(self._options.state_path, progress, tensors)
 
     def _update(self, start: AdapterArrays, layout: VectorLayout, weight: int) -> PlainUpdate:
-        vector = flatten(self._adapted.arrays(), layout) - flatten(start, layout)
+        parts = parts_of(self._weights.detach().cpu(), self._views)
+        trained = {name: part.numpy() for name, part in parts.items()}
+        vector = flatten(trained, layout) - flatten(start, layout)
         if not np.isfinite(vector).all():
             msg = "training diverged: the update has values that are not finite; nothing is sent"
             raise TrainingError(msg)

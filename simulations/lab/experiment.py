@@ -8,13 +8,14 @@ rounds, one local epoch, batch 32, 1.5e-4, 512 tokens, loss on prompt and respon
 dropout 0.05, six modules. Ours: one learning-rate schedule over all rounds.
 """
 
+import difflib
 import hashlib
 import json
 import tomllib
 from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, Self
+from typing import Annotated, Any, Final, Literal, Self, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
@@ -38,7 +39,7 @@ def _none_of_word(value: object) -> object:
     return None if value == "none" else value
 
 
-Epsilon = Annotated[float | None, BeforeValidator(_none_of_word), Field(gt=0.0)]
+Epsilon = Annotated[Annotated[float, Field(gt=0.0)] | None, BeforeValidator(_none_of_word)]
 """TOML has no null: "none" stands for no differential privacy."""
 
 
@@ -105,8 +106,8 @@ class FederationSection(_Section):
     lora_rule: LoraRule | None = None
     template: Template = Template.ALPACA
     loss_on: LossOn = LossOn.ALL
-    max_length: int = 512
-    batch_size: int = 32
+    max_length: Annotated[int, Field(ge=1)] = 512
+    batch_size: Annotated[int, Field(ge=1)] = 32
     local_epochs: Annotated[int, Field(ge=1)] | None = None
     local_steps: Annotated[int, Field(ge=1)] | None = None
     learning_rate: Annotated[float, Field(gt=0.0)] | None = None
@@ -283,8 +284,9 @@ class Experiment(_Section):
 
     def as_toml(self) -> str:
         """The whole of it as a file, every default written out."""
-        tree = self.model_dump(mode="json", exclude_none=True)
-        tree["federation"]["learning_rate"] = self.learning_rate
+        federation = self.federation.model_copy(update={"learning_rate": self.learning_rate})
+        resolved = self.model_copy(update={"federation": federation})
+        tree = resolved.model_dump(mode="json", exclude_none=True)
         lines = [_line(key, value) for key, value in tree.items() if not isinstance(value, dict)]
         for section, values in tree.items():
             if isinstance(values, dict) and values:
@@ -330,4 +332,23 @@ def _validated(tree: Mapping[str, object], where: str) -> Experiment:
     try:
         return Experiment.model_validate(tree)
     except ValidationError as error:
-        raise ExperimentError(explain(where, error)) from error
+        raise ExperimentError(_unknown_key(where, error) or explain(where, error)) from error
+
+
+def _unknown_key(where: str, error: ValidationError) -> str | None:
+    """A sentence for the first key that there is not, with the nearest that there is."""
+    for one in error.errors(include_url=False):
+        if one["type"] == "extra_forbidden":
+            *sections, key = map(str, one["loc"])
+            model: type[BaseModel] = Experiment
+            for section in sections:
+                annotation = model.model_fields[section].annotation
+                model = next(
+                    kind
+                    for kind in (annotation, *get_args(annotation))
+                    if isinstance(kind, type) and issubclass(kind, BaseModel)
+                )
+            near = difflib.get_close_matches(key, model.model_fields, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]!r}?" if near else f"known: {sorted(model.model_fields)}"
+            return f"{where}: there is no key {'.'.join((*sections, key))!r}; {hint}"
+    return None

@@ -172,7 +172,7 @@ class RunFolder:
                     f"here it is {_short(getattr(card, name))}; choose another --out, or remove it"
                 )
                 raise OutputError(msg)
-            self._write_experiment(experiment)
+            self._furnish(experiment)
             return True
         own = {".lock", _JOURNAL, _CARD + _PART}
         others = sorted(item.name for item in self.root.iterdir() if item.name not in own)
@@ -183,10 +183,13 @@ class RunFolder:
             raise OutputError(msg)
         # The card first: with it the folder is a run's, whatever kills this sitting next.
         self.write(path, card.model_dump_json(indent=2).encode() + b"\n")
-        self._write_experiment(experiment)
+        self._furnish(experiment)
         return False
 
-    def _write_experiment(self, experiment: str) -> None:
+    def _furnish(self, experiment: str) -> None:
+        """Put beside the card what belongs there, as far as it is missing."""
+        for name in ("releases", "state"):
+            (self.root / name).mkdir(exist_ok=True)
         if not self.experiment.exists():
             self.write(self.experiment, experiment.encode())
 
@@ -268,7 +271,7 @@ def read_vector(path: Path) -> Float32Array:
     """
     try:
         vector = np.load(path, allow_pickle=False)
-    except (OSError, ValueError) as error:
+    except (EOFError, OSError, ValueError) as error:
         msg = f"cannot read {path}: {error}; the run cannot go on from there"
         raise OutputError(msg) from error
     if vector.dtype != np.float32 or vector.ndim != 1:

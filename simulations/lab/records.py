@@ -100,8 +100,8 @@ class RoundNote(Note):
         n_cells: Sums that the server saw; an update in the open is one.
         n_cells_removed: Of these, by the filter.
         update_norm: L2 norm of what was averaged.
-        covariance_gap: What averaging the factors apart lost, relative to the update; None where
-            it cannot be seen, or is zero by the rule.
+        covariance_gap: What averaging the factors apart lost, relative to the update; estimated in
+            rounds whose release is measured. None: it cannot be seen, or is zero by the rule.
         learning_rate: Of the round's first step.
         bytes_up: Of all agents' bodies, those that came too late too.
         bytes_down: The release, to all that fetched it.

@@ -12,9 +12,9 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Final
 
-from edge_agent.data.records import UNCATEGORIZED, Record
+from edge_agent.data.records import Record
 from edge_agent.training.trainer import RoundRecipe
 from privacy.updates import Float32Array, PlainUpdate, l2_norm
 from protocol.base_description import BaseDescription
@@ -37,24 +37,27 @@ from simulations.lab.data import prepare_data
 from simulations.lab.engines import Engine
 from simulations.lab.experiment import Experiment
 from simulations.lab.folder import RunFolder, read_card, read_vector
+from simulations.lab.listening import Listener, Silent
 from simulations.lab.probe import choose_group
 from simulations.lab.records import (
     Arm,
     EndNote,
     Fate,
-    Measure,
     RoundNote,
     RunCard,
     ScoreNote,
     VisitNote,
 )
+from simulations.lab.scoring import Scorer
 from simulations.lab.server import Closed, Release, VirtualServer
 from simulations.lab.spending import Spending
 from simulations.lab.terms import make_terms
 from simulations.lab.timetable import PlannedRound, alone, timetable
-from simulations.lab.visits import Question, Setup, Visit, VisitResult
+from simulations.lab.visits import Setup, Visit, VisitResult
 
 _PACKAGES: Final = ("torch", "transformers", "peft", "bitsandbytes", "numpy", "sheepfold")
+_WORTH_KEEPING_S: Final = 0.25
+"""An update of an open round that took less is made again after a kill, not kept."""
 _FAILED_ROUNDS: Final = 3
 """Times as many rounds as were wanted may be tried before a run gives up."""
 
@@ -80,49 +83,6 @@ class Request:
         """For folders and tables."""
         who = self.arm.value if self.client is None else f"{self.arm.value}-{self.client}"
         return f"{who}-seed-{self.seed}"
-
-
-class Listener(Protocol):
-    """Told how a run goes."""
-
-    def stage(self, text: str) -> None:
-        """Something begins that takes a while."""
-        ...
-
-    def begun(self, card: RunCard, *, n_done: int) -> None:
-        """The run is about to train; so many rounds were done by earlier sittings."""
-        ...
-
-    def visited(self, note: VisitNote) -> None:
-        """An agent's training ended."""
-        ...
-
-    def closed(self, note: RoundNote) -> None:
-        """A round ended."""
-        ...
-
-    def scored(self, notes: Sequence[ScoreNote]) -> None:
-        """A release was measured."""
-        ...
-
-
-class Silent:
-    """A listener that says nothing."""
-
-    def stage(self, text: str) -> None:
-        """Nothing."""
-
-    def begun(self, card: RunCard, *, n_done: int) -> None:
-        """Nothing."""
-
-    def visited(self, note: VisitNote) -> None:
-        """Nothing."""
-
-    def closed(self, note: RoundNote) -> None:
-        """Nothing."""
-
-    def scored(self, notes: Sequence[ScoreNote]) -> None:
-        """Nothing."""
 
 
 def run(root: Path, request: Request, engine: Engine, listener: Listener | None = None) -> RunCard:
@@ -162,7 +122,6 @@ class _Sitting:
         self._chance = RunChance(request.seed)
         self._visits: dict[tuple[int, int], VisitNote] = {}
         self._rounds: list[RoundNote] = []
-        self._scores: dict[int, list[ScoreNote]] = {}
 
     def go(self) -> RunCard:
         begun = time.perf_counter()
@@ -186,14 +145,23 @@ class _Sitting:
         first = flatten(initial_adapter(base, terms.manifest.lora), terms.whole)
         card = self._open(first)
         self._setup = replace(self._setup, group=card.group_size)
+        self._scorer = Scorer(
+            self._folder,
+            self._experiment.evaluation,
+            arm=self._request.arm,
+            n_rounds=terms.manifest.rounds.n_rounds,
+            held_out=self._data.held_out,
+            engine=self._engine,
+            listener=self._listener,
+        )
         self._read_notes()
         release = self._release(first)
         self._listener.begun(card, n_done=release.number)
         if release.number == 0:
             self._folder.write_vector(self._folder.release(0), first)
         if self._rounds or self._request.arm is Arm.BASE:  # what a killed sitting did not get to
-            self._measure(Release(number=0, vector=first))
-            self._measure(release)
+            self._scorer.measure(self._setup, Release(number=0, vector=first))
+            self._scorer.measure(self._setup, release)
         self._run_rounds(release, base)
         self._folder.append([EndNote(wall_s=time.perf_counter() - begun)])
         return card
@@ -260,7 +228,7 @@ class _Sitting:
                 case RoundNote():
                     self._rounds.append(note)
                 case ScoreNote():
-                    self._scores.setdefault(note.release, []).append(note)
+                    self._scorer.knows(note)
                 case _:
                     pass
 
@@ -369,7 +337,12 @@ class _Sitting:
         closed = (
             Closed(release=release, fates={}, failure=plan.failure)
             if plan.failure
-            else server.close(plan.number, release, updates)
+            else server.close(
+                plan.number,
+                release,
+                updates,
+                with_gap=self._scorer.is_due(release.number + 1),
+            )
         )
         note = self._note(plan, closed, spending, begun=begun, waited_s=waited_s)
         made = closed.release
@@ -382,16 +355,16 @@ class _Sitting:
         self._folder.tidy(plan.number, made.number)
         self._listener.closed(note)
         if made.number == 1 and release.number == 0:
-            self._measure(release)
+            self._scorer.measure(self._setup, release)
         if made.number > release.number:
-            self._measure(made)
+            self._scorer.measure(self._setup, made)
         return made
 
     def _train(
         self, plan: PlannedRound, release: Release
     ) -> tuple[list[tuple[int, PlainUpdate]], float]:
         """The updates of a round, ascending by agent; and the seconds that were waited for them."""
-        waited_s = 0.0
+        waited_s, fresh = 0.0, dict[int, Float32Array]()
         todo = [group for group in self._groups(plan) if not self._is_kept(plan.number, group)]
         mark = time.perf_counter()
         for results in engines.train(
@@ -402,12 +375,15 @@ class _Sitting:
         ):
             waited_s += time.perf_counter() - mark
             self._keep(plan.number, results)
+            fresh |= {one.agent: one.vector for one in results if one.vector is not None}
             mark = time.perf_counter()
         updates = []
         for agent in plan.cohort:
             note = self._visits[plan.number, agent]
             if note.error is None:
-                vector = read_vector(self._folder.update(plan.number, agent))
+                vector = fresh.get(agent)
+                if vector is None:  # of an earlier sitting
+                    vector = read_vector(self._folder.update(plan.number, agent))
                 updates.append((agent, PlainUpdate(vector=vector, weight=note.weight)))
         return updates, waited_s
 
@@ -453,7 +429,7 @@ class _Sitting:
     def _keep(self, number: int, results: Sequence[VisitResult]) -> None:
         notes = []
         for result in results:
-            if result.vector is not None:
+            if result.vector is not None and result.train_s >= _WORTH_KEEPING_S:
                 self._folder.write_vector(self._folder.update(number, result.agent), result.vector)
             note = VisitNote(
                 round=number,
@@ -533,45 +509,6 @@ class _Sitting:
             next_clip_norm=closed.release.clip_norm,
             failure=closed.failure,
         )
-
-    # Measuring
-
-    def _measure(self, release: Release) -> None:
-        """Score a release, if its turn has come and no earlier sitting did."""
-        section, arm = self._experiment.evaluation, self._request.arm
-        n_rounds = 0 if arm is Arm.BASE else self._terms.manifest.rounds.n_rounds
-        is_last = release.number == n_rounds
-        ends = is_last or (release.number == 0 and arm is Arm.FEDERATED)
-        due = ends or (section.every > 0 and release.number % section.every == 0)
-        if not due or (release.number == 0 and not ends) or self._is_scored(release.number, ends):
-            return
-        by_category: dict[str, list[Record]] = {}
-        for record in self._data.held_out:
-            by_category.setdefault(record.category or UNCATEGORIZED, []).append(record)
-        questions = []
-        for records in by_category.values():
-            questions.append(Question(release=release.number, loss=tuple(records)))
-            if ends and section.answers:
-                questions.append(
-                    Question(
-                        release=release.number,
-                        answers=tuple(records[: section.answers]),
-                        max_new_tokens=section.max_new_tokens,
-                    )
-                )
-        notes = engines.measure(self._engine, self._setup, release.vector, questions)
-        self._folder.append(notes)
-        scores = [note for note in notes if isinstance(note, ScoreNote)]
-        self._scores[release.number] = scores
-        self._listener.scored(scores)
-
-    def _is_scored(self, release: int, ends: bool) -> bool:  # noqa: FBT001 - private
-        categories = {record.category or UNCATEGORIZED for record in self._data.held_out}
-        wanted = {(Measure.LOSS, category) for category in categories}
-        if ends and self._experiment.evaluation.answers:
-            wanted |= {(Measure.ROUGE_L, category) for category in categories}
-        found = {(note.measure, note.category) for note in self._scores.get(release, [])}
-        return wanted <= found
 
     def _write_adapter(self, release: Release, base: BaseDescription) -> None:
         """The last release, for stock peft and for `sheepfold-agent`."""

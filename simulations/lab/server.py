@@ -130,7 +130,12 @@ class VirtualServer:
         self._rules = MergeRules(terms.manifest, terms.tensors)
 
     def close(
-        self, number: int, release: Release, updates: Sequence[tuple[int, PlainUpdate]]
+        self,
+        number: int,
+        release: Release,
+        updates: Sequence[tuple[int, PlainUpdate]],
+        *,
+        with_gap: bool = True,
     ) -> Closed:
         """Make a release of the updates that came in.
 
@@ -138,6 +143,7 @@ class VirtualServer:
             number: Of the round, from 1.
             release: What the agents started from.
             updates: By client, in an order that the round fixes.
+            with_gap: Whether to estimate what averaging the factors apart lost.
         """
         terms = self._terms.turns.at(release.number)
         fates = {agent: Fate.COUNTED for agent, _ in updates}
@@ -173,6 +179,7 @@ class VirtualServer:
                     clip_norm=lambda: release.clip_norm,
                 ),
                 chance=chance,
+                with_gap=with_gap,
             )
             moved = apply_mean(vector, merged.step)
         except AggregationError as error:

@@ -13,7 +13,7 @@ from typing import Final
 
 from edge_agent.data.records import UNCATEGORIZED, Record
 from edge_agent.data.tokens import Example, tokenize
-from edge_agent.errors import TrainingError
+from edge_agent.errors import CheckpointError, TrainingError
 from edge_agent.evaluation import Scores, held_out_loss, score_answers
 from edge_agent.private import PrivacyTerms, make_terms
 from edge_agent.training.gradients import GradientRule, MeanGradient, PrivateGradient
@@ -37,7 +37,7 @@ from quant.adapter import AdapterArrays, adapter_shapes, sent_layout, unflatten
 from quant.base_model import LoadedBase, load_base, parse_device, set_threads
 from quant.lora import AdaptedModel
 from quant.lora_stack import StackedModel, StackSlot
-from quant.lora_turns import sent_factors
+from quant.lora_turns import sent_factors, turn_layouts
 from quant.memory import StepSettings
 from quant.quiet import quiet_libraries
 from simulations.lab.chance import RunChance
@@ -196,6 +196,7 @@ class LabWorker:
         if setup.manifest is not None:
             self.manifest = parse(FederationManifest, setup.manifest)
             self._shapes = adapter_shapes(self.base.description, self.manifest.lora)
+            self._layouts = turn_layouts(self.manifest.lora.rule, self._shapes)
             self._whole = sent_layout(self._shapes, sent_factors(LoraRule.FEDIT, 0))
 
     def describe(self) -> BaseDescription:
@@ -223,7 +224,7 @@ class LabWorker:
             stack = self._stack()
             stack.train_only(factors)
             adapters = stack.slots
-        layout = sent_layout(self._shapes, factors)
+        layout = self._layouts[visits[0].release % len(self._layouts)]
         start = unflatten(release, self._whole)
         prepared = [
             self._prepare(visit, adapter)
@@ -433,6 +434,8 @@ def _driven(
     [one] = prepared
     try:
         return [one.trainer.run(start, layout, weight=one.weight)]
+    except CheckpointError:  # of the folder, not of the training: it can go on
+        raise
     except TrainingError as error:
         return [error]
 

@@ -21,7 +21,7 @@ from protocol.blocks import Factor, LoraBlock, TrainingBlock
 from protocol.clock import SystemClock
 from quant.adapter import AdapterArrays, adapter_shapes, initial_adapter, sent_layout
 from quant.base_model import LoadedBase
-from quant.lora import AdaptedModel
+from quant.lora import AdaptedModel, parts_of
 
 
 class KillError(Exception):
@@ -109,9 +109,10 @@ def test_each_step_takes_the_clipped_gradient_corrected_and_leaves_the_mean_of_t
     seen: list[dict[str, torch.Tensor]] = []
     real = LocalTrainer._apply
 
-    def look(trainer, optimizer, gradients, learning_rate) -> None:
-        seen.append({name: tensor.clone() for name, tensor in gradients.items()})
-        real(trainer, optimizer, gradients, learning_rate)
+    def look(trainer, optimizer, flat, learning_rate) -> None:
+        gradients = parts_of(flat.clone(), trainer._adapted.trainable)
+        seen.append(gradients)
+        real(trainer, optimizer, flat, learning_rate)
 
     monkeypatch.setattr(LocalTrainer, "_apply", look)
     variates = ControlVariates(own, everyone)

@@ -23,7 +23,7 @@ from protocol.clock import SystemClock
 from quant import loss as loss_module
 from quant.adapter import AdapterArrays, adapter_shapes, initial_adapter, sent_layout
 from quant.base_model import LoadedBase, load_base
-from quant.lora import AdaptedModel
+from quant.lora import AdaptedModel, parts_of
 from quant.memory import StepSettings
 
 N_STEPS = 6
@@ -119,10 +119,11 @@ def test_fedprox_adds_the_distance_from_the_rounds_start_to_the_gradient(
     weights: list[dict[str, torch.Tensor]] = []
     real = LocalTrainer._apply
 
-    def look(trainer, optimizer, gradients, learning_rate) -> None:
-        seen.append({name: tensor.clone() for name, tensor in gradients.items()})
+    def look(trainer, optimizer, flat, learning_rate) -> None:
+        gradients = parts_of(flat.clone(), trainer._adapted.trainable)
+        seen.append(gradients)
         weights.append({name: f.detach().clone() for name, f in bench.adapted.trainable.items()})
-        real(trainer, optimizer, gradients, learning_rate)
+        real(trainer, optimizer, flat, learning_rate)
 
     monkeypatch.setattr(LocalTrainer, "_apply", look)
     for mu in (0.0, 3.0):
