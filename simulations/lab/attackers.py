@@ -8,6 +8,7 @@ from privacy.updates import Float32Array, PlainUpdate
 from protocol.layout import VectorLayout
 from simulations.attacks.catalogue import update_attacks
 from simulations.attacks.knowledge import Knowledge
+from simulations.errors import AttackError
 from simulations.lab.chance import RunChance
 from simulations.lab.experiment import AttackSection
 
@@ -40,32 +41,31 @@ class Attackers:
     ) -> list[tuple[int, PlainUpdate]]:
         """The updates of a round as they are sent.
 
+        Attackers who are too few in a round for their attack send what they trained.
+
         Args:
             number: Of the round.
             updates: As they were trained, by client.
             layout: Of their values.
             last_change: This round's release less the one before, in that layout; None: the first.
-
-        Raises:
-            AttackError: The attack cannot be made with what the attackers know.
         """
         own = [update for client, update in updates if client in self.clients]
         if not own or len(own) == len(updates):
             return list(updates)
         honest = [update.vector for client, update in updates if client not in self.clients]
-        crafted = iter(
-            self._attack.craft(
-                Knowledge(
-                    own_updates=np.stack([update.vector for update in own]),
-                    n_agents=len(updates),
-                    layout=layout,
-                    round_number=number,
-                    last_change=last_change,
-                    honest_updates=np.stack(honest),
-                ),
-                rng=self._chance.generator("attack", number),
-            )
+        knowledge = Knowledge(
+            own_updates=np.stack([update.vector for update in own]),
+            n_agents=len(updates),
+            layout=layout,
+            round_number=number,
+            last_change=last_change,
+            honest_updates=np.stack(honest),
         )
+        try:
+            made = self._attack.craft(knowledge, rng=self._chance.generator("attack", number))
+        except AttackError:
+            return list(updates)
+        crafted = iter(made)
         return [
             (client, PlainUpdate(vector=next(crafted), weight=update.weight))
             if client in self.clients

@@ -75,6 +75,19 @@ def describe(engine: Engine, setup: Setup) -> BaseDescription:
     return first
 
 
+def machine(engine: Engine, setup: Setup) -> str:
+    """What one of the workers runs on; they are taken to be alike.
+
+    Args:
+        engine: Any.
+        setup: Of the run.
+
+    Raises:
+        EngineError: The worker died.
+    """
+    return _answer(engine.ask(setup, _machine))
+
+
 def train(
     engine: Engine, setup: Setup, release: Float32Array, groups: Sequence[tuple[Visit, ...]]
 ) -> Iterator[list[VisitResult]]:
@@ -146,6 +159,10 @@ def count_tokens(engine: Engine, setup: Setup, clients: Sequence[tuple[Record, .
 
 def _count_tokens(worker: LabWorker, *, clients: tuple[tuple[Record, ...], ...]) -> list[int]:
     return worker.count_tokens(clients)
+
+
+def _machine(worker: LabWorker) -> str:
+    return worker.machine()
 
 
 def _describe(worker: LabWorker) -> BaseDescription:

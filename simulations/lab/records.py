@@ -55,6 +55,8 @@ class Fate(StrEnum):
     """Its training gave nothing that may be sent."""
     REMOVED = "removed"
     """The filter took its cell out."""
+    VOID = "void"
+    """Its update came in, and the round made no release."""
 
 
 class VisitNote(Note):

@@ -7,7 +7,6 @@ bit for bit, as one that was not.
 
 import hashlib
 import importlib.metadata
-import platform
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -20,6 +19,7 @@ from privacy.updates import Float32Array, PlainUpdate, l2_norm
 from protocol.base_description import BaseDescription
 from protocol.blocks import NoMasking
 from protocol.guarantee import describe_privacy
+from protocol.privacy import ExamplePrivacy
 from quant.adapter import (
     CONFIG_NAME,
     WEIGHTS_NAME,
@@ -212,7 +212,7 @@ class _Sitting:
             profile=terms.manifest.privacy.profile,
             guarantee=describe_privacy(terms.manifest.privacy, n_rounds=rounds.n_rounds),
             versions={name: importlib.metadata.version(name) for name in _PACKAGES},
-            machine=platform.processor() or platform.machine(),
+            machine=engines.machine(self._engine, self._setup),
             began_at=time.time() if earlier is None else earlier.began_at,
         )
         self._folder.open_card(card, experiment=experiment.as_toml())
@@ -316,10 +316,12 @@ class _Sitting:
         ]
 
     def _charge(self, spending: Spending, plan: PlannedRound) -> None:
-        for agent in plan.cohort:
+        """Under P1 whoever began is charged, whatever became of it; else whose update came in."""
+        began = isinstance(self._terms.manifest.privacy, ExamplePrivacy)
+        for agent in plan.fates if began else plan.cohort:
             note = self._visits.get((plan.number, agent))
-            if note is not None:
-                spending.trained(agent, n_examples=note.n_examples)
+            n_examples = len(self._records(agent)) if note is None else note.n_examples
+            spending.trained(agent, n_examples=n_examples)
 
     def _round(
         self,
@@ -486,12 +488,16 @@ class _Sitting:
             schedule_end=(number + 1) / n_rounds,
             seed=0,
         )
+        fates = plan.fates | failed | dict(closed.fates)
+        if closed.failure is not None:
+            void = [agent for agent, fate in fates.items() if fate is Fate.COUNTED]
+            fates |= dict.fromkeys(void, Fate.VOID)
         epsilon = spending.epsilon
         wall_s = time.perf_counter() - begun
         return RoundNote(
             number=plan.number,
             release=None if closed.failure else closed.release.number,
-            fates=plan.fates | failed | dict(closed.fates),
+            fates=fates,
             n_cells=closed.n_cells,
             n_cells_removed=closed.n_cells_removed,
             update_norm=closed.update_norm,

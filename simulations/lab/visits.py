@@ -5,11 +5,14 @@ stays behind for the next but tokens.
 """
 
 import math
+import platform
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
+
+import torch
 
 from edge_agent.data.records import UNCATEGORIZED, Record
 from edge_agent.data.tokens import Example, tokenize
@@ -202,6 +205,12 @@ class LabWorker:
     def describe(self) -> BaseDescription:
         """Of the base."""
         return self.base.description
+
+    def machine(self) -> str:
+        """What decides how numbers are rounded: the processor, or the device."""
+        if self.base.device.type == "cuda":
+            return torch.cuda.get_device_name(self.base.device)
+        return platform.processor() or platform.machine()
 
     # Training
 

@@ -28,6 +28,7 @@ FATE_COLOURS: Final = {
     Fate.CELL_LOST: "#d55e00",
     Fate.FAILED: "#000000",
     Fate.REMOVED: "#56b4e9",
+    Fate.VOID: "#e69f00",
 }
 MEASURE_NAMES: Final = {
     Measure.LOSS: "held-out loss",

@@ -1,0 +1,179 @@
+"""How many agents to train at once, by the time that trying took."""
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from edge_agent.data.records import Record
+from quant.base_model import LoadedBase
+from simulations.lab import probe as probe_module
+from simulations.lab.engines import Here
+from simulations.lab.experiment import EMBEDDED_BASE, Experiment
+from simulations.lab.probe import choose_group, chosen
+from simulations.lab.records import Arm
+from simulations.lab.terms import make_terms
+from simulations.lab.visits import Setup, Visit, load_lab_base
+
+LINEAR = {1: 1.0, 2: 0.5, 4: 0.25, 8: 0.125, 16: 0.0625}
+"""Seconds of an agent's step where a group takes as long as one agent."""
+FLAT = dict.fromkeys((1, 2, 4, 8, 16), 1.0)
+"""The same where nothing is gained."""
+
+
+@pytest.mark.parametrize(
+    ("times", "cohort", "n_workers", "wanted"),
+    [
+        pytest.param(LINEAR, 16, 1, 16, id="all-at-once"),
+        pytest.param(FLAT, 16, 1, 1, id="no-gain"),
+        pytest.param({1: 1.0, 2: 0.96}, 16, 1, 1, id="less-than-one-in-twenty-is-no-gain"),
+        pytest.param({1: 1.0, 2: 0.94}, 16, 1, 2, id="more-than-one-in-twenty"),
+        pytest.param({1: 1.0, 2: 0.6, 4: 0.7}, 16, 1, 2, id="the-best-is-in-the-middle"),
+        pytest.param({1: 1.0, 2: 0.8, 4: 0.78}, 16, 1, 2, id="the-smaller-of-two-alike"),
+        # Five agents on four workers: two turns of one, or one turn of two: half the agents' time.
+        pytest.param({1: 1.0, 2: 0.99}, 5, 4, 1, id="a-group-of-two-takes-twice-as-long"),
+        pytest.param({1: 1.0, 2: 0.5}, 5, 4, 2, id="one-turn-in-the-place-of-two"),
+        pytest.param({1: 1.0, 2: 0.5}, 4, 4, 1, id="a-worker-for-each"),
+        # Five in groups of four are two turns; the short one is reckoned as a whole one.
+        pytest.param({1: 1.0, 2: 0.9, 4: 0.55}, 5, 1, 4, id="two-turns-of-four"),
+        pytest.param({1: 1.0, 2: 0.9, 4: 0.7}, 5, 1, 1, id="two-turns-of-four-are-too-long"),
+        pytest.param({1: 3.0}, 7, 1, 1, id="one-candidate"),
+    ],
+)
+def test_the_size_whose_rounds_are_soonest_over_is_chosen(
+    times: dict[int, float], cohort: int, n_workers: int, wanted: int
+) -> None:
+    assert chosen(times, cohort=cohort, n_workers=n_workers) == wanted
+
+
+@dataclass
+class FakeWorker:
+    """Moves the clock as far as its group would take."""
+
+    setup: Setup
+    step_s: dict[int, float]
+    batch_size: int = 4
+    clock_s: float = 0.0
+    probed: list[tuple[int, int]] = field(default_factory=list)
+    visits: list[Sequence[Visit]] = field(default_factory=list)
+
+    @property
+    def manifest(self) -> Any:
+        return SimpleNamespace(training=SimpleNamespace(batch_size=self.batch_size))
+
+    def probe(self, group: int, release: object, visits: Sequence[Visit], *, n_steps: int) -> None:
+        self.setup = replace(self.setup, group=group)
+        self.probed.append((group, n_steps))
+        self.visits.append(visits)
+        self.clock_s += self.step_s[group] * group * n_steps
+
+    def use(self, setup: Setup) -> None:
+        self.setup = setup
+
+
+@dataclass
+class FakeEngine:
+    worker: FakeWorker
+    n_workers: int = 1
+    name: str = "a fake"
+
+    def ask(self, setup: Setup, call: Callable[[Any], Any]) -> "Future[Any]":
+        assert self.worker.setup == setup
+        future: Future[Any] = Future()
+        future.set_result(call(self.worker))
+        return future
+
+    def close(self) -> None:
+        pass
+
+
+SETUP = Setup(model="a model", manifest=b"{}", seed=3)
+RECORD = Record(
+    instruction="Why?", context="", response="So.", category="a", messages=None, source="s"
+)
+CLIENTS = [(RECORD,) * n for n in (9, 3)]
+
+
+@pytest.fixture
+def make_engine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., FakeEngine]:
+    def make(step_s: dict[int, float], *, n_workers: int = 1) -> FakeEngine:
+        worker = FakeWorker(SETUP, step_s)
+        monkeypatch.setattr(probe_module.time, "perf_counter", lambda: worker.clock_s)
+        return FakeEngine(worker, n_workers)
+
+    return make
+
+
+def choose(engine: FakeEngine, *, cohort: int) -> int:
+    return choose_group(engine, SETUP, np.zeros(3, np.float32), CLIENTS, cohort=cohort)
+
+
+def test_larger_groups_are_tried_as_long_as_they_gain(
+    make_engine: Callable[..., FakeEngine],
+) -> None:
+    engine = make_engine(LINEAR)
+    assert choose(engine, cohort=16) == 16
+    assert [size for size, _ in engine.worker.probed[::2]] == [1, 2, 4, 8, 16]
+    assert engine.worker.setup == SETUP
+
+
+def test_the_first_that_gains_nothing_is_the_last_that_is_tried(
+    make_engine: Callable[..., FakeEngine],
+) -> None:
+    engine = make_engine({1: 1.0, 2: 0.6, 4: 0.59, 8: 0.01, 16: 0.01})
+    assert choose(engine, cohort=16) == 2
+    assert [size for size, _ in engine.worker.probed[::2]] == [1, 2, 4]
+    assert engine.worker.setup == SETUP
+
+
+def test_none_is_larger_than_leaves_every_worker_one(
+    make_engine: Callable[..., FakeEngine],
+) -> None:
+    engine = make_engine(LINEAR, n_workers=4)
+    assert choose(engine, cohort=16) == 4
+    assert {size for size, _ in engine.worker.probed} == {1, 2, 4}
+
+
+@pytest.mark.parametrize(("cohort", "n_workers"), [(1, 1), (3, 4), (8, 8)])
+def test_where_one_alone_can_be_nothing_is_tried(
+    make_engine: Callable[..., FakeEngine], cohort: int, n_workers: int
+) -> None:
+    engine = make_engine(LINEAR, n_workers=n_workers)
+    assert choose(engine, cohort=cohort) == 1
+    assert not engine.worker.probed
+
+
+def test_each_size_is_tried_once_for_room_and_then_for_time_on_one_batch(
+    make_engine: Callable[..., FakeEngine],
+) -> None:
+    engine = make_engine(LINEAR)
+    choose(engine, cohort=4)
+    assert engine.worker.probed == [(1, 1), (1, 2), (2, 1), (2, 2), (4, 1), (4, 2)]
+    for visits, (size, _) in zip(engine.worker.visits, engine.worker.probed, strict=True):
+        assert [visit.agent for visit in visits] == list(range(size))
+        # Few clients take turns, each with no more records than a batch has.
+        assert [len(visit.records) for visit in visits] == [4, 3, 4, 3][:size]
+
+
+def test_a_real_worker_is_afterwards_as_it_was(small: Experiment) -> None:
+    base: LoadedBase = load_lab_base(Setup(model=EMBEDDED_BASE, device="cpu"))
+    terms = make_terms(small, base.description, arm=Arm.FEDERATED, seed=1)
+    setup = Setup(model=EMBEDDED_BASE, device="cpu", manifest=terms.manifest.canonical(), seed=1)
+    engine = Here(base)
+    release = np.zeros(terms.whole.n_values, np.float32)
+    release[:] = np.random.default_rng(0).normal(0, 0.02, release.shape)
+    visit = Visit(round=1, release=0, agent=0, records=(RECORD,) * 6)
+
+    def update() -> bytes:
+        [found] = engine.ask(setup, lambda worker: worker.train(release, [visit])).result()
+        assert found.vector is not None
+        return bytes(found.vector.tobytes())
+
+    before = update()
+    assert choose_group(engine, setup, release, CLIENTS, cohort=2) in {1, 2}
+    assert engine.ask(setup, lambda worker: worker.setup).result() == setup
+    assert update() == before
