@@ -5,6 +5,7 @@ Only forward and backward are shared, with every example under its agent's adapt
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -36,6 +37,7 @@ def train_together(
     ended: dict[int, TrainingResult | TrainingError] = {}
     wanted: dict[int, Wanted] = {}
     answers: dict[int, Given | None] = dict.fromkeys(range(len(sessions)))
+    n_fitting = len(sessions)
     while answers:
         wanted = {}
         for slot, given in answers.items():
@@ -45,31 +47,52 @@ def train_together(
                 ended[slot] = cast("TrainingResult", end.value)
             except TrainingError as error:
                 ended[slot] = error
-        answers = answered(stack, wanted) if wanted else {}
+        answers = {}
+        slots = sorted(wanted)
+        while slots:
+            found = answered(stack, {slot: wanted[slot] for slot in slots[:n_fitting]})
+            # Where so many did not fit at once, the next ones are not even tried.
+            n_fitting, slots = min(n_fitting, found.n_at_once), slots[len(found.answers) :]
+            answers |= found.answers
     return [ended[slot] for slot in range(len(sessions))]
 
 
-def answered(stack: StackedModel, wanted: Mapping[int, Wanted]) -> dict[int, Given | None]:
-    """Gradients of the micro-batches of several slots; None for one that does not fit into memory.
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Answered:
+    """What a stack answers.
 
-    What does not fit at once is tried in halves.
+    Attributes:
+        answers: By slot; None for one whose micro-batch does not fit into memory.
+        n_at_once: How many slots fitted into one pass.
+    """
+
+    answers: dict[int, Given | None]
+    n_at_once: int
+
+
+def answered(stack: StackedModel, wanted: Mapping[int, Wanted]) -> Answered:
+    """Gradients of the micro-batches of several slots; what does not fit is tried in halves.
 
     Args:
         stack: With the adapters as they stand.
         wanted: By slot, at least one; all with the same `per_example` and `loss_chunk`.
     """
     try:
-        return dict(_at_once(stack, wanted))
+        return Answered(answers=dict(_at_once(stack, wanted)), n_at_once=len(wanted))
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
     slots = sorted(wanted)
     if len(slots) == 1:
-        return {slots[0]: None}
-    found: dict[int, Given | None] = {}
-    for half in (slots[: len(slots) // 2], slots[len(slots) // 2 :]):
-        found |= answered(stack, {slot: wanted[slot] for slot in half})
-    return found
+        return Answered(answers={slots[0]: None}, n_at_once=1)
+    halves = [
+        answered(stack, {slot: wanted[slot] for slot in half})
+        for half in (slots[: len(slots) // 2], slots[len(slots) // 2 :])
+    ]
+    return Answered(
+        answers=halves[0].answers | halves[1].answers,
+        n_at_once=min(half.n_at_once for half in halves),
+    )
 
 
 def _at_once(stack: StackedModel, wanted: Mapping[int, Wanted]) -> dict[int, Given]:

@@ -262,6 +262,7 @@ def test_what_does_not_fit_at_once_is_tried_in_halves(
         assert_near(ended, whole[agent])
     assert max(scarce.refused) == 15
     assert 10 in scarce.refused  # a half of two is halved again
+    assert scarce.refused.count(15) == 1  # and what did not fit once is not tried again
     assert max(scarce.taken) == 5
 
 
