@@ -25,6 +25,7 @@ import torch
 
 from benchmarks import sides
 from benchmarks.report import Row, add_options, in_own_process, write_report
+from benchmarks.simulation_ours import vectorised
 from edge_agent.data.tokens import Example
 from edge_agent.training.gradients import StepNoise
 from edge_agent.training.planning import choose_settings, measure, workload_of
@@ -38,6 +39,9 @@ from quant.tiny import EMBEDDED_NAME
 MODULE = "benchmarks.gpu"
 PAPER_SAMPLES_PER_S = 2.08
 BATCH_SIZE = 32
+TOGETHER_BATCH = 4
+"""Examples in the micro-batch of a virtual agent."""
+TOGETHER_GROUPS = (1, 8)
 _N_STEPS = 4
 _WORST_CASE_S = {"7b": 240.0, "1b": 120.0, "quick": 20.0, "tiny": 20.0}
 
@@ -108,6 +112,9 @@ def side(job: dict[str, Any]) -> dict[str, Any]:
     found["samples"] = _throughput(adapted, examples, meter, device)
     adapted.detach()
     found["private"] = _private(base, examples, meter, device)
+    found["together"] = vectorised(
+        base, (TOGETHER_BATCH,), TOGETHER_GROUPS, job["device"], n_agents=8, repetitions=2
+    )
     n_steps = 3
     steps = examples[: 8 * (n_steps + 1)]
     found["ours"] = _our_steps(base, steps, n_steps, device)
@@ -360,6 +367,19 @@ def rows_of(what: str, found: dict[str, Any]) -> list[Row]:
             target=0.35,
         )
     )
+    for cell in found["together"]:
+        speeds = {int(group): values for group, values in cell["examples_per_s"].items()}
+        rows.append(
+            Row.of(
+                f"{what}: 8 virtual agents at once, micro-batches of {cell['batch']} each",
+                speeds[max(speeds)],
+                speeds[1],
+                peer_name="one after the other",
+                unit="examples/s",
+                better="higher",
+                target=3.0,
+            )
+        )
     if "times" in found.get("trainer", {}):
         ours, peer = found["ours"], found["trainer"]
         rows.append(

@@ -521,9 +521,8 @@ class LocalTrainer:
         save_state(self._options.state_path, progress, tensors)
 
     def _update(self, start: AdapterArrays, layout: VectorLayout, weight: int) -> PlainUpdate:
-        parts = parts_of(self._weights.detach().cpu(), self._views)
-        trained = {name: part.numpy() for name, part in parts.items()}
-        vector = flatten(trained, layout) - flatten(start, layout)
+        # From the model itself: what trains something else must not look as if it had moved it.
+        vector = flatten(self._adapted.arrays(), layout) - flatten(start, layout)
         if not np.isfinite(vector).all():
             msg = "training diverged: the update has values that are not finite; nothing is sent"
             raise TrainingError(msg)

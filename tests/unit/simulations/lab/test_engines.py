@@ -1,12 +1,14 @@
 """Workers that are asked: in this process, in others, and what becomes of a dead one."""
 
 import functools
+import importlib
 import os
-import signal
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -194,37 +196,46 @@ def test_without_ray_its_engine_is_refused_with_one_sentence(
         make_engine(EngineSection(kind="ray"))  # type: ignore[arg-type]
 
 
-def _die(worker: LabWorker) -> None:
+_CALLS = """
+import os, signal
+import torch
+from simulations.errors import EngineError
+
+def die(worker):
     os.kill(os.getpid(), signal.SIGKILL)
 
+def fail(worker):
+    raise EngineError("the wires are crossed")
 
-def _fail(worker: LabWorker) -> None:
-    msg = "the wires are crossed"
-    raise EngineError(msg)
-
-
-def _threads(worker: LabWorker) -> tuple[int, int, str]:
-    import torch
-
+def threads(worker):
     return os.getpid(), torch.get_num_threads(), worker.setup.model
+"""
 
 
-@pytest.fixture(scope="module")
-def processes() -> Iterator[Processes]:
+@pytest.fixture
+def calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """Functions that another process can import, which the tests themselves are not."""
+    (tmp_path / "calls_of_workers.py").write_text(_CALLS, encoding="utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return importlib.import_module("calls_of_workers")
+
+
+@pytest.fixture
+def processes(calls: ModuleType) -> Iterator[Processes]:
     engine = Processes(1)
     yield engine
     engine.close()
 
 
 def test_a_process_is_another_one_with_one_thread_and_ends_by_saying_so(
-    processes: Processes,
+    processes: Processes, calls: ModuleType
 ) -> None:
     assert processes.name == "1 process"
-    pid, n_threads, model = processes.ask(SETUP, _threads).result()
+    pid, n_threads, model = processes.ask(SETUP, calls.threads).result()
     assert pid != os.getpid()
     assert (n_threads, model) == (1, EMBEDDED_BASE)
-    assert processes.ask(SETUP, _threads).result()[0] == pid  # and keeps its base
+    assert processes.ask(SETUP, calls.threads).result()[0] == pid  # and keeps its base
     with pytest.raises(EngineError, match="the wires are crossed"):
-        engines._answer(processes.ask(SETUP, _fail))
+        engines._answer(processes.ask(SETUP, calls.fail))
     with pytest.raises(EngineError, match="a worker process was killed, perhaps for want of"):
-        engines._answer(processes.ask(SETUP, _die))
+        engines._answer(processes.ask(SETUP, calls.die))
