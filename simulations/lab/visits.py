@@ -258,7 +258,9 @@ class LabWorker:
             update={"local_steps": n_steps, "local_epochs": None}
         )
         manifest = self.manifest.model_copy(update={"training": training})
-        self.use(replace(self.setup, group=group, manifest=manifest.canonical()))
+        wanted = replace(self.setup, group=group, manifest=manifest.canonical())
+        if wanted != self.setup:  # attaching and tokens are no part of a step
+            self.use(wanted)
         self.train(release, visits)
 
     def _prepare(self, visit: Visit, adapter: AdaptedModel | StackSlot) -> _Prepared:
