@@ -85,7 +85,8 @@ def found_federation(
         manifest = build_manifest(
             config,
             base,
-            keys,
+            server=keys.server.identity,
+            registrar=keys.registrar.identity,
             federation=secrets.token_bytes(_ID_BYTES),
             created_at=clock.now(),
         )
@@ -121,7 +122,8 @@ def reconcile(
     wanted = build_manifest(
         config,
         base,
-        keys,
+        server=keys.server.identity,
+        registrar=keys.registrar.identity,
         federation=stored.body.federation,
         created_at=stored.body.created_at,
     )
@@ -154,8 +156,9 @@ def stored_charter(directory: Path, *, keys: Keys, store: Store) -> Charter:
 def build_manifest(
     config: ServerConfig,
     base: BaseDescription,
-    keys: Keys,
     *,
+    server: bytes,
+    registrar: bytes,
     federation: bytes,
     created_at: float,
 ) -> FederationManifest:
@@ -164,7 +167,8 @@ def build_manifest(
     Args:
         config: The settings.
         base: The base model.
-        keys: The server's keys.
+        server: Identity of the server, 32 bytes.
+        registrar: Identity of the registrar, 32 bytes.
         federation: The federation's id, 16 bytes.
         created_at: Seconds since the Unix epoch.
 
@@ -183,8 +187,8 @@ def build_manifest(
             federation=federation,
             name=config.federation.name,
             description=config.federation.description,
-            server=keys.server.identity,
-            registrar=keys.registrar.identity,
+            server=server,
+            registrar=registrar,
             registrar_held_by_server=True,
             created_at=created_at,
             base=base.base,

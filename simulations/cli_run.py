@@ -61,9 +61,9 @@ def register(app: typer.Typer) -> None:
         app.command()(command)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class _Wishes:
-    """What the flags of an experiment's commands say."""
+    """What the flags say that all commands of experiments have."""
 
     model: str | None
     data: list[str] | None
@@ -73,6 +73,11 @@ class _Wishes:
     group: str | None
     device: str | None
     real: bool
+
+    def __post_init__(self) -> None:
+        if self.group is not None and self.group != "auto" and not self.group.isdigit():
+            msg = f"--group is a number or auto, not {self.group!r}"
+            raise typer.BadParameter(msg)
 
     def experiment(self, name: str) -> "Experiment":
         """The experiment with what was asked for."""
@@ -140,7 +145,7 @@ def run(
     from simulations.lab.run import Request
     from simulations.lab.series import Member
 
-    wishes = _wishes(model, data, pairs, workers, ray, group, device, real=real)
+    wishes = _Wishes(model, data, pairs, workers, ray, group, device, real)
     experiment = wishes.experiment(name)
     if show:
         sys.stdout.write(experiment.as_toml())
@@ -177,7 +182,7 @@ def compare(
     from simulations.lab.report.comparison_figure import draw_relative_scores
     from simulations.lab.series import arms
 
-    wishes = _wishes(model, data, pairs, workers, ray, group, device, real=real)
+    wishes = _Wishes(model, data, pairs, workers, ray, group, device, real)
     experiment = wishes.experiment(name)
     root = _root(out, experiment)
     members = arms(experiment, seeds=_seeds(seeds, experiment))
@@ -213,7 +218,7 @@ def sweep(
     """Utility, privacy and bytes over all combinations of the experiment's `[sweep]`."""
     from simulations.lab.series import sweep as points
 
-    wishes = _wishes(model, data, pairs, workers, ray, group, device, real=real)
+    wishes = _Wishes(model, data, pairs, workers, ray, group, device, real)
     experiment = wishes.experiment(name)
     root = _root(out, experiment)
     members = points(experiment, seeds=_seeds(seeds, experiment))
@@ -243,7 +248,7 @@ def attack(
     """What attackers do to an experiment, under each filter and beside no attack at all."""
     from simulations.lab.series import attacks as points
 
-    wishes = _wishes(model, data, pairs, workers, ray, group, device, real=real)
+    wishes = _Wishes(model, data, pairs, workers, ray, group, device, real)
     experiment = wishes.experiment(name)
     root = _root(out, experiment)
     rules = filters or [FilterRule.NONE, FilterRule.ROBUST]
@@ -263,32 +268,6 @@ def report(
     """Write a run's page, figures and tables anew from its journal, finished or not."""
     _write_report(folder)
     _tell(folder, json_path)
-
-
-def _wishes(
-    model: str | None,
-    data: list[str] | None,
-    pairs: list[str] | None,
-    workers: int | None,
-    ray: str | None,
-    group: str | None,
-    device: str | None,
-    *,
-    real: bool,
-) -> _Wishes:
-    if group is not None and group != "auto" and not group.isdigit():
-        msg = f"--group is a number or auto, not {group!r}"
-        raise typer.BadParameter(msg)
-    return _Wishes(
-        model=model,
-        data=data,
-        pairs=pairs,
-        workers=workers,
-        ray=ray,
-        group=group,
-        device=device,
-        real=real,
-    )
 
 
 def _path_of(name: str) -> Path:

@@ -101,7 +101,8 @@ def train(
 
     Raises:
         EngineError: A worker died.
-        SheepfoldError: Whatever a training raises, but for one that only fails to give an update.
+        AgentError: Records that cannot be tokenised. A training that gives nothing raises nothing.
+        PrivacyError: No noise keeps to the ε that is asked for.
     """
     asked: set[Future[list[VisitResult]]] = set()
     for group in groups:

@@ -17,8 +17,9 @@ kills a run, the next sitting finds all that had ended, and the rest as if it ha
 import os
 import shutil
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Final, Self
+from typing import BinaryIO, Final, Self
 
 import numpy as np
 from filelock import FileLock, Timeout
@@ -221,14 +222,8 @@ class RunFolder:
         Raises:
             OutputError: It cannot be written.
         """
-        part = path.with_name(path.name + _PART)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            part.write_bytes(data)
-            part.replace(path)
-        except OSError as error:
-            msg = f"cannot write {path}: {error.strerror}; free some space"
-            raise OutputError(msg) from error
+        with appearing(path) as file:
+            file.write(data)
 
     def write_vector(self, path: Path, vector: Float32Array) -> None:
         """Write a float32 vector as an .npy file that appears when it is whole.
@@ -236,15 +231,8 @@ class RunFolder:
         Raises:
             OutputError: It cannot be written.
         """
-        part = path.with_name(path.name + _PART)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with part.open("wb") as file:
-                np.save(file, vector, allow_pickle=False)
-            part.replace(path)
-        except OSError as error:
-            msg = f"cannot write {path}: {error.strerror}; free some space"
-            raise OutputError(msg) from error
+        with appearing(path) as file:
+            np.save(file, vector, allow_pickle=False)
 
     def tidy(self, round_number: int, release: int) -> None:
         """Delete what no later sitting needs: a closed round's updates, releases before the last.
@@ -261,6 +249,27 @@ class RunFolder:
     def notes(self) -> list[AnyNote]:
         """Everything noted so far."""
         return list(read_notes(self.root))
+
+
+@contextmanager
+def appearing(path: Path) -> Iterator[BinaryIO]:
+    """A file to write, which appears under its name when the context ends without an error.
+
+    Args:
+        path: Its folder is made where it is missing.
+
+    Raises:
+        OutputError: It cannot be written.
+    """
+    part = path.with_name(path.name + _PART)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with part.open("wb") as file:
+            yield file
+        part.replace(path)
+    except OSError as error:
+        msg = f"cannot write {path}: {error.strerror}; free some space, or choose another place"
+        raise OutputError(msg) from error
 
 
 def read_vector(path: Path) -> Float32Array:

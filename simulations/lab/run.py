@@ -29,7 +29,7 @@ from quant.adapter import (
     to_safetensors,
     unflatten,
 )
-from simulations.errors import ExperimentError
+from simulations.errors import ExperimentError, OutputError
 from simulations.lab import engines
 from simulations.lab.attackers import Attackers
 from simulations.lab.chance import RunChance
@@ -91,7 +91,7 @@ def run(root: Path, request: Request, engine: Engine, listener: Listener | None 
     Guarantees:
         1. Equal requests and group sizes give equal releases, bit for bit, on machines of one kind:
            whatever the engine, the number of workers, and how often the run was killed.
-        2. A run whose folder says that it ended is not touched.
+        2. A run whose folder says that it ended is not touched, and is taken for no other run.
 
     Args:
         root: The run's folder: new, empty, or of this very run.
@@ -101,7 +101,10 @@ def run(root: Path, request: Request, engine: Engine, listener: Listener | None 
 
     Raises:
         SimulationError: The folder holds another run, or the experiment cannot be run.
-        Exception: Whatever data, base, manifest or training raise as one sentence.
+        AgentError: Records, training or measuring.
+        PrivacyError: No noise keeps to the ε that is asked for.
+        QuantError: The base or the adapter.
+        ServerError: A recipe that no federation can have.
     """
     told = Silent() if listener is None else listener
     with RunFolder(root) as folder:
@@ -126,7 +129,7 @@ class _Sitting:
     def go(self) -> RunCard:
         begun = time.perf_counter()
         if self._has_ended():
-            return read_card(self._folder.root)
+            return self._ended_card()
         section = self._experiment.base
         setup = Setup(
             model=section.model,
@@ -170,6 +173,19 @@ class _Sitting:
 
     def _has_ended(self) -> bool:
         return any(isinstance(note, EndNote) for note in self._folder.notes())
+
+    def _ended_card(self) -> RunCard:
+        """Of a run that is over, if it is the one that is asked for; no base is loaded for it."""
+        card, request = read_card(self._folder.root), self._request
+        found = (card.experiment_sha256, card.arm, card.client, card.seed)
+        if found != (self._experiment.digest(), request.arm, request.client, request.seed):
+            msg = (
+                f"{self._folder.root} holds another run, which is over: {card.experiment}, "
+                f"{card.arm.value}, seed {card.seed}, other values of the experiment perhaps; "
+                "choose another --out, or remove it"
+            )
+            raise OutputError(msg)
+        return card
 
     def _open(self, first: Float32Array) -> RunCard:
         """Write the card, or find that of an earlier sitting, whose group size stays."""

@@ -3,23 +3,18 @@
 from dataclasses import dataclass
 from typing import Final
 
-from pydantic import ValidationError
-
 from aggregator_server.config import ServerConfig
-from aggregator_server.founding import check_recipe
+from aggregator_server.founding import build_manifest
 from aggregator_server.private_recipes import PrivacyOptions
 from aggregator_server.recipes import OPTIMIZERS, Masking, RecipeOptions, make_config
-from privacy.fixed_point import agreed_layout
 from privacy.turns import Turns
 from protocol.base_description import BaseDescription
 from protocol.blocks import FilterRule, LoraRule, RoundsBlock
 from protocol.layout import VectorLayout
 from protocol.manifest import FederationManifest
-from protocol.wire import explain
 from quant.adapter import adapter_shapes, sent_layout
-from quant.companions import update_layout, update_layouts
+from quant.companions import update_layouts
 from quant.lora_turns import sent_factors
-from simulations.errors import ExperimentError
 from simulations.lab.chance import RunChance
 from simulations.lab.experiment import Experiment, FederationSection
 from simulations.lab.records import Arm
@@ -56,8 +51,7 @@ def make_terms(experiment: Experiment, base: BaseDescription, *, arm: Arm, seed:
         seed: Of the run; it decides about release 0.
 
     Raises:
-        ExperimentError: Values that no federation can have.
-        ConfigError: The same, as `init` says it.
+        ConfigError: Values that no federation can have, as `init` says it.
         ManifestError: A target module is not in the base.
         PrivacyError: No noise keeps to the ε that is asked for, or it would drown the updates.
     """
@@ -66,39 +60,21 @@ def make_terms(experiment: Experiment, base: BaseDescription, *, arm: Arm, seed:
         section = alone(section, epochs=experiment.baselines.epochs)
     section = section.model_copy(update={"learning_rate": experiment.learning_rate})
     config = _with_the_rest(make_config(_options(experiment.name, section), base), section, seed)
-    check_recipe(config, base)
-    shapes = adapter_shapes(base, config.lora)
-    layout = agreed_layout(
-        update_layout(shapes, config.lora, config.training), config.masking, config.privacy
+    manifest = build_manifest(
+        config,
+        base,
+        server=_SERVER,
+        registrar=_REGISTRAR,
+        federation=RunChance(seed).secret("federation")[:16],
+        created_at=0.0,
     )
-    try:
-        manifest = FederationManifest(
-            federation=RunChance(seed).secret("federation")[:16],
-            name=experiment.name,
-            description=experiment.description,
-            server=_SERVER,
-            registrar=_REGISTRAR,
-            registrar_held_by_server=True,
-            created_at=0.0,
-            base=base.base,
-            lora=config.lora,
-            layout=layout.digest(),
-            training=config.training,
-            aggregation=config.aggregation,
-            masking=config.masking,
-            privacy=config.privacy,
-            filter=config.filter,
-            gate=config.gate,
-            rounds=config.rounds,
-            change_limits=config.change_limits,
-        )
-    except ValidationError as error:
-        raise ExperimentError(explain("the federation", error)) from error
+    shapes = adapter_shapes(base, manifest.lora)
+    turns = Turns.of(update_layouts(shapes, manifest.lora, manifest.training), manifest)
     both = sent_factors(LoraRule.FEDIT, 0)
     return RunTerms(
         manifest=manifest,
-        turns=Turns.of(update_layouts(shapes, config.lora, config.training), manifest),
-        tensors=layout.tensors,
+        turns=turns,
+        tensors=sent_layout(shapes, manifest.lora.sent),
         whole=sent_layout(shapes, both),
     )
 

@@ -170,7 +170,7 @@ class LabWorker:
         1. A visit's update depends on the setup, the release and the visits of its group alone, on
            one machine with one thread: not on the worker, nor on what it did before.
         2. With a group of one it equals the update of an agent with the same records, order of
-           batches and noise, bit for bit.
+           batches, noise and limits of a micro-batch (`MICRO_TOKENS`), bit for bit.
 
     Args:
         setup: With a manifest.

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from edge_agent.plain_text import plain
-from simulations.errors import OutputError
+from simulations.lab.folder import appearing
 from simulations.lab.records import Fate, Measure
 
 if TYPE_CHECKING:
@@ -170,11 +170,5 @@ def write_png(figure: "Figure", path: Path) -> None:
     Raises:
         OutputError: It cannot be written.
     """
-    part = path.with_name(path.name + ".part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_bytes(as_png(figure))
-        part.replace(path)
-    except OSError as error:
-        msg = f"cannot draw {path}: {error.strerror}"
-        raise OutputError(msg) from error
+    with appearing(path) as file:
+        file.write(as_png(figure))

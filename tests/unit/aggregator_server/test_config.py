@@ -18,7 +18,6 @@ from aggregator_server.config import (
 )
 from aggregator_server.errors import ConfigError
 from aggregator_server.founding import build_manifest, check_recipe
-from aggregator_server.keys import Keys
 from aggregator_server.private_recipes import PrivacyOptions, Profile
 from aggregator_server.recipes import (
     OPTIMIZERS,
@@ -368,5 +367,12 @@ def with_privacy(**options):
 
 
 def check_manifest(config, base):
-    keys = Keys(server=Signer.generate(), registrar=Signer.generate())
-    build_manifest(config, base, keys, federation=bytes(16), created_at=1.8e9)
+    server, registrar = (Signer.generate().identity for _ in range(2))
+    build_manifest(
+        config,
+        base,
+        server=server,
+        registrar=registrar,
+        federation=bytes(16),
+        created_at=1.8e9,
+    )

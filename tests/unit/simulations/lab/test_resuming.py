@@ -316,6 +316,15 @@ def test_guarantee_2_a_run_that_ended_is_not_touched(
     assert not told.stages
 
 
+@pytest.mark.parametrize("other", [{"seed": 2}, {"federation__rank": 4}])
+def test_guarantee_2_a_run_that_ended_is_taken_for_no_other(
+    go: Callable[..., Any], other: dict[str, Any]
+) -> None:
+    root = go().root
+    with pytest.raises(OutputError, match="holds another run, which is over"):
+        go(root=root, **other)
+
+
 def test_a_release_that_was_changed_is_not_gone_on_from(
     go: Callable[..., Any], make_told: Callable[..., Any], kill_error: type[Exception]
 ) -> None:

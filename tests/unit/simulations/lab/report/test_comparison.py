@@ -216,5 +216,5 @@ def test_relative_scores_are_drawn_with_their_seeds(comparison: Comparison, tmp_
 
 def test_a_picture_that_cannot_be_written_is_named(comparison: Comparison, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(OutputError, match="cannot draw"):
+    with pytest.raises(OutputError, match="cannot write"):
         draw_relative_scores(comparison, tmp_path / "file" / "relative.png")
