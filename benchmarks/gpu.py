@@ -218,7 +218,7 @@ def _private(
 def _noise_s(adapted: AdaptedModel) -> float:
     """What one thread takes for the noise of a step."""
     began = time.perf_counter()
-    StepNoise(bytes(32)).of_step(0)(sum(factor.numel() for factor in adapted.trainable.values()))
+    StepNoise(bytes(32)).of_step(0)(adapted.weights.numel())
     return time.perf_counter() - began
 
 

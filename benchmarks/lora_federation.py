@@ -28,15 +28,17 @@ from aggregator_server.aggregation.lora_pairs import (
 )
 from aggregator_server.aggregation.lora_products import best_rank, total
 from aggregator_server.aggregation.robust.units import ArrayUnits
-from edge_agent.training.gradients import Gradients
+from edge_agent.training.gradients import StepGradient
 from edge_agent.training.trainer import ClipNorm, GradientTransform
 from privacy.updates import CellSum, Float32Array, PlainUpdate
 from protocol.blocks import Factor, LoraBlock, LoraRule
 from protocol.layout import VectorLayout
 from quant.adapter import AdapterArrays, factor_of, flatten, initial_adapter, sent_layout, unflatten
 from quant.base_model import LoadedBase
-from quant.lora import AdaptedLayer, AdaptedModel
+from quant.lora import AdaptedModel
+from quant.lora_function import AdaptedLayer
 from quant.lora_turns import sent_factors
+from quant.lora_vector import split
 
 BOTH: Final = (Factor.A, Factor.B)
 
@@ -213,7 +215,13 @@ class CoreModel(AdaptedModel):
         """Attach it; every R is zero until `load`."""
         self.cores: dict[str, torch.nn.Parameter] = {}
         super().__init__(base, lora)
-        self.train_only(())
+        for factor in self.factors.values():
+            factor.requires_grad_(False)  # noqa: FBT003 - torch's
+        self._core_shapes = {name: tuple(core.shape) for name, core in self.cores.items()}
+        n_values = sum(core.numel() for core in self.cores.values())
+        self._weights, self._gradient = torch.zeros(n_values), torch.zeros(n_values)
+        for name, part in self.parts(self._weights).items():
+            self.cores[name].data = part
 
     def _take_over(self, module: torch.nn.Module, layer: AdaptedLayer) -> None:
         core = torch.nn.Parameter(torch.zeros(self.lora.rank, self.lora.rank))
@@ -226,16 +234,25 @@ class CoreModel(AdaptedModel):
         module.forward = forward
 
     @property
-    def trainable(self) -> dict[str, torch.nn.Parameter]:
+    def weights(self) -> torch.Tensor:
         """The cores."""
-        return dict(self.cores)
+        return self._weights
+
+    def parts(self, vector: torch.Tensor) -> dict[str, torch.Tensor]:
+        """By core."""
+        return split(vector, self._core_shapes)
+
+    def fresh_gradient(self) -> torch.Tensor:
+        """That of the cores."""
+        for name, part in self.parts(self._gradient).items():
+            self.cores[name].grad = part
+        return self._gradient.zero_()
 
     def load(self, arrays: Mapping[str, Float32Array]) -> None:
         """Put factors and cores in place."""
         super().load({name: array for name, array in arrays.items() if name not in self.cores})
-        with torch.no_grad():
-            for name, core in self.cores.items():
-                core.copy_(torch.from_numpy(arrays[name]))
+        for name, part in self.parts(self._weights).items():
+            part.copy_(torch.from_numpy(arrays[name]))
 
     def arrays(self) -> AdapterArrays:
         """Factors and cores."""
@@ -272,12 +289,10 @@ class KeepRows:
 
     rank: int
 
-    def __call__(self, gradients: Gradients, *, step: int) -> None:  # noqa: ARG002 - interface
+    def __call__(self, gradient: StepGradient, *, step: int) -> None:  # noqa: ARG002 - interface
         """Zero the others in place."""
-        for name, gradient in gradients.items():
-            frozen = (
-                gradient[self.rank :] if factor_of(name) is Factor.A else gradient[:, self.rank :]
-            )
+        for name, part in gradient.parts.items():
+            frozen = part[self.rank :] if factor_of(name) is Factor.A else part[:, self.rank :]
             frozen.zero_()
 
 

@@ -27,12 +27,14 @@ from edge_agent.training.gradients import (
     GradientRule,
     MeanGradient,
     PrivateGradient,
+    StepGradient,
     Wanted,
     gradients_of,
     noise_threads,
 )
 from edge_agent.training.sampling import ShuffledBatches
 from edge_agent.training.trainer import (
+    ClipNorm,
     LocalTrainer,
     RoundRecipe,
     TrainerOptions,
@@ -190,9 +192,10 @@ def our_step(
     adapted.load(initial_adapter(adapted.base.description, adapted.lora))
     adapted.checkpoint_activations(n_checkpointed_layers)
     adapted.model.train()
-    factors = adapted.trainable
-    optimizer = torch.optim.AdamW(factors.values(), lr=LEARNING_RATE, weight_decay=0.0)
+    weights = torch.nn.Parameter(adapted.weights)
+    optimizer = torch.optim.AdamW([weights], lr=LEARNING_RATE, weight_decay=0.0)
     taken = MeanGradient() if rule is None else rule
+    clip = ClipNorm(1.0)
     done = 0
 
     def step() -> float:
@@ -206,17 +209,15 @@ def our_step(
             loss_chunk=DEFAULT_LOSS_CHUNK,
         )
         done += 1
-        totals = {name: torch.zeros_like(factor) for name, factor in factors.items()}
-        taken.begin(totals, step=done)
+        total = StepGradient(torch.zeros_like(adapted.weights), adapted)
+        taken.begin(total, step=done)
         given = gradients_of(adapted, wanted)
-        taken.add(given.gradients, totals, loss_scale=1.0)
-        taken.finish(totals, n_examples=len(batch), step=done)
-        for name, factor in factors.items():
-            factor.grad = totals[name]
+        taken.add(given, total, loss_scale=1.0)
+        taken.finish(total, n_examples=len(batch), step=done)
         if rule is None:
-            torch.nn.utils.clip_grad_norm_(factors.values(), 1.0)
+            clip(total, step=done)
+        weights.grad = total.vector
         optimizer.step()
-        optimizer.zero_grad()
         return given.loss_sum / len(batch)
 
     return step

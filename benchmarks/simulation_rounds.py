@@ -209,10 +209,8 @@ def _bare_steps(asked: Sequence[tuple[Any, Any]], *, n_blocks: int) -> list[floa
         watch = Watch()
         for adapted, wanted in asked:
             given = watch.over(gradients_of)(adapted, wanted)
-            # One vector, as the trainer steps.
-            gradient = torch.cat([one.reshape(-1) for one in given.gradients.values()])
-            weights = torch.nn.Parameter(torch.zeros_like(gradient))
-            weights.grad = gradient
+            weights = torch.nn.Parameter(torch.zeros_like(adapted.weights))
+            weights.grad = given.gradient
             optimizer = torch.optim.AdamW([weights])
             watch.over(optimizer.step)()
         blocks.append(watch.seconds / len(asked))

@@ -178,8 +178,7 @@ def _gradient_error(adapted: Any, batch: list[Any]) -> float:
     worst = 0.0
     for row, example in enumerate(batch):
         alone = collate([example], 0)
-        for factor in adapted.trainable.values():
-            factor.grad = None
+        adapted.clear_gradients()
         example_losses(
             adapted.model, input_ids=alone.input_ids, loss_mask=alone.loss_mask
         ).sum().backward()

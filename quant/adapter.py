@@ -134,10 +134,23 @@ def unflatten(vector: Float32Array, layout: VectorLayout) -> AdapterArrays:
     Raises:
         AdapterError: The vector has another length or dtype.
     """
+    return {name: part.copy() for name, part in parts_of(vector, layout).items()}
+
+
+def parts_of(vector: Float32Array, layout: VectorLayout) -> AdapterArrays:
+    """A vector's parts by tensor name: views, which change with it.
+
+    Args:
+        vector: [n_values] float32.
+        layout: Its.
+
+    Raises:
+        AdapterError: The vector has another length or dtype.
+    """
     if vector.shape != (layout.n_values,) or vector.dtype != np.float32:
         msg = f"expected float32 [{layout.n_values}], got {vector.dtype} {list(vector.shape)}"
         raise AdapterError(msg)
-    return {slot.name: vector[where].reshape(slot.shape).copy() for slot, where in layout.slices()}
+    return {slot.name: vector[where].reshape(slot.shape) for slot, where in layout.slices()}
 
 
 def vector_to_bytes(vector: Float32Array) -> bytes:

@@ -6,19 +6,20 @@ weights their dequantisation, are paid once for all adapters, where one after th
 them K times.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from peft import PeftModel
 
 from protocol.blocks import LoraBlock
-from quant.adapter import AdapterArrays, Float32Array
 from quant.base_model import LoadedBase
 from quant.errors import AdapterError
-from quant.lora import AdaptedLayer, AdaptedModel, Rows, copied, flat_copy, load_into
+from quant.lora import AttachedLora
+from quant.lora_function import AdaptedLayer, Rows
+from quant.lora_vector import FactorOrder, OneAdapter
 
 
-class StackedModel(AdaptedModel):
+class StackedModel(AttachedLora):
     """A base with K adapters of one shape.
 
     Guarantees:
@@ -41,7 +42,7 @@ class StackedModel(AdaptedModel):
             msg = f"{n_slots} adapters cannot be attached; at least 1"
             raise AdapterError(msg)
         self.n_slots = n_slots
-        super().__init__(base, lora)
+        super().__init__(base, lora, stacked=(n_slots,))
         self.slots = tuple(StackSlot(self, number) for number in range(n_slots))
 
     def _take_over(self, module: torch.nn.Module, layer: AdaptedLayer) -> None:
@@ -64,9 +65,25 @@ class StackedModel(AdaptedModel):
         self.state.rows = Rows(slots=slots, counts=tuple(counts[slot] for slot in slots))
         return self.state.rows
 
+    def fresh_gradients(self, slots: Iterable[int]) -> torch.Tensor:
+        """The vectors that the next backward adds the gradients to.
 
-class StackSlot:
-    """One adapter of a stack, for whoever trains it: its numbers are views of the stack's.
+        Args:
+            slots: Whose are zero by now; the others' keep what they have, and get zeros added.
+
+        Returns:
+            [K, n_trained] float32, each in the order of the slot's `weights`; the next call for a
+            slot takes its vector again.
+        """
+        # Not the factors' `.grad`: they are no dense tensors, of which autograd warns.
+        vectors, self.state.sums = self._gradient_vector()
+        for slot in slots:
+            vectors[slot].zero_()
+        return vectors
+
+
+class StackSlot(OneAdapter):
+    """One adapter of a stack, for whoever trains it: its numbers are a part of the stack's.
 
     Args:
         stack: Whose adapter it is.
@@ -77,9 +94,16 @@ class StackSlot:
         """Nothing is copied."""
         self.stack = stack
         self.number = number
-        self._factors = {
-            name: torch.nn.Parameter(factor.data[number]) for name, factor in stack.factors.items()
-        }
+
+    @property
+    def order(self) -> FactorOrder:
+        """Of all slots."""
+        return self.stack.order
+
+    @property
+    def vector(self) -> torch.Tensor:
+        """The slot's part of the stack's, [n_values]."""
+        return self.stack.vector[self.number]
 
     @property
     def base(self) -> LoadedBase:
@@ -90,11 +114,6 @@ class StackSlot:
     def model(self) -> PeftModel:
         """Of all slots."""
         return self.stack.model
-
-    @property
-    def trainable(self) -> dict[str, torch.nn.Parameter]:
-        """The factors that are trained, by tensor name."""
-        return {name: self._factors[name] for name in self.stack.trainable}
 
     @property
     def n_layers(self) -> int:
@@ -108,36 +127,3 @@ class StackSlot:
             n_layers: How many, from the input on.
         """
         self.stack.checkpoint_activations(n_layers)
-
-    def load(self, arrays: Mapping[str, Float32Array]) -> None:
-        """Put an adapter's numbers into this slot; tensors that are not named stay as they are.
-
-        Args:
-            arrays: float32 arrays by PEFT's names.
-
-        Raises:
-            AdapterError: A name or shape that the adapter does not have; nothing was changed.
-        """
-        load_into(self._factors, arrays)
-
-    def gathered(self) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """A copy of the trained factors as one vector; `spread` brings its changes back.
-
-        Returns:
-            The vector [n_trained], and its parts by tensor name, in the order of `trainable`.
-        """
-        return flat_copy(self.trainable)
-
-    def spread(self, parts: Mapping[str, torch.Tensor]) -> None:
-        """Put the parts of a vector in the factors' places.
-
-        Args:
-            parts: Of `gathered`.
-        """
-        with torch.no_grad():
-            for name, factor in self.trainable.items():
-                factor.copy_(parts[name])
-
-    def arrays(self) -> AdapterArrays:
-        """A copy of the adapter's numbers as float32 arrays on the CPU."""
-        return copied(self._factors)

@@ -8,7 +8,7 @@ hooks lose gradients where activations are computed again (TRAINING, trap 3), so
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Final
+from typing import Final
 
 import torch
 from opacus.grad_sample import GradSampleModule
@@ -16,7 +16,8 @@ from opacus.grad_sample import GradSampleModule
 from protocol.blocks import Factor, LoraBlock
 from quant.base_model import LoadedBase
 from quant.errors import AdapterError
-from quant.lora import AdaptedLayer, AdaptedModel
+from quant.lora import AdaptedModel
+from quant.lora_function import AdaptedLayer
 
 _NOISY_HOOK: Final = "Full backward hook is firing when gradients are computed"
 
@@ -41,17 +42,19 @@ class OpacusModel(AdaptedModel):
         if lora.dropout > 0.0:
             msg = f'dp_engine = "opacus" works without dropout; the adapter has {lora.dropout:g}'
             raise AdapterError(msg)
-        self._hooks: Any = None
         super().__init__(base, lora)
+        self._set_hooks()
 
     def _take_over(self, module: torch.nn.Module, layer: AdaptedLayer) -> None:
         """Leave peft's own forward."""
 
     def train_only(self, factors: tuple[Factor, ...]) -> None:
         """As `AdaptedModel`'s; hooks are set anew, as opacus asks once who is trained."""
-        if self._hooks is not None:
-            self._hooks.remove_hooks()
         super().train_only(factors)
+        self._hooks.remove_hooks()
+        self._set_hooks()
+
+    def _set_hooks(self) -> None:
         self._hooks = GradSampleModule(self.model, loss_reduction="sum", strict=False)
 
     @contextmanager

@@ -8,7 +8,8 @@ import hashlib
 import os
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Final, Protocol
+from functools import cached_property
+from typing import Final, Protocol, Self
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from privacy.dp_sgd.mechanism import Mechanism, Noise, clip_and_add, release
 from privacy.errors import ClippingError
 from privacy.noise import SecureStream
 from quant.lora import AdaptedModel
+from quant.lora_vector import OneAdapter
 from quant.loss import example_losses
 
 Gradients = dict[str, torch.Tensor]
@@ -55,11 +57,47 @@ class Given:
 
     Attributes:
         loss_sum: Over the examples.
-        gradients: By tensor name, of the sum of the losses, or [B, …] of each.
+        gradient: Of the sum of the losses, [n_trained] in the order of the adapter's `weights`; the
+            model's next answer takes its place. None where each example's was asked for.
+        by_example: Of each, [B, *shape] by tensor name; empty where the sum's was asked for.
     """
 
     loss_sum: float
-    gradients: Gradients
+    gradient: torch.Tensor | None = None
+    by_example: Gradients = field(default_factory=dict)
+
+    def at_scale(self, loss_scale: float) -> Self:
+        """Divide the gradients by what the losses were multiplied by.
+
+        Args:
+            loss_scale: Of what was wanted.
+        """
+        if loss_scale != 1.0:
+            for gradient in self.by_example.values() if self.gradient is None else (self.gradient,):
+                gradient.div_(loss_scale)
+        return self
+
+
+class StepGradient:
+    """The gradient of a step.
+
+    Args:
+        vector: [n_trained], in the order of the adapter's `weights`.
+        adapter: Whose.
+
+    Attributes:
+        vector: As given; all that changes it, changes the parts.
+    """
+
+    def __init__(self, vector: torch.Tensor, adapter: OneAdapter) -> None:
+        """Nothing is copied."""
+        self.vector = vector
+        self._adapter = adapter
+
+    @cached_property
+    def parts(self) -> Gradients:
+        """By tensor name: views."""
+        return self._adapter.parts(self.vector)
 
 
 def gradients_of(adapted: AdaptedModel, wanted: Wanted) -> Given:
@@ -76,8 +114,9 @@ def gradients_of(adapted: AdaptedModel, wanted: Wanted) -> Given:
     device = adapted.base.device
     batch = collate(wanted.examples, pad_id=adapted.base.pad_id)
     adapted.seed_dropout(wanted.dropout_seeds)
-    for factor in adapted.trainable.values():
-        factor.grad = None
+    gradient = None if wanted.per_example else adapted.fresh_gradient()
+    if gradient is None:
+        adapted.clear_gradients()
     losses = example_losses(
         adapted.model,
         input_ids=batch.input_ids.to(device),
@@ -85,21 +124,16 @@ def gradients_of(adapted: AdaptedModel, wanted: Wanted) -> Given:
         chunk=wanted.loss_chunk,
     )
     total = losses.sum() * wanted.loss_scale
-    if wanted.per_example:
-        with adapted.per_example_gradients() as found:
+    by_example: Gradients = {}
+    if gradient is None:
+        with adapted.per_example_gradients() as by_example:
             total.backward()
         _require_examples(adapted)
     else:
         total.backward()
-        found = {
-            name: factor.grad
-            for name, factor in adapted.trainable.items()
-            if factor.grad is not None
-        }
-    if wanted.loss_scale != 1.0:
-        for gradient in found.values():
-            gradient.div_(wanted.loss_scale)
-    return Given(loss_sum=float(losses.detach().sum()), gradients=found)
+    loss_sum = float(losses.detach().sum())
+    given = Given(loss_sum=loss_sum, gradient=gradient, by_example=by_example)
+    return given.at_scale(wanted.loss_scale)
 
 
 def _require_examples(adapted: AdaptedModel) -> None:
@@ -121,11 +155,11 @@ class GradientRule(Protocol):
         """Whether it takes the gradient of each example by itself."""
         ...
 
-    def begin(self, totals: Gradients, *, step: int) -> None:
-        """A step begins; its gradients will be summed in `totals`."""
+    def begin(self, total: StepGradient, *, step: int) -> None:
+        """A step begins; its gradients will be summed in `total`, which is zero."""
         ...
 
-    def add(self, found: Gradients, totals: Gradients, *, loss_scale: float) -> bool:
+    def add(self, found: Given, total: StepGradient, *, loss_scale: float) -> bool:
         """Add the gradients of a micro-batch.
 
         Returns:
@@ -133,7 +167,7 @@ class GradientRule(Protocol):
         """
         ...
 
-    def finish(self, totals: Gradients, *, n_examples: int, step: int) -> None:
+    def finish(self, total: StepGradient, *, n_examples: int, step: int) -> None:
         """Make the step's gradient of the sum over `n_examples`, in place."""
         ...
 
@@ -147,22 +181,27 @@ class MeanGradient:
         """No."""
         return False
 
-    def begin(self, totals: Gradients, *, step: int) -> None:
+    def begin(self, total: StepGradient, *, step: int) -> None:
         """Nothing is to be prepared."""
 
-    def add(self, found: Gradients, totals: Gradients, *, loss_scale: float) -> bool:
-        """Add the gradient of the losses' sum."""
-        if loss_scale > 1.0 and not all(bool(g.isfinite().all()) for g in found.values()):
+    def add(self, found: Given, total: StepGradient, *, loss_scale: float) -> bool:
+        """Add the gradient of the losses' sum.
+
+        Raises:
+            TypeError: The gradients are of single examples.
+        """
+        if found.gradient is None:
+            msg = "the gradient of a sum is needed, not those of single examples"
+            raise TypeError(msg)
+        if loss_scale > 1.0 and not bool(found.gradient.isfinite().all()):
             return False
-        for name, gradient in found.items():
-            totals[name] += gradient
+        total.vector += found.gradient
         return True
 
-    def finish(self, totals: Gradients, *, n_examples: int, step: int) -> None:  # noqa: ARG002 - interface
+    def finish(self, total: StepGradient, *, n_examples: int, step: int) -> None:  # noqa: ARG002 - interface
         """Divide by the number of examples."""
-        divisor = float(max(1, n_examples))  # torch divides by a whole number three times as slowly
-        for total in totals.values():
-            total.div_(divisor)
+        # torch divides by a whole number three times as slowly
+        total.vector.div_(float(max(1, n_examples)))
 
 
 class StepNoise:
@@ -265,11 +304,11 @@ class PrivateGradient:
         """Yes."""
         return True
 
-    def begin(self, totals: Gradients, *, step: int) -> None:
+    def begin(self, total: StepGradient, *, step: int) -> None:
         """Begin to make the step's noise, where there are threads for it."""
-        self._noise.begin(step, sum(total.numel() for total in totals.values()))
+        self._noise.begin(step, total.vector.numel())
 
-    def add(self, found: Gradients, totals: Gradients, *, loss_scale: float) -> bool:  # noqa: ARG002 - interface
+    def add(self, found: Given, total: StepGradient, *, loss_scale: float) -> bool:  # noqa: ARG002 - interface
         """Clip and add the gradients of single examples; never False.
 
         One that overflowed adds zero. Trying all again at another scale would let it show in how
@@ -279,12 +318,12 @@ class PrivateGradient:
             TrainingError: Something is trained that cannot be clipped.
         """
         try:
-            clip_and_add(found, totals, clip_norm=self.mechanism.clip_norm)
+            clip_and_add(found.by_example, total.parts, clip_norm=self.mechanism.clip_norm)
         except ClippingError as error:
             msg = f"differential privacy is asked for, and {error}; nothing is trained"
             raise TrainingError(msg) from error
         return True
 
-    def finish(self, totals: Gradients, *, n_examples: int, step: int) -> None:  # noqa: ARG002 - interface
+    def finish(self, total: StepGradient, *, n_examples: int, step: int) -> None:  # noqa: ARG002 - interface
         """Add the noise and divide by the expected batch size, whatever was drawn."""
-        release(totals, self.mechanism, self._noise.of_step(step))
+        release(total.parts, self.mechanism, self._noise.of_step(step))

@@ -292,8 +292,7 @@ def measure(
         seconds = {n: _timed(adapted, choice, meter, n) for n in PROBE_TOKENS}
     finally:
         adapted.checkpoint_activations(0)
-        for factor in adapted.trainable.values():
-            factor.grad = None
+        adapted.clear_gradients()
     return replace(calibrate(probes), micro_cost_tokens=micro_cost(seconds))
 
 
@@ -325,8 +324,7 @@ def _probe(adapted: AdaptedModel, n_tokens: int, settings: StepSettings) -> None
         chunk=settings.loss_chunk,
     )
     torch.autograd.backward(losses.sum())
-    for factor in adapted.trainable.values():
-        factor.grad = None
+    adapted.clear_gradients()
 
 
 def _choose_on_cpu(workload: Workload, free_bytes: int) -> Chosen:

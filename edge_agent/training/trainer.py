@@ -29,8 +29,8 @@ from edge_agent.training.control_variates import ControlVariates
 from edge_agent.training.gradients import (
     Given,
     GradientRule,
-    Gradients,
     MeanGradient,
+    StepGradient,
     Wanted,
     gradients_of,
 )
@@ -41,8 +41,8 @@ from protocol.blocks import Schedule, TrainingBlock
 from protocol.clock import Clock
 from protocol.layout import VectorLayout
 from protocol.wire import canonical_json
-from quant.adapter import AdapterArrays, flatten
-from quant.lora import AdaptedModel, parts_of
+from quant.adapter import AdapterArrays
+from quant.lora import AdaptedModel
 from quant.lora_stack import StackSlot
 from quant.memory import StepSettings
 
@@ -55,8 +55,8 @@ _FIRST_FP16_LOSS_SCALE: Final = 2.0**12
 class GradientTransform(Protocol):
     """A step of the list that a logical batch's gradient goes through after its rule."""
 
-    def __call__(self, gradients: Gradients, *, step: int) -> None:
-        """Change the gradients in place."""
+    def __call__(self, gradient: StepGradient, *, step: int) -> None:
+        """Change the gradient in place."""
         ...
 
 
@@ -66,12 +66,10 @@ class ClipNorm:
 
     max_norm: float
 
-    def __call__(self, gradients: Gradients, *, step: int) -> None:  # noqa: ARG002 - interface
+    def __call__(self, gradient: StepGradient, *, step: int) -> None:  # noqa: ARG002 - interface
         """Clip in place."""
-        norms = [torch.linalg.vector_norm(tensor) for tensor in gradients.values()]
-        factor = self.max_norm / (torch.linalg.vector_norm(torch.stack(norms)) + _NORM_EPS)
-        for tensor in gradients.values():
-            tensor.mul_(factor.clamp(max=1.0))
+        norm = torch.linalg.vector_norm(gradient.vector)
+        gradient.vector.mul_((self.max_norm / (norm + _NORM_EPS)).clamp(max=1.0))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,10 +219,8 @@ class LocalTrainer:
         transforms = self._options.transforms
         self._transforms = default if transforms is None else transforms
         self._settings, self._variates = self._options.settings, self._options.variates
-        # One vector of all that is trained, and its parts by tensor: a small base's step lasts as
-        # long as the start of its operations, and a vector needs few.
         self._weights = torch.nn.Parameter(torch.empty(0))
-        self._views: Gradients = {}
+        self._start = torch.empty(0)
         self._anchor: torch.Tensor | None = None
         fp16 = adapted.base.compute_dtype is torch.float16
         self._loss_scale = _FIRST_FP16_LOSS_SCALE if fp16 else 1.0
@@ -234,7 +230,7 @@ class LocalTrainer:
 
         Args:
             start: The global adapter, all tensors.
-            layout: The order of the update's values.
+            layout: Of the update: what is trained, by name.
             weight: The update's FedAvg weight.
 
         Raises:
@@ -268,24 +264,28 @@ class LocalTrainer:
 
         Args:
             start: The global adapter, all tensors.
-            layout: The order of the update's values.
+            layout: Of the update: what is trained, by name.
             weight: The update's FedAvg weight.
 
         Raises:
             TrainingStoppedError: The owner stopped it; the state file holds the progress.
             OutOfMemoryError: Not even one example fits, with activations recomputed.
-            TrainingError: A gradient or the update is not finite, or the update is zero.
+            TrainingError: A gradient or the update is not finite, the update is zero, or the layout
+                is not of what is trained.
             CheckpointError: The state cannot be written.
         """
         block = self._recipe.training
         n_steps = self._sampler.n_steps(
             local_steps=block.local_steps, local_epochs=block.local_epochs
         )
+        if not self._adapted.order.is_of(layout):
+            msg = "the update's layout is not of the tensors that are trained; nothing is trained"
+            raise TrainingError(msg)
         self._adapted.load(start)
-        flat, self._views = self._adapted.gathered()
-        self._weights = torch.nn.Parameter(flat)
+        self._weights = torch.nn.Parameter(self._adapted.weights)  # the adapter's own numbers
+        self._start = self._adapted.weights.to("cpu", copy=True)
         if block.proximal_mu > 0.0:
-            self._anchor = flat.clone()
+            self._anchor = self._adapted.weights.clone()
         optimizer = torch.optim.AdamW(
             [self._weights],
             lr=block.learning_rate,
@@ -294,7 +294,7 @@ class LocalTrainer:
             weight_decay=block.weight_decay,
         )
         if self._variates is not None:
-            self._variates.begin(self._adapted.trainable)
+            self._variates.begin(self._adapted.parts(self._adapted.weights))
         run = "" if self._options.state_path is None else self._run_digest(start)
         done = self._resume(run, optimizer)
         if done == 0:
@@ -309,7 +309,7 @@ class LocalTrainer:
                 last_loss = loss
             if (step + 1) % self._options.save_every_steps == 0:
                 self._save(run, optimizer, step + 1)
-        update = self._update(start, layout, weight)
+        update = self._update(weight)
         return TrainingResult(
             update=update,
             n_steps=n_steps,
@@ -327,32 +327,31 @@ class LocalTrainer:
             )
             for index in self._sampler.indices(step)
         ]
-        flat = torch.zeros_like(self._weights)
-        gradients: Gradients = parts_of(flat, self._views)
-        self._rule.begin(gradients, step=step)
+        gradient = StepGradient(torch.zeros_like(self._adapted.weights), self._adapted)
+        self._rule.begin(gradient, step=step)
         loss_sum = 0.0
         pending = self._cut(batch)
         while pending:
             self._obey(optimizer, step, run)
             micro = pending.pop(0)
-            total = yield from self._accumulate(micro, gradients)
+            total = yield from self._accumulate(micro, gradient)
             if total is None:
                 pending = self._shrink(micro) + pending
             else:
                 loss_sum += total
-        self._rule.finish(gradients, n_examples=len(batch), step=step)
-        if not bool(flat.isfinite().all()):
+        self._rule.finish(gradient, n_examples=len(batch), step=step)
+        if not all(math.isfinite(float(end)) for end in torch.aminmax(gradient.vector)):
             msg = (
                 f"training diverged: the gradient of step {step + 1} is not finite; nothing is sent"
             )
             raise TrainingError(msg)
         for transform in self._transforms:
-            transform(gradients, step=step)
+            transform(gradient, step=step)
         if self._variates is not None:
-            self._variates.correct(gradients)
-        self._pull_back(flat)
+            self._variates.correct(gradient.parts)
+        self._pull_back(gradient.vector)
         learning_rate = self._recipe.learning_rate(step, n_steps)
-        self._apply(optimizer, flat, learning_rate)
+        self._apply(optimizer, gradient.vector, learning_rate)
         loss = loss_sum / len(batch) if batch else math.nan
         if self._options.on_progress is not None:
             event = TrainingProgress(
@@ -365,22 +364,22 @@ class LocalTrainer:
             self._options.on_progress(event)
         return loss
 
-    def _pull_back(self, flat: torch.Tensor) -> None:
+    def _pull_back(self, gradient: torch.Tensor) -> None:
         """Add the gradient of μ/2 · ‖w − w₀‖², after clipping and noise: it tells nothing new."""
         if self._anchor is not None:
             mu = self._recipe.training.proximal_mu
-            flat.add_(self._weights.detach() - self._anchor, alpha=mu)
+            gradient.add_(self._adapted.weights - self._anchor, alpha=mu)
 
     def _cut(self, batch: list[_Drawn]) -> list[list[_Drawn]]:
         micros = cut([drawn.n_tokens for drawn in batch], self._settings)
         return [[batch[position] for position in micro] for micro in micros]
 
     def _accumulate(
-        self, micro: list[_Drawn], gradients: Gradients
+        self, micro: list[_Drawn], total: StepGradient
     ) -> Generator[Wanted, Given | None, float | None]:
-        """Add a micro-batch's gradients; its loss sum, or None where it does not fit into memory.
+        """Add a micro-batch's gradient; its loss sum, or None where it does not fit into memory.
 
-        In that case, and on failure, `gradients` is as it was.
+        In that case, and on failure, `total` is as it was.
         """
         while True:
             given = yield Wanted(
@@ -393,7 +392,7 @@ class LocalTrainer:
             if given is None:
                 return None
             try:
-                added = self._rule.add(given.gradients, gradients, loss_scale=self._loss_scale)
+                added = self._rule.add(given, total, loss_scale=self._loss_scale)
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
@@ -426,14 +425,13 @@ class LocalTrainer:
         self._adapted.checkpoint_activations(settings.n_checkpointed_layers)
 
     def _apply(
-        self, optimizer: torch.optim.AdamW, flat: torch.Tensor, learning_rate: float
+        self, optimizer: torch.optim.AdamW, gradient: torch.Tensor, learning_rate: float
     ) -> None:
-        self._weights.grad = flat
+        self._weights.grad = gradient
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        self._adapted.spread(self._views)
+        self._weights.grad = None
 
     def _obey(self, optimizer: torch.optim.AdamW, step: int, run: str) -> None:
         """Wait out a pause; leave on a stop. Both keep the weights of the last whole step."""
@@ -487,14 +485,12 @@ class LocalTrainer:
         self._loss_scale = progress.loss_scale
         if progress.step == 0:
             return 0
-        moments = {key: torch.zeros_like(self._weights) for key in ("exp_avg", "exp_avg_sq")}
-        with torch.no_grad():
-            for name, view in self._views.items():
-                view.copy_(tensors["factor/" + name])
-            for key, moment in moments.items():
-                for name, part in parts_of(moment, self._views).items():
-                    part.copy_(tensors[f"{key}/{name}"])
-        self._adapted.spread(self._views)
+        moments = {
+            key: torch.zeros_like(self._adapted.weights) for key in ("exp_avg", "exp_avg_sq")
+        }
+        for key, vector in {"factor": self._adapted.weights, **moments}.items():
+            for name, part in self._adapted.parts(vector).items():
+                part.copy_(tensors[f"{key}/{name}"])
         optimizer.state[self._weights] = {"step": tensors["step"].clone(), **moments}
         if self._variates is not None:
             self._variates.restore(tensors)
@@ -506,12 +502,11 @@ class LocalTrainer:
         tensors = {"step": torch.tensor(float(step))}
         if self._variates is not None:
             tensors |= self._variates.tensors()
-        tensors |= {"factor/" + name: view for name, view in self._views.items()}
         state = cast("Mapping[str, torch.Tensor]", optimizer.state.get(self._weights, {}))
-        for key in ("exp_avg", "exp_avg_sq"):
-            if key in state:
-                parts = parts_of(state[key], self._views)
-                tensors |= {f"{key}/{name}": part for name, part in parts.items()}
+        vectors = {key: state[key] for key in ("exp_avg", "exp_avg_sq") if key in state}
+        for key, vector in {"factor": self._adapted.weights, **vectors}.items():
+            parts = self._adapted.parts(vector)
+            tensors |= {f"{key}/{name}": part for name, part in parts.items()}
         progress = Progress(
             run=run,
             step=step,
@@ -520,16 +515,17 @@ class LocalTrainer:
         )
         save_state(self._options.state_path, progress, tensors)
 
-    def _update(self, start: AdapterArrays, layout: VectorLayout, weight: int) -> PlainUpdate:
+    def _update(self, weight: int) -> PlainUpdate:
         # From the model itself: what trains something else must not look as if it had moved it.
-        vector = flatten(self._adapted.arrays(), layout) - flatten(start, layout)
-        if not np.isfinite(vector).all():
+        change = self._adapted.weights.cpu() - self._start
+        least, most = (float(end) for end in torch.aminmax(change))  # NaN, if there is one
+        if not (math.isfinite(least) and math.isfinite(most)):
             msg = "training diverged: the update has values that are not finite; nothing is sent"
             raise TrainingError(msg)
-        if not vector.any():
+        if least == most == 0.0:
             msg = "training moved no weight: the update is exactly zero; nothing is sent"
             raise TrainingError(msg)
-        return PlainUpdate(vector=vector, weight=weight)
+        return PlainUpdate(vector=change.numpy(), weight=weight)
 
 
 def _mix(seed: int, step: int, index: int) -> int:

@@ -10,7 +10,7 @@ import torch
 
 from edge_agent.data.batches import collate
 from edge_agent.data.tokens import Example
-from edge_agent.training.gradients import GradientRule, Gradients, MeanGradient, PrivateGradient
+from edge_agent.training.gradients import GradientRule, MeanGradient, PrivateGradient, StepGradient
 from edge_agent.training.sampling import BatchSampler, PoissonBatches, ShuffledBatches
 from edge_agent.training.trainer import (
     ClipNorm,
@@ -78,9 +78,9 @@ class _StepRecorder:
         """For the digest of a run."""
         return "StepRecorder()"
 
-    def __call__(self, gradients: Gradients, *, step: int) -> None:
+    def __call__(self, gradient: StepGradient, *, step: int) -> None:
         """Note the gradient and the weights."""
-        arrays = {name: tensor.cpu().numpy() for name, tensor in gradients.items()}
+        arrays = {name: tensor.cpu().numpy() for name, tensor in gradient.parts.items()}
         drawn = float(len(self.sampler.indices(step)))
         self.steps.append(
             Step(

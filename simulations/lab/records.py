@@ -72,7 +72,6 @@ class VisitNote(Note):
         last_loss: Of its last.
         weight: Of its update in the average.
         update_norm: L2 norm of its update.
-        update_sha256: Of the update's float32 values; what "bit for bit" is checked by.
         train_s: Its share of its group's time, forward, backward and optimiser.
         error: Why there is no update; None: there is one.
     """
@@ -87,7 +86,6 @@ class VisitNote(Note):
     last_loss: float | None
     weight: int
     update_norm: float
-    update_sha256: str
     train_s: float
     error: str | None = None
 

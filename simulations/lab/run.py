@@ -459,7 +459,6 @@ class _Sitting:
                 last_loss=result.last_loss,
                 weight=result.weight,
                 update_norm=0.0 if result.vector is None else l2_norm(result.vector),
-                update_sha256="" if result.vector is None else _sha256(result.vector),
                 train_s=result.train_s,
                 error=result.error,
             )

@@ -102,8 +102,8 @@ def _at_once(stack: StackedModel, wanted: Mapping[int, Wanted]) -> dict[int, Giv
     stack.seed_dropout([seed for want in ordered for seed in want.dropout_seeds])
     device = stack.base.device
     batch = collate(examples, pad_id=stack.base.pad_id)
-    for factor in stack.trainable.values():
-        factor.grad = None
+    per_example = ordered[0].per_example
+    gradients = None if per_example else stack.fresh_gradients(rows.slots)
     losses = example_losses(
         stack.model,
         input_ids=batch.input_ids.to(device),
@@ -114,23 +114,22 @@ def _at_once(stack: StackedModel, wanted: Mapping[int, Wanted]) -> dict[int, Giv
         torch.tensor([want.loss_scale for want in ordered]), torch.tensor(rows.counts)
     )
     total = (losses * scales.to(device)).sum()
-    by_example: dict[str, torch.Tensor] | None = None
-    if ordered[0].per_example:
+    if gradients is not None:
+        total.backward()
+        sums = losses.detach()
+        found = {
+            slot: Given(loss_sum=float(sums[part].sum()), gradient=gradients[slot])
+            for slot, part in rows.parts()
+        }
+    else:
         with stack.per_example_gradients() as by_example:
             total.backward()
-    else:
-        total.backward()
-    sums = losses.detach()
-    found = {}
-    for (slot, part), want in zip(rows.parts(), ordered, strict=True):
-        gradients = {
-            name: cast("torch.Tensor", factor.grad)[slot]
-            if by_example is None
-            else by_example[name][part]
-            for name, factor in stack.trainable.items()
+        sums = losses.detach()
+        found = {
+            slot: Given(
+                loss_sum=float(sums[part].sum()),
+                by_example={name: gradient[part] for name, gradient in by_example.items()},
+            )
+            for slot, part in rows.parts()
         }
-        if want.loss_scale != 1.0:
-            for gradient in gradients.values():
-                gradient.div_(want.loss_scale)
-        found[slot] = Given(loss_sum=float(sums[part].sum()), gradients=gradients)
-    return found
+    return {slot: given.at_scale(wanted[slot].loss_scale) for slot, given in found.items()}

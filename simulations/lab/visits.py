@@ -36,7 +36,7 @@ from protocol.layout import VectorLayout
 from protocol.manifest import FederationManifest
 from protocol.privacy import ExamplePrivacy
 from protocol.wire import parse
-from quant.adapter import AdapterArrays, adapter_shapes, sent_layout, unflatten
+from quant.adapter import AdapterArrays, adapter_shapes, parts_of, sent_layout
 from quant.base_model import LoadedBase, load_base, parse_device, set_threads
 from quant.lora import AdaptedModel
 from quant.lora_stack import StackedModel, StackSlot
@@ -180,7 +180,7 @@ class LabWorker:
     def __init__(self, setup: Setup, base: LoadedBase | None = None) -> None:
         """Load the base, if it is not given; adapters are attached when they are needed."""
         self.base = load_lab_base(setup) if base is None else base
-        self._attached: AdaptedModel | None = None
+        self._attached: AdaptedModel | StackedModel | None = None
         self._tokens: dict[int, tuple[Example, ...]] = {}
         self._terms: dict[int, PrivacyTerms] = {}
         self.use(setup)
@@ -234,7 +234,7 @@ class LabWorker:
             stack.train_only(factors)
             adapters = stack.slots
         layout = self._layouts[visits[0].release % len(self._layouts)]
-        start = unflatten(release, self._whole)
+        start = parts_of(release, self._whole)
         prepared = [
             self._prepare(visit, adapter)
             for visit, adapter in zip(visits, adapters[: len(visits)], strict=True)
@@ -360,7 +360,7 @@ class LabWorker:
             question: Which records, and how.
         """
         adapted = self._single()
-        adapted.load(unflatten(release, self._whole))
+        adapted.load(parts_of(release, self._whole))
         block = self.manifest.training
         notes: list[ScoreNote | AnswerNote] = []
         if question.loss:
@@ -401,7 +401,7 @@ class LabWorker:
     # Attaching
 
     def _single(self) -> AdaptedModel:
-        if self._attached is None or isinstance(self._attached, StackedModel):
+        if not isinstance(self._attached, AdaptedModel):
             self._detach()
             self._attached = AdaptedModel(self.base, self.manifest.lora)
         return self._attached

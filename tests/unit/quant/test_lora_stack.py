@@ -12,7 +12,8 @@ from protocol.blocks import Factor, LoraBlock
 from quant.adapter import AdapterArrays, factor_of, initial_adapter, to_safetensors
 from quant.base_model import LoadedBase
 from quant.errors import AdapterError
-from quant.lora import AdaptedModel, Rows
+from quant.lora import AdaptedModel
+from quant.lora_function import Rows
 from quant.lora_stack import StackedModel, StackSlot
 from quant.loss import example_losses
 
@@ -205,35 +206,35 @@ def test_an_optimizer_step_on_a_slot_moves_the_stack_s_own_storage(
     stack.assign({1: 2, 3: 1})
     _, found = gradients(stack, make_batch(3))
     slot = stack.slots[1]
-    optimizer = torch.optim.AdamW(list(slot.trainable.values()), lr=0.01)
-    for name, factor in slot.trainable.items():
-        factor.grad = found[name][1]
-    optimizer.step()
+    weights = torch.nn.Parameter(slot.weights)
+    weights.grad = torch.zeros_like(slot.weights)
+    for name, part in slot.parts(weights.grad).items():
+        part.copy_(found[name][1])
+    torch.optim.AdamW([weights], lr=0.01).step()
+    moved_to = slot.parts(slot.weights)
     for name, factor in stack.factors.items():
         moved = (factor.detach() - before[name]).abs().amax(dim=(1, 2))
         assert float(moved[1]) > 0.005
         assert not moved[[0, 2, 3]].any()
-        assert torch.equal(slot.trainable[name], factor[1])
+        assert torch.equal(moved_to[name], factor[1])
     losses, _ = gradients(stack, make_batch(3))
     stack.slots[1].load({name: array[1].numpy() for name, array in before.items()})
     assert not torch.equal(gradients(stack, make_batch(3))[0][:2], losses[:2])
 
 
 @pytest.mark.parametrize("factors", [(Factor.A, Factor.B), (Factor.B,)], ids=["both", "b"])
-def test_a_vector_of_a_slot_is_a_copy_until_its_parts_are_spread(
+def test_the_weights_of_a_slot_are_the_factors_that_are_trained(
     random_base: LoadedBase, factors: tuple[Factor, ...]
 ) -> None:
     stack = make_stack(random_base)
     stack.train_only(factors)
     before = {name: factor.detach().clone() for name, factor in stack.factors.items()}
     slot = stack.slots[2]
-    flat, parts = slot.gathered()
-    assert list(parts) == list(slot.trainable) == list(stack.trainable)
+    parts = slot.parts(slot.weights)
+    assert list(parts) == list(stack.trainable)
     for name, part in parts.items():
         assert torch.equal(part, before[name][2])
-    flat.add_(1.0)  # the parts are of the vector
-    assert all(torch.equal(factor, before[name]) for name, factor in stack.factors.items())
-    slot.spread(parts)
+    slot.weights.add_(1.0)
     for name, factor in stack.factors.items():
         assert torch.equal(factor[[0, 1, 3]], before[name][[0, 1, 3]])
         moved = 1.0 if factor_of(name) in factors else 0.0
@@ -248,7 +249,7 @@ def test_only_the_factors_that_are_to_be_trained_have_gradients(random_base: Loa
         stack.train_only(factors)
         for by_example in (False, True):
             _, alone = gradients(stack, batch, by_example=by_example)
-            assert alone.keys() == stack.trainable.keys() == stack.slots[0].trainable.keys()
+            assert alone.keys() == stack.trainable.keys()
             assert {factor_of(name) for name in alone} == set(factors)
             if not by_example:
                 for name, gradient in alone.items():

@@ -21,7 +21,7 @@ from protocol.blocks import Factor, LoraBlock, TrainingBlock
 from protocol.clock import SystemClock
 from quant.adapter import AdapterArrays, adapter_shapes, initial_adapter, sent_layout
 from quant.base_model import LoadedBase
-from quant.lora import AdaptedModel, parts_of
+from quant.lora import AdaptedModel
 
 
 class KillError(Exception):
@@ -110,8 +110,7 @@ def test_each_step_takes_the_clipped_gradient_corrected_and_leaves_the_mean_of_t
     real = LocalTrainer._apply
 
     def look(trainer, optimizer, flat, learning_rate) -> None:
-        gradients = parts_of(flat.clone(), trainer._adapted.trainable)
-        seen.append(gradients)
+        seen.append(trainer._adapted.parts(flat.clone()))
         real(trainer, optimizer, flat, learning_rate)
 
     monkeypatch.setattr(LocalTrainer, "_apply", look)

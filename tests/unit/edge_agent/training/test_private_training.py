@@ -15,6 +15,7 @@ from edge_agent.training import gradients as gradients_module
 from edge_agent.training.gradients import (
     Gradients,
     PrivateGradient,
+    StepGradient,
     StepNoise,
     Wanted,
     gradients_of,
@@ -73,8 +74,8 @@ class Keep:
     def __repr__(self) -> str:
         return "Keep()"
 
-    def __call__(self, gradients: Gradients, *, step: int) -> None:
-        self.found.append({name: tensor.clone() for name, tensor in gradients.items()})
+    def __call__(self, gradient: StepGradient, *, step: int) -> None:
+        self.found.append({name: tensor.clone() for name, tensor in gradient.parts.items()})
 
 
 class Bench:
@@ -155,8 +156,7 @@ class Bench:
             if index in skipped:
                 continue
             example = make_examples()[index]
-            for factor in self.adapted.trainable.values():
-                factor.grad = None
+            self.adapted.clear_gradients()
             example_losses(
                 self.adapted.model,
                 input_ids=torch.from_numpy(example.input_ids.astype(np.int64))[None],
@@ -166,8 +166,7 @@ class Bench:
             norm = math.sqrt(sum(float(grad.double().square().sum()) for grad in grads.values()))
             for name, grad in grads.items():
                 total[name] += grad * min(1.0, clip_norm / norm)
-        for factor in self.adapted.trainable.values():
-            factor.grad = None
+        self.adapted.clear_gradients()
         return {name: tensor / (Q * N_EXAMPLES) for name, tensor in total.items()}
 
 
@@ -276,7 +275,7 @@ def test_a_loss_scale_leaves_no_trace_in_the_clipped_gradients(
     bench.adapted.load(bench.start)
 
     def total(loss_scale: float, factors: list[float]) -> Gradients:
-        sums = {name: torch.zeros_like(f) for name, f in bench.adapted.trainable.items()}
+        sums = StepGradient(torch.zeros_like(bench.adapted.weights), bench.adapted)
         for example, factor in zip(examples, factors, strict=True):  # their lengths differ
             monkeypatch.setattr(
                 gradients_module,
@@ -291,8 +290,8 @@ def test_a_loss_scale_leaves_no_trace_in_the_clipped_gradients(
                 loss_chunk=64,
             )
             given = gradients_of(bench.adapted, wanted)
-            assert rule.add(given.gradients, sums, loss_scale=loss_scale)
-        return sums
+            assert rule.add(given, sums, loss_scale=loss_scale)
+        return sums.parts
 
     wanted = total(1.0, [1.0] * 4)
     assert_near(total(2.0**12, [1.0] * 4), wanted)

@@ -9,6 +9,7 @@ import torch
 
 from edge_agent.data.tokens import Example
 from edge_agent.errors import OutOfMemoryError, TrainingError, TrainingStoppedError
+from edge_agent.training.gradients import StepGradient
 from edge_agent.training.sampling import ShuffledBatches
 from edge_agent.training.trainer import (
     ClipNorm,
@@ -23,7 +24,8 @@ from protocol.clock import SystemClock
 from quant import loss as loss_module
 from quant.adapter import AdapterArrays, adapter_shapes, initial_adapter, sent_layout
 from quant.base_model import LoadedBase, load_base
-from quant.lora import AdaptedModel, parts_of
+from quant.lora import AdaptedModel
+from quant.lora_vector import OneAdapter
 from quant.memory import StepSettings
 
 N_STEPS = 6
@@ -120,9 +122,8 @@ def test_fedprox_adds_the_distance_from_the_rounds_start_to_the_gradient(
     real = LocalTrainer._apply
 
     def look(trainer, optimizer, flat, learning_rate) -> None:
-        gradients = parts_of(flat.clone(), trainer._adapted.trainable)
-        seen.append(gradients)
-        weights.append({name: f.detach().clone() for name, f in bench.adapted.trainable.items()})
+        seen.append(bench.adapted.parts(flat.clone()))
+        weights.append(bench.adapted.parts(bench.adapted.weights.clone()))
         real(trainer, optimizer, flat, learning_rate)
 
     monkeypatch.setattr(LocalTrainer, "_apply", look)
@@ -213,8 +214,8 @@ def test_guarantee_2_the_gradient_does_not_depend_on_the_micro_batches(
 
     @dataclass(frozen=True)
     class Keep:
-        def __call__(self, found: dict[str, torch.Tensor], *, step: int) -> None:
-            gradients.append({name: tensor.clone() for name, tensor in found.items()})
+        def __call__(self, gradient: StepGradient, *, step: int) -> None:
+            gradients.append({name: tensor.clone() for name, tensor in gradient.parts.items()})
 
     for micro_tokens in (1, 64, 4096):
         options = TrainerOptions(
@@ -230,9 +231,8 @@ def test_guarantee_2_the_gradient_does_not_depend_on_the_micro_batches(
 def test_guarantee_3_an_update_of_zero_is_refused(random_base: LoadedBase) -> None:
     @dataclass(frozen=True)
     class Erase:
-        def __call__(self, gradients: dict[str, torch.Tensor], *, step: int) -> None:
-            for gradient in gradients.values():
-                gradient.zero_()
+        def __call__(self, gradient: StepGradient, *, step: int) -> None:
+            gradient.vector.zero_()
 
     bench = Bench(random_base)
     with pytest.raises(TrainingError, match="exactly zero"):
@@ -242,8 +242,8 @@ def test_guarantee_3_an_update_of_zero_is_refused(random_base: LoadedBase) -> No
 def test_guarantee_3_an_update_that_is_not_finite_is_refused(random_base: LoadedBase) -> None:
     @dataclass(frozen=True)
     class Spoil:
-        def __call__(self, gradients: dict[str, torch.Tensor], *, step: int) -> None:
-            next(iter(gradients.values())).fill_(torch.nan)
+        def __call__(self, gradient: StepGradient, *, step: int) -> None:
+            gradient.vector[0] = torch.nan
 
     bench = Bench(random_base)
     with pytest.raises(TrainingError, match="not finite"):
@@ -387,13 +387,12 @@ def test_the_learning_rate_continues_across_rounds() -> None:
 
 
 def test_clipping_bounds_the_norm_and_leaves_small_gradients_alone() -> None:
-    large = {"a": torch.full((3,), 10.0), "b": torch.full((4,), -10.0)}
+    large = StepGradient(torch.tensor([10.0] * 3 + [-10.0] * 4), OneAdapter())
     ClipNorm(1.0)(large, step=0)
-    norm = torch.cat(list(large.values())).norm()
-    assert float(norm) == pytest.approx(1.0, rel=1e-5)
-    small = {"a": torch.tensor([0.3, -0.4])}
+    assert float(large.vector.norm()) == pytest.approx(1.0, rel=1e-5)
+    small = StepGradient(torch.tensor([0.3, -0.4]), OneAdapter())
     ClipNorm(1.0)(small, step=0)
-    assert small["a"].tolist() == pytest.approx([0.3, -0.4])
+    assert small.vector.tolist() == pytest.approx([0.3, -0.4])
 
 
 def test_an_epoch_draws_every_example_exactly_once() -> None:
@@ -424,8 +423,8 @@ def test_an_empty_batch_skips_the_model_and_nothing_else(random_base: LoadedBase
 
     @dataclass(frozen=True)
     class Watch:
-        def __call__(self, gradients: dict[str, torch.Tensor], *, step: int) -> None:
-            seen[step] = sum(float(tensor.abs().sum()) for tensor in gradients.values())
+        def __call__(self, gradient: StepGradient, *, step: int) -> None:
+            seen[step] = float(gradient.vector.abs().sum())
 
     trainer = LocalTrainer(
         bench.adapted,
@@ -460,8 +459,8 @@ def test_a_step_in_float16_is_the_step_in_float32_to_its_precision(
 
     @dataclass(frozen=True)
     class Keep:
-        def __call__(self, found: dict[str, torch.Tensor], *, step: int) -> None:
-            gradients.append({name: tensor.clone() for name, tensor in found.items()})
+        def __call__(self, gradient: StepGradient, *, step: int) -> None:
+            gradients.append({name: tensor.clone() for name, tensor in gradient.parts.items()})
 
     for base in (random_base, half_precision(random_base_dir)):
         options = TrainerOptions(transforms=(Keep(),))

@@ -333,7 +333,7 @@ def test_a_training_that_gives_nothing_is_noted_and_the_others_count(
     assert seen == fake.failing
     for visit in found.of(VisitNote):
         assert visit.error == ("training diverged" if visit.agent in seen else None)
-        assert bool(visit.update_sha256) is (visit.agent not in seen)
+        assert (visit.update_norm > 0.0) is (visit.agent not in seen)
 
 
 def test_whoever_drops_out_trains_nothing_and_is_noted(go: Callable[..., Any], fake: Any) -> None:
@@ -526,7 +526,7 @@ def test_the_attackers_are_those_that_were_drawn_and_the_release_is_another(
     attacked = go(**values)
     calm = go(**values | {"attack__name": None})
     # Honest trainings are the same, and what is noted of attackers' is what they trained.
-    assert attacked.of(VisitNote)[0].update_sha256 == calm.of(VisitNote)[0].update_sha256
+    assert attacked.of(VisitNote)[0].update_norm == calm.of(VisitNote)[0].update_norm
     section = small.with_values({"attack.name": "sign-flip-scaled", "attack.share": 0.4}).attack
     assert section is not None
     attackers = Attackers(section, n_clients=6, chance=RunChance(1)).clients

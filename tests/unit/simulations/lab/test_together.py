@@ -9,7 +9,13 @@ import torch
 
 from edge_agent.data.tokens import Example
 from edge_agent.errors import TrainingError
-from edge_agent.training.gradients import GradientRule, Gradients, MeanGradient, PrivateGradient
+from edge_agent.training.gradients import (
+    GradientRule,
+    Gradients,
+    MeanGradient,
+    PrivateGradient,
+    StepGradient,
+)
 from edge_agent.training.sampling import BatchSampler, PoissonBatches, ShuffledBatches
 from edge_agent.training.trainer import (
     ClipNorm,
@@ -51,8 +57,8 @@ class Keep:
     def __repr__(self) -> str:
         return "Keep()"
 
-    def __call__(self, gradients: Gradients, *, step: int) -> None:
-        self.found.append({name: tensor.clone() for name, tensor in gradients.items()})
+    def __call__(self, gradient: StepGradient, *, step: int) -> None:
+        self.found.append({name: tensor.clone() for name, tensor in gradient.parts.items()})
 
 
 def make_examples(n_examples: int) -> list[Example]:
@@ -217,9 +223,8 @@ def test_guarantee_2_one_that_diverges_ends_alone_and_the_others_go_on(
 def test_guarantee_2_one_that_moves_nothing_ends_alone(random_base: LoadedBase) -> None:
     @dataclass(frozen=True)
     class Nothing(MeanGradient):
-        def finish(self, totals: Gradients, *, n_examples: int, step: int) -> None:
-            for total in totals.values():
-                total.zero_()
+        def finish(self, total: StepGradient, *, n_examples: int, step: int) -> None:
+            total.vector.zero_()
 
     bench = Bench(
         random_base,

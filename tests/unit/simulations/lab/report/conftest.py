@@ -85,7 +85,6 @@ def a_visit(number: int, agent: int, **changes: Any) -> VisitNote:
         "last_loss": 2.0 + agent,
         "weight": 10,
         "update_norm": 0.25,
-        "update_sha256": DIGEST,
         "train_s": 1.5,
     }
     return VisitNote(**{**values, **changes})
