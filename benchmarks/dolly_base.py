@@ -1,12 +1,12 @@
-"""A small base model for `benchmarks.dolly`, pre-trained from scratch on public text.
+"""The small base of the experiment `dolly`, pre-trained from scratch on public text.
 
-    python -m benchmarks.dolly_base
+    sheepfold-sim compare dolly --model "$(python -m benchmarks.dolly_base)" --data dolly.jsonl
     python -m benchmarks.dolly_base --quick --cache bases
 
 A Llama of seven million parameters reads novels, fairy tales, plays and encyclopedia articles, no
 instruction among them. It is made once, in 17 to 18 minutes of two free cores, and kept in the
 user's cache under a name that holds the digest of recipe and text: another recipe or another text
-is another base.
+is another base. The folder is printed, new or not; how it goes is told on standard error.
 """
 
 import argparse
@@ -41,7 +41,7 @@ TEXT_FILES: Final = (
 )
 """All that the base reads. No instruction, no question of an evaluation set."""
 
-RECORD_NAME: Final = "pretraining.json"
+_RECORD_NAME: Final = "pretraining.json"
 _HELD_OUT_EVERY: Final = 50
 """One row in so many is kept for the loss on unread text."""
 _MAX_DOCUMENT_CHARS: Final = 8_000
@@ -174,7 +174,7 @@ def make_base(recipe: BaseRecipe, text: Path, out: Path, *, show: Show) -> None:
         "wall_s": time.perf_counter() - began,
         "threads": torch.get_num_threads(),
     }
-    (out / RECORD_NAME).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    (out / _RECORD_NAME).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     show(
         f"base: {model.num_parameters():,} parameters, loss {held_out_loss:.3f} nats a token on "
         f"text that it has not read, {record['wall_s']:.0f} s"

@@ -1,4 +1,4 @@
-"""Every rule for LoRA on one federation in one process, for `benchmarks.lora_rules`.
+"""Every rule for LoRA on the demo's federation in one process, for `benchmarks.lora_rules`.
 
 Training and averaging are the product's own where the product knows the rule, and its libraries
 where it does not. What an adapter cannot hold (the residual of FedEx-LoRA, the stack of FLoRA)
@@ -6,9 +6,9 @@ stands frozen beside the trained rows, as further rows of the same adapter: a 4-
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import StrEnum
-from typing import Final, Protocol
+from typing import Final
 
 import numpy as np
 import torch
@@ -28,6 +28,8 @@ from aggregator_server.aggregation.lora_pairs import (
 )
 from aggregator_server.aggregation.lora_products import best_rank, total
 from aggregator_server.aggregation.robust.units import ArrayUnits
+from benchmarks.dp_utility_jobs import agent_examples
+from benchmarks.tiny_federation import Recipe, Visit, generator, train_update
 from edge_agent.training.gradients import StepGradient
 from edge_agent.training.trainer import ClipNorm, GradientTransform
 from privacy.updates import CellSum, Float32Array, PlainUpdate
@@ -41,6 +43,7 @@ from quant.lora_turns import sent_factors
 from quant.lora_vector import split
 
 BOTH: Final = (Factor.A, Factor.B)
+_ORDER_STREAM, _ADAPTER_STREAM = 2, 3
 
 
 class Method(StrEnum):
@@ -56,10 +59,34 @@ class Method(StrEnum):
     FEDEX = "fedex"
 
 
-class Train(Protocol):
-    """What an agent does in a round: `benchmarks.lora_rules_jobs.Agents.train`, or Dolly's."""
+@dataclass(frozen=True, kw_only=True)
+class Federation:
+    """The demo's agents under one seed, whatever the rule; all take part in every round.
 
-    def __call__(
+    Attributes:
+        base: Loaded once; no adapter is attached.
+        recipe: Of the agents.
+        seed: Of records, order of batches and release 0.
+        optimizer: What the server does with a mean; rules that make no mean of factors add it.
+    """
+
+    base: LoadedBase
+    recipe: Recipe
+    seed: int
+    optimizer: optimizers.Optimizer
+
+    @property
+    def lora(self) -> LoraBlock:
+        """The adapter."""
+        return self.recipe.lora(int(generator(self.seed, _ADAPTER_STREAM).integers(2**31)))
+
+    def start(self, number: int = 0) -> AdapterArrays:
+        """Release 0; under another number, factors drawn anew."""
+        lora = self.lora
+        drawn = lora.model_copy(update={"init_seed": lora.init_seed + number})
+        return initial_adapter(self.base.description, drawn)
+
+    def train(
         self,
         adapted: AdaptedModel,
         start: AdapterArrays,
@@ -69,33 +96,40 @@ class Train(Protocol):
         agent: int,
         transforms: tuple[GradientTransform, ...] | None = None,
     ) -> PlainUpdate:
-        """The update of one agent."""
-        ...
+        """What an agent sends in a round.
 
+        Args:
+            adapted: The model; its adapter is replaced.
+            start: What the agent starts from.
+            layout: Of the update.
+            number: The round's, from 0.
+            agent: Its number, from 0.
+            transforms: Of the gradient; None: the recipe's clipping.
+        """
+        order = int(generator(self.seed, _ORDER_STREAM, number, agent).integers(2**31))
+        return train_update(
+            adapted,
+            agent_examples(self.recipe, self.seed, agent),
+            self.recipe.training,
+            Visit(number=number, n_rounds=self.recipe.n_rounds, seed=order, transforms=transforms),
+            start,
+            layout,
+        )
 
-@dataclass(frozen=True, kw_only=True)
-class Federation:
-    """A federation, whatever its rule.
-
-    Attributes:
-        base: Loaded once; no adapter is attached.
-        lora: The adapter: rank, scale, modules, seed of release 0.
-        cohorts: Who takes part in each round.
-        train: What an agent does.
-        max_grad_norm: Of the recipe.
-        optimizer: What the server does with a mean; other rules than FedIT and FFA-LoRA add it.
-    """
-
-    base: LoadedBase
-    lora: LoraBlock
-    cohorts: Sequence[Sequence[int]]
-    train: Train
-    max_grad_norm: float
-    optimizer: optimizers.Optimizer
-
-    def start(self) -> AdapterArrays:
-        """Release 0."""
-        return initial_adapter(self.base.description, self.lora)
+    def train_all(
+        self,
+        adapted: AdaptedModel,
+        start: AdapterArrays,
+        layout: VectorLayout,
+        *,
+        number: int,
+        transforms: tuple[GradientTransform, ...] | None = None,
+    ) -> list[PlainUpdate]:
+        """What all agents send in a round that they start alike; arguments as of `train`."""
+        return [
+            self.train(adapted, start, layout, number=number, agent=agent, transforms=transforms)
+            for agent in range(self.recipe.n_agents)
+        ]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,8 +139,8 @@ class Made:
     Attributes:
         adapted: The model.
         adapters: What to load into it: one adapter, or one for each agent.
-        n_up: Values that an agent sent over all rounds, if it took part in all.
-        n_down: Values that such an agent fetched.
+        n_up: Values that an agent sent over all rounds.
+        n_down: Values that it fetched.
     """
 
     adapted: AdaptedModel
@@ -148,14 +182,11 @@ def _by_means(rule: LoraRule, federation: Federation) -> Made:
     """FedIT, FFA-LoRA, RoLoRA: the mean of what is sent, then the server's optimiser."""
     adapted = AdaptedModel(federation.base, federation.lora)
     release, state, n_sent = federation.start(), None, 0
-    for number, cohort in enumerate(federation.cohorts):
+    for number in range(federation.recipe.n_rounds):
         factors = sent_factors(rule, number)
         adapted.train_only(factors)
         layout = sent_layout(adapted.shapes(), factors)
-        updates = [
-            federation.train(adapted, release, layout, number=number, agent=agent)
-            for agent in cohort
-        ]
+        updates = federation.train_all(adapted, release, layout, number=number)
         if number == 0:
             state = optimizers.initial_state(federation.optimizer, n_values=layout.n_values)
         step, state = optimizers.apply(federation.optimizer, state, _mean(updates))
@@ -171,9 +202,9 @@ def _by_shared_a(federation: Federation) -> Made:
     whole = sent_layout(adapted.shapes(), BOTH)
     shared = sent_layout(adapted.shapes(), (Factor.A,))
     release, own = federation.start(), dict[int, AdapterArrays]()
-    for number, cohort in enumerate(federation.cohorts):
+    for number in range(federation.recipe.n_rounds):
         updates = []
-        for agent in cohort:
+        for agent in range(federation.recipe.n_agents):
             start = release | own.get(agent, {})
             update = federation.train(adapted, start, whole, number=number, agent=agent)
             moved = unflatten(_added(flatten(start, whole), update.vector), whole)
@@ -181,7 +212,7 @@ def _by_shared_a(federation: Federation) -> Made:
             part = flatten(unflatten(update.vector, whole), shared)
             updates.append(PlainUpdate(vector=part, weight=update.weight))
         release |= unflatten(_added(flatten(release, shared), _mean(updates)), shared)
-    n_sent = len(federation.cohorts) * shared.n_values
+    n_sent = federation.recipe.n_rounds * shared.n_values
     personal = {str(agent): release | own[agent] for agent in sorted(own)}
     return Made(adapted=adapted, adapters=personal, n_up=n_sent, n_down=n_sent)
 
@@ -192,18 +223,14 @@ def _by_products(federation: Federation) -> Made:
     adapted.train_only(BOTH)
     layout = sent_layout(adapted.shapes(), BOTH)
     vector = flatten(federation.start(), layout)
-    for number, cohort in enumerate(federation.cohorts):
-        release = unflatten(vector, layout)
-        updates = [
-            federation.train(adapted, release, layout, number=number, agent=agent)
-            for agent in cohort
-        ]
+    for number in range(federation.recipe.n_rounds):
+        updates = federation.train_all(adapted, unflatten(vector, layout), layout, number=number)
         units = ArrayUnits(
             np.stack([update.vector for update in updates]),
             np.array([update.weight for update in updates], np.int64),
         )
         vector = _added(vector, flexlora_step(units, vector, layout, federation.lora).step)
-    n_sent = len(federation.cohorts) * layout.n_values
+    n_sent = federation.recipe.n_rounds * layout.n_values
     release = unflatten(vector, layout)
     return Made(adapted=adapted, adapters={"all": release}, n_up=n_sent, n_down=n_sent)
 
@@ -272,13 +299,11 @@ def _by_cores(federation: Federation) -> Made:
                 np.float32
             )
     vector = np.zeros(layout.n_values, np.float32)
-    for number, cohort in enumerate(federation.cohorts):
+    for number in range(federation.recipe.n_rounds):
         start = release | unflatten(vector, layout)
-        updates = [
-            federation.train(adapted, start, layout, number=number, agent=agent) for agent in cohort
-        ]
+        updates = federation.train_all(adapted, start, layout, number=number)
         vector = _added(vector, _mean(updates))
-    n_sent = len(federation.cohorts) * layout.n_values
+    n_sent = federation.recipe.n_rounds * layout.n_values
     last = release | unflatten(vector, layout)
     return Made(adapted=adapted, adapters={"all": last}, n_up=n_sent, n_down=n_sent)
 
@@ -326,19 +351,18 @@ def _beside_frozen_rows(method: Method, federation: Federation) -> Made:
     lora, scale = federation.lora, federation.lora.scale
     release: AdapterArrays = federation.start()
     narrow = sent_layout({name: array.shape for name, array in release.items()}, BOTH)
-    transforms = (KeepRows(lora.rank), ClipNorm(federation.max_grad_norm))
+    transforms = (KeepRows(lora.rank), ClipNorm(federation.recipe.clip_norm))
     frozen: LoraAdapter | None = None
     n_up = n_down = 0
-    for number, cohort in enumerate(federation.cohorts):
+    for number in range(federation.recipe.n_rounds):
         wide = _Wide.of(lora, release, frozen)
         adapted = AdaptedModel(federation.base, wide.lora)
         adapted.train_only(BOTH)
         layout = sent_layout(adapted.shapes(), BOTH)
         agents = []
-        for agent in cohort:
-            update = federation.train(
-                adapted, wide.arrays, layout, number=number, agent=agent, transforms=transforms
-            )
+        for update in federation.train_all(
+            adapted, wide.arrays, layout, number=number, transforms=transforms
+        ):
             own = {
                 name: (array[: lora.rank] if factor_of(name) is Factor.A else array[:, : lora.rank])
                 for name, array in unflatten(update.vector, layout).items()
@@ -348,7 +372,7 @@ def _beside_frozen_rows(method: Method, federation: Federation) -> Made:
         adapted.detach()
         n_up += narrow.n_values
         # The stack of all; or the mean, and a gap of the rank of all but one.
-        n_down += len(cohort) * narrow.n_values
+        n_down += federation.recipe.n_agents * narrow.n_values
         if method is Method.FLORA:
             release, frozen = _stacked(agents, federation, frozen, number + 1)
         else:
@@ -372,6 +396,4 @@ def _stacked(
         pairs[module] = total(parts, [1.0] * len(parts))
     rank = min(next(iter(pairs.values())).rank, max(min(pair.shape) for pair in start.values()))
     exact = {module: best_rank(pair, rank).pair for module, pair in pairs.items()}
-    seed = federation.lora.init_seed + number
-    fresh = replace(federation, lora=federation.lora.model_copy(update={"init_seed": seed})).start()
-    return fresh, LoraAdapter(pairs=exact, scale=1.0)
+    return federation.start(number), LoraAdapter(pairs=exact, scale=1.0)

@@ -1,11 +1,11 @@
-"""Rules for LoRA: score against bytes sent, on the demo's federation and on Dolly-15k.
+"""Rules for LoRA: score against bytes sent, on the demo's federation.
 
     python -m benchmarks.lora_rules --json rules.json --markdown rules.md --figure rules.png
 
-On the demo's federation (embedded base, five agents, two of eight categories each) each rule of
+Embedded base, five agents, two of eight categories each: every rule of
 `docs/adr/0016-lora-rules.md`, and FedIT under each server optimiser; all at one learning rate,
-and rules of one adapter at three times that rate. On Dolly (ten clients by the paper's second
-partition, a base of seven million parameters) the rules that a manifest can name.
+and rules of one adapter at three times that rate. Half of the rules are none that a manifest can
+name; `sheepfold-sim sweep` compares those that are, on any base and records.
 
 Each model's result is kept as soon as it is there: a run that was interrupted goes on.
 """
@@ -15,7 +15,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -27,35 +27,19 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import numpy as np
 from rich.console import Console
 
-from benchmarks import (
-    dolly_base,
-    dolly_jobs,
-    dp_utility_jobs,
-    lora_federation,
-    lora_rules_jobs,
-    tiny_federation,
-)
-from benchmarks.lora_rules_jobs import QUICK, RULES, Job, Settings, Variant, Where, run_job
+from benchmarks import dp_utility_jobs, lora_federation, lora_rules_jobs, tiny_federation
+from benchmarks.dolly_base import default_cache
+from benchmarks.lora_rules_jobs import QUICK, RULES, Job, Settings, Variant, run_job
 from benchmarks.report import Better, Row, add_options, write_report
-from benchmarks.running import Result, Runner, show
+from benchmarks.running import Result, Runner
 from quant.quiet import quiet_libraries
 
-_MEASURES: Final[Mapping[Where, tuple[tuple[str, str, str, Better], ...]]] = {
-    Where.DEMO: (
-        ("exact_match", "exact match", "share of answers", "higher"),
-        ("loss", "held-out loss", "nats a token", "lower"),
-    ),
-    Where.DOLLY: (
-        ("loss", "held-out loss", "nats a token", "lower"),
-        ("rouge_l", "ROUGE-L", "0 to 1", "higher"),
-    ),
-}
+_MEASURES: Final[tuple[tuple[str, str, str, Better], ...]] = (
+    ("exact_match", "exact match", "share of answers", "higher"),
+    ("loss", "held-out loss", "nats a token", "lower"),
+)
 _COLOURS: Final = ("#0072b2", "#e67e22", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#8c564b")
 _MARKERS: Final = "osD^vPX"
-
-
-BASE: Final = replace(dolly_base.BaseRecipe(), n_steps=300)
-"""A fifth of the reading of `benchmarks.dolly`'s base: rules are compared, not models."""
 
 
 class Results:
@@ -64,76 +48,64 @@ class Results:
     def __init__(self, settings: Settings, found: Mapping[Job, Result]) -> None:
         """Take what was found."""
         self.settings = settings
-        self.wheres = tuple(where for where in Where if any(job.where is where for job in found))
         self._found = found
 
-    def under_each_seed(self, where: Where, variant: Variant) -> list[Result]:
+    def under_each_seed(self, variant: Variant) -> list[Result]:
         """What a variant found."""
-        jobs = (Job(where=where, variant=variant, seed=seed) for seed in self.settings.seeds)
+        jobs = (Job(variant=variant, seed=seed) for seed in self.settings.seeds)
         return [self._found[job] for job in jobs if job in self._found]
 
-    def values(self, where: Where, variant: Variant, measure: str) -> list[float]:
+    def values(self, variant: Variant, measure: str) -> list[float]:
         """The average over categories under every seed."""
         return [
-            float(np.mean(list(one[measure].values())))
-            for one in self.under_each_seed(where, variant)
+            float(np.mean(list(one[measure].values()))) for one in self.under_each_seed(variant)
         ]
 
-    def cell(self, where: Where, variant: Variant, measure: str) -> str:
+    def cell(self, variant: Variant, measure: str) -> str:
         """Mean and sample standard deviation over the seeds, in words."""
-        values = self.values(where, variant, measure)
+        values = self.values(variant, measure)
         mean = f"{np.mean(values):.3f}"
         return mean if len(values) == 1 else f"{mean} ± {np.std(values, ddof=1):.3f}"
 
-    def megabytes(self, where: Where, variant: Variant, key: str) -> float:
+    def megabytes(self, variant: Variant, key: str) -> float:
         """Of an agent that takes part in all rounds."""
-        return float(self.under_each_seed(where, variant)[0][key]) / 1e6
+        return float(self.under_each_seed(variant)[0][key]) / 1e6
 
     def all(self) -> list[dict[str, Any]]:
         """Everything, as JSON."""
         return [dict(one) for one in self._found.values()]
 
 
-def variants_of(settings: Settings, where: Where) -> list[Variant]:
-    """What a table compares."""
-    jobs = settings.demo_jobs() if where is Where.DEMO else settings.dolly_jobs()
-    return list(dict.fromkeys(job.variant for job in jobs))
-
-
 def report_rows(results: Results) -> list[Row]:
     """Every rule ÷ FedIT, paired by seed."""
     made = []
-    for where in results.wheres:
-        measures = _MEASURES[where]
-        for variant in variants_of(results.settings, where):
-            if variant == RULES[0]:
-                continue
-            for key, title, unit, better in measures:
-                peer = results.values(where, RULES[0], key)
-                if min(peer) > 0.0:  # where nothing was right, there is no ratio
-                    made.append(
-                        Row.of(
-                            f"{where.value}: {title}, {variant.name}",
-                            results.values(where, variant, key),
-                            peer,
-                            peer_name=RULES[0].name,
-                            unit=unit,
-                            better=better,
-                        )
+    for variant in results.settings.variants:
+        if variant == RULES[0]:
+            continue
+        for key, title, unit, better in _MEASURES:
+            ours = results.values(variant, key)
+            peer = results.values(RULES[0], key)[: len(ours)]
+            if min(peer) > 0.0:  # where nothing was right, there is no ratio
+                made.append(
+                    Row.of(
+                        f"{title}, {variant.name}",
+                        ours,
+                        peer,
+                        peer_name=RULES[0].name,
+                        unit=unit,
+                        better=better,
                     )
+                )
     return made
 
 
-def table(results: Results, where: Where) -> str:
+def table(results: Results) -> str:
     """Markdown: what each variant scores and sends."""
-    measures = _MEASURES[where]
-    heads = ["rule", *(title for _, title, _, _ in measures), "MB sent", "MB fetched"]
+    heads = ["rule", *(title for _, title, _, _ in _MEASURES), "MB sent", "MB fetched"]
     lines = [f"| {' | '.join(heads)} |", f"| --- |{' ---: |' * (len(heads) - 1)}"]
-    for variant in variants_of(results.settings, where):
-        cells = [results.cell(where, variant, key) for key, *_ in measures]
-        sizes = [
-            f"{results.megabytes(where, variant, key):.3g}" for key in ("bytes_up", "bytes_down")
-        ]
+    for variant in results.settings.variants:
+        cells = [results.cell(variant, key) for key, *_ in _MEASURES]
+        sizes = [f"{results.megabytes(variant, key):.3g}" for key in ("bytes_up", "bytes_down")]
         lines.append(f"| {' | '.join([variant.name, *cells, *sizes])} |")
     return "\n".join(lines) + "\n"
 
@@ -149,16 +121,14 @@ def rate_table(results: Results) -> str:
     rated = dict.fromkeys(job.variant for job in settings.rate_jobs())
     for plain in dict.fromkeys(replace(variant, rate=None) for variant in rated):
         at_each = (plain, *(replace(plain, rate=rate) for rate in settings.rates))
-        cells = [results.cell(Where.DEMO, variant, "exact_match") for variant in at_each]
+        cells = [results.cell(variant, "exact_match") for variant in at_each]
         lines.append(f"| {' | '.join([plain.name, *cells])} |")
     return "\n".join(lines) + "\n"
 
 
 def markdown(results: Results) -> str:
     """All tables for a page."""
-    parts = [table(results, where) for where in results.wheres]
-    if Where.DEMO in results.wheres:
-        parts.append(rate_table(results))
+    parts = [table(results), rate_table(results)]
     own = [
         one["own_exact_match"]
         for one in results.all()
@@ -183,57 +153,41 @@ def draw(results: Results, path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    wheres = results.wheres
-    figure = Figure(figsize=(1 + 6 * len(wheres), 4.5), layout="constrained")
+    measure, title, unit, better = _MEASURES[0]
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
-    for axes, where in zip(figure.subplots(1, len(wheres), squeeze=False)[0], wheres, strict=True):
-        measure, title, unit, better = _MEASURES[where][0]
-        for number, variant in enumerate(variants_of(results.settings, where)):
-            values = results.values(where, variant, measure)
-            moved = sum(results.megabytes(where, variant, k) for k in ("bytes_up", "bytes_down"))
-            axes.errorbar(
-                moved,
-                np.mean(values),
-                yerr=np.std(values, ddof=1) if len(values) > 1 else None,
-                fmt=_MARKERS[number // len(_COLOURS)],
-                color=_COLOURS[number % len(_COLOURS)],
-                capsize=3,
-                label=variant.name,
-            )
-        axes.set_xscale("log")
-        axes.set_xlabel("MB sent and fetched by an agent in all rounds")
-        axes.set_ylabel(f"{title}, {unit}\n({better} is better)")
-        axes.set_title({Where.DEMO: "the demo's federation", Where.DOLLY: "Dolly-15k"}[where])
-        axes.grid(color="#eeeeee")
-        axes.legend(fontsize=7, ncols=2)
+    axes = figure.subplots()
+    for number, variant in enumerate(results.settings.variants):
+        values = results.values(variant, measure)
+        axes.errorbar(
+            sum(results.megabytes(variant, key) for key in ("bytes_up", "bytes_down")),
+            np.mean(values),
+            yerr=np.std(values, ddof=1) if len(values) > 1 else None,
+            fmt=_MARKERS[number // len(_COLOURS)],
+            color=_COLOURS[number % len(_COLOURS)],
+            capsize=3,
+            label=variant.name,
+        )
+    axes.set_xscale("log")
+    axes.set_xlabel("MB sent and fetched by an agent in all rounds")
+    axes.set_ylabel(f"{title}, {unit}\n({better} is better)")
+    axes.grid(color="#eeeeee")
+    axes.legend(fontsize=7, ncols=2)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
 
 
-def run_name(settings: Settings, base_digest: str) -> str:
-    """A name that changes with whatever changes the results: settings, base and these jobs."""
+def run_name(settings: Settings) -> str:
+    """A name that changes with whatever changes the results: settings and these jobs."""
     digest = hashlib.sha256(json.dumps(asdict(settings), sort_keys=True).encode())
-    digest.update(base_digest.encode())
-    for module in (
-        dolly_jobs,
-        dp_utility_jobs,
-        lora_federation,
-        lora_rules_jobs,
-        tiny_federation,
-    ):
+    for module in (dp_utility_jobs, lora_federation, lora_rules_jobs, tiny_federation):
         digest.update(Path(module.__file__).read_bytes())
     return f"lora-rules-run-{digest.hexdigest()[:16]}"
 
 
-def run(
-    settings: Settings, work: Callable[[Job], Result], kept: Path, wheres: Sequence[Where], n: int
-) -> Results:
+def run(settings: Settings, work: Callable[[Job], Result], kept: Path, n: int) -> Results:
     """Run what has not been run, in n processes; a seed at a time, the other rates last."""
-    jobs: dict[str, Sequence[Job]] = {}
-    if Where.DOLLY in wheres:
-        jobs["Dolly"] = settings.dolly_jobs()
-    if Where.DEMO in wheres:
-        jobs |= {"the demo": settings.demo_jobs(), "other rates": settings.rate_jobs()}
+    jobs = {"rules": settings.main_jobs(), "other rates": settings.rate_jobs()}
     found: dict[Job, Result] = {}
     with Runner(work, kept, headline=_headline, n_workers=n) as runner:
         for what, some in jobs.items():
@@ -242,8 +196,9 @@ def run(
 
 
 def _headline(found: Result) -> str:
-    keys = [key for key in ("exact_match", "rouge_l", "loss") if key in found]
-    return ", ".join(f"{key} {np.mean(list(found[key].values())):.3f}" for key in keys)
+    return ", ".join(
+        f"{title} {np.mean(list(found[key].values())):.3f}" for key, title, *_ in _MEASURES
+    )
 
 
 def main() -> None:
@@ -252,25 +207,16 @@ def main() -> None:
     add_options(parser)
     parser.add_argument("--figure", type=Path, metavar="PNG", help="draw the result")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="the tables for a page")
-    parser.add_argument("--cache", type=Path, default=dolly_base.default_cache())
+    parser.add_argument("--cache", type=Path, default=default_cache())
     parser.add_argument("--fresh", action="store_true", help="measure again what was kept")
-    parser.add_argument("--only", type=Where, choices=list(Where), help="one federation alone")
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread each")
     args = parser.parse_args()
     quiet_libraries()
     settings = QUICK if args.quick else Settings()
-    recipe = dolly_base.QUICK if args.quick else BASE
-    wheres = list(Where) if args.only is None else [args.only]
-    folder = dolly_base.data_folder()
-    text_folder = folder / "text"
-    kept = args.cache / run_name(settings, dolly_base.base_digest(recipe, text_folder))
+    kept = args.cache / run_name(settings)
     if args.fresh:
         shutil.rmtree(kept, ignore_errors=True)
-    base = args.cache  # of Dolly, which the demo does not look at
-    if Where.DOLLY in wheres:
-        base = dolly_base.ensure_base(recipe, text_folder, args.cache, show=show)
-    work = partial(run_job, settings=settings, base=base, data=folder / dolly_jobs.DOLLY)
-    results = run(settings, work, kept, wheres, args.workers)
+    results = run(settings, partial(run_job, settings=settings), kept, args.workers)
     text = markdown(results)
     Console(stderr=args.json == "-", width=160).print(text, highlight=False, markup=False)
     if args.markdown is not None:

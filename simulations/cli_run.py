@@ -21,7 +21,10 @@ if TYPE_CHECKING:
     from simulations.lab.series import Member
 
 Name = Annotated[
-    str, typer.Argument(metavar="EXPERIMENT", help="`fedit`, `privacy`, or a TOML file of yours.")
+    str,
+    typer.Argument(
+        metavar="EXPERIMENT", help="`fedit`, `dolly`, `privacy`, or a TOML file of yours."
+    ),
 ]
 Out = Annotated[Path | None, typer.Option(help="Where the results go.  [default: runs/EXPERIMENT]")]
 Model = Annotated[
@@ -274,7 +277,7 @@ def _path_of(name: str) -> Path:
     """A file of the user's, or an experiment that comes with Sheepfold."""
     path = Path(name)
     shipped = Path(str(files("simulations.experiments") / f"{name}.toml"))
-    return shipped if not path.exists() and shipped.exists() else path
+    return shipped if not path.is_file() and shipped.exists() else path
 
 
 def _pair(text: str) -> tuple[str, object]:

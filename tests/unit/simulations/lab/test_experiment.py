@@ -1,5 +1,6 @@
 """Experiments as files: the paper's defaults, what is refused, what makes two the same."""
 
+import json
 import tomllib
 from collections.abc import Mapping
 from importlib import resources
@@ -7,12 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
-from protocol.blocks import LossOn, Schedule, Template
+from protocol.blocks import LoraRule, LossOn, Schedule, Template
 from quant.base_model import LoadedBase
+from simulations.cli import app
 from simulations.errors import ExperimentError
 from simulations.lab.experiment import EngineKind, Experiment, load_experiment
 from simulations.lab.records import Arm
+from simulations.lab.series import sweep
 from simulations.lab.terms import make_terms
 from simulations.partition.schemes import Scheme
 
@@ -101,6 +105,35 @@ def test_every_experiment_that_comes_along_can_be_loaded(base: LoadedBase) -> No
     for path in shipped:
         experiment = load_experiment(Path(str(path)))
         make_terms(experiment, base.description, arm=Arm.FEDERATED, seed=1)
+
+
+def test_flags_give_an_experiment_its_base_its_records_and_a_sweep(
+    tmp_path: Path, base: LoadedBase
+) -> None:
+    """As docs/benchmarks.md compares on Dolly the rules that a manifest can name."""
+    rules = [rule.value for rule in LoraRule]
+    swept = json.dumps({"federation.lora_rule": rules})
+    flags = [
+        *("--model", "bases/seven-million", "--data", "dolly.jsonl"),
+        *("--set", "data.max_records=600", "--set", f"sweep={swept}"),
+    ]
+    shown = CliRunner().invoke(app, ["run", "dolly", "--show", *flags])
+    found = load(tmp_path, shown.stdout)
+    assert (found.base.model, found.data.source) == ("bases/seven-million", ("dolly.jsonl",))
+    assert (found.data.max_records, found.federation.learning_rate) == (600, 0.015)
+    members = sweep(found, seeds=(1, 2))
+    assert [one.settings["federation.lora_rule"] for one in members[::2]] == rules
+    for member in members:
+        make_terms(member.request.experiment, base.description, arm=Arm.FEDERATED, seed=1)
+
+
+def test_a_folder_of_the_same_name_hides_no_experiment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "dolly").mkdir()
+    monkeypatch.chdir(tmp_path)
+    shown = CliRunner().invoke(app, ["run", "dolly", "--show"])
+    assert load(tmp_path, shown.stdout).name == "dolly"
 
 
 @pytest.mark.parametrize(
