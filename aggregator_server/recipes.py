@@ -268,7 +268,8 @@ def _max_change(options: RecipeOptions, steps: int | None) -> float:
     rate are a bound that is rarely reached.
     """
     if steps is None:
-        steps = (options.local_epochs or 1) * math.ceil(_ASSUMED_RECORDS / options.batch_size)
+        batch_size = max(1, options.batch_size)  # less is refused with the recipe, by a sentence
+        steps = (options.local_epochs or 1) * math.ceil(_ASSUMED_RECORDS / batch_size)
     return options.learning_rate * steps
 
 

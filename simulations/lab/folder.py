@@ -17,9 +17,8 @@ kills a run, the next sitting finds all that had ended, and the rest as if it ha
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, Final, Self
+from typing import Final, Self
 
 import numpy as np
 from filelock import FileLock, Timeout
@@ -28,12 +27,11 @@ from pydantic import TypeAdapter, ValidationError
 from privacy.updates import Float32Array
 from protocol.wire import explain
 from simulations.errors import OutputError
+from simulations.files import PART, appearing
 from simulations.lab.records import AnyNote, Note, RunCard
 
 _CARD: Final = "run.json"
 _JOURNAL: Final = "journal.jsonl"
-_PART: Final = ".part"
-"""Of a file that is not whole yet."""
 _NOTES: Final[TypeAdapter[AnyNote]] = TypeAdapter(AnyNote)
 
 
@@ -175,7 +173,7 @@ class RunFolder:
                 raise OutputError(msg)
             self._furnish(experiment)
             return True
-        own = {".lock", _JOURNAL, _CARD + _PART}
+        own = {".lock", _JOURNAL, _CARD + PART}
         others = sorted(item.name for item in self.root.iterdir() if item.name not in own)
         if others:
             msg = (
@@ -249,27 +247,6 @@ class RunFolder:
     def notes(self) -> list[AnyNote]:
         """Everything noted so far."""
         return list(read_notes(self.root))
-
-
-@contextmanager
-def appearing(path: Path) -> Iterator[BinaryIO]:
-    """A file to write, which appears under its name when the context ends without an error.
-
-    Args:
-        path: Its folder is made where it is missing.
-
-    Raises:
-        OutputError: It cannot be written.
-    """
-    part = path.with_name(path.name + _PART)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with part.open("wb") as file:
-            yield file
-        part.replace(path)
-    except OSError as error:
-        msg = f"cannot write {path}: {error.strerror}; free some space, or choose another place"
-        raise OutputError(msg) from error
 
 
 def read_vector(path: Path) -> Float32Array:

@@ -21,6 +21,7 @@ from edge_agent.data.records import UNCATEGORIZED, Record
 from edge_agent.data.sources import detect_format, open_unpacked
 from protocol.wire import Digest, JsonValue, WireModel, domain_hash, explain, is_none
 from simulations.errors import OutputError, PartitionError
+from simulations.files import appearing
 from simulations.partition.columns import (
     CATEGORY,
     FILE,
@@ -213,12 +214,9 @@ class PartitionManifest:
         )
         document = self._document(dict(content))
         document = document.model_copy(update={"digest": document.digest_over()})
-        try:
-            _refuse_to_replace(path)
-            path.write_bytes(document.canonical() + b"\n")
-        except OSError as error:
-            msg = f"cannot write the manifest {path}: {error.strerror}"
-            raise OutputError(msg) from error
+        _refuse_to_replace(path)
+        with appearing(path) as file:
+            file.write(document.canonical() + b"\n")
         return document.digest.hex()
 
     def _document(self, content: dict[str, Any]) -> _DocumentOfOne | _DocumentOfMany:
@@ -285,8 +283,12 @@ def _refuse_to_replace(path: Path) -> None:
     """Refuse a file that holds something else than a manifest."""
     if not path.is_file():
         return
-    with path.open("rb") as file:
-        begins = file.read(len(_OPENING))
+    try:
+        with path.open("rb") as file:
+            begins = file.read(len(_OPENING))
+    except OSError as error:
+        msg = f"cannot read {path}, which would be replaced: {error.strerror}"
+        raise OutputError(msg) from error
     if begins not in {b"", _OPENING}:
         msg = f"{path} exists, and is no manifest of a partition; name another file"
         raise OutputError(msg)

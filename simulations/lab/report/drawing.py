@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from edge_agent.plain_text import plain
-from simulations.lab.folder import appearing
+from simulations.files import appearing
 from simulations.lab.records import Fate, Measure
 
 if TYPE_CHECKING:

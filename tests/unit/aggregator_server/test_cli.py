@@ -327,6 +327,7 @@ def test_a_rule_that_does_not_go_with_masks_is_refused_before_anything_is_made(
         (("init", "DIR", "--base", "BASE"), "not empty"),
         (("init", "NEW", "--base", "/nonexistent"), "describe-base"),
         (("init", "NEW", "--base", "BASE", "--rank", 0), "rank"),
+        (("init", "NEW", "--base", "BASE", "--batch-size", 0), "batch_size"),
         (("init", "NEW", "--base", "BASE", "--min-cohort", 9), "min_cohort 9 is above"),
         (("init", "NEW", "--base", "BASE", "--local-steps", 1, "--local-epochs", 1), "exactly one"),
         (("serve", "DIR", "--host", "0.0.0.0"), "--behind-proxy"),
