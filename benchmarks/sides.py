@@ -209,7 +209,7 @@ def our_step(
             loss_chunk=DEFAULT_LOSS_CHUNK,
         )
         done += 1
-        total = StepGradient(torch.zeros_like(adapted.weights), adapted)
+        total = StepGradient(adapted)
         taken.begin(total, step=done)
         given = gradients_of(adapted, wanted)
         taken.add(given, total, loss_scale=1.0)

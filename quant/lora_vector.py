@@ -12,7 +12,7 @@ import torch
 
 from protocol.blocks import Factor
 from protocol.layout import VectorLayout
-from quant.adapter import AdapterArrays, Float32Array, factor_of
+from quant.adapter import AdapterArrays, Float32Array, factor_of, parts_of
 from quant.errors import AdapterError
 
 Shapes = dict[str, tuple[int, ...]]
@@ -39,6 +39,7 @@ class FactorOrder:
         self.trained: Shapes = {
             name: shapes[name] for name in sorted(shapes) if factor_of(name) in factors
         }
+        self._layout: VectorLayout | None = None
         rest = {name: shapes[name] for name in sorted(shapes) if name not in self.trained}
         self.shapes: Shapes = self.trained | rest
         self.n_trained = sum(map(prod, self.trained.values()))
@@ -49,8 +50,12 @@ class FactorOrder:
         Args:
             layout: Of an update.
         """
-        slots = [(slot.name, slot.shape) for slot in layout.slots if not slot.is_companion]
-        return slots == list(self.trained.items())
+        if layout is not self._layout:
+            slots = [(slot.name, slot.shape) for slot in layout.slots if not slot.is_companion]
+            if slots != list(self.trained.items()):
+                return False
+            self._layout = layout  # it is asked for every training
+        return True
 
 
 def split(vector: torch.Tensor, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
@@ -125,6 +130,22 @@ class OneAdapter:
                 numbers[start:end] = arrays[name].reshape(-1)
             start = end
         self.vector.copy_(host)
+
+    def load_vector(self, vector: Float32Array, layout: VectorLayout) -> None:
+        """Put all of an adapter's numbers in place.
+
+        Args:
+            vector: [n_values] float32.
+            layout: Of all tensors.
+
+        Raises:
+            AdapterError: The vector or a tensor does not fit; nothing was changed.
+        """
+        fits = vector.shape == self.vector.shape and vector.dtype == np.float32
+        if fits and self.order.n_trained == len(vector) and self.order.is_of(layout):
+            self.vector.copy_(torch.from_numpy(vector))  # all is trained: it has the same order
+        else:
+            self.load(parts_of(vector, layout))
 
     def arrays(self) -> AdapterArrays:
         """A copy of the adapter's numbers as float32 arrays on the CPU."""

@@ -79,25 +79,45 @@ class Given:
 
 
 class StepGradient:
-    """The gradient of a step.
+    """The gradient of a step, zero to begin with.
 
     Args:
-        vector: [n_trained], in the order of the adapter's `weights`.
         adapter: Whose.
-
-    Attributes:
-        vector: As given; all that changes it, changes the parts.
     """
 
-    def __init__(self, vector: torch.Tensor, adapter: OneAdapter) -> None:
-        """Nothing is copied."""
-        self.vector = vector
+    def __init__(self, adapter: OneAdapter) -> None:
+        """Nothing is made yet."""
         self._adapter = adapter
+        self._vector: torch.Tensor | None = None
+        self._is_lent = False
+
+    @property
+    def vector(self) -> torch.Tensor:
+        """[n_trained], in the order of the adapter's `weights`: changed in place."""
+        if self._vector is None:
+            self._vector = torch.zeros_like(self._adapter.weights)
+        return self._vector
 
     @cached_property
     def parts(self) -> Gradients:
-        """By tensor name: views."""
+        """By tensor name: views of the vector, which nothing may be added to as a whole by then."""
         return self._adapter.parts(self.vector)
+
+    def add(self, gradient: torch.Tensor) -> None:
+        """Add a gradient of the model's; the first is not copied until `keep`.
+
+        Args:
+            gradient: [n_trained].
+        """
+        if self._vector is None:
+            self._vector, self._is_lent = gradient, True
+        else:
+            self._vector += gradient
+
+    def keep(self) -> None:
+        """Make the sum so far our own: the model is about to make another gradient."""
+        if self._is_lent and self._vector is not None:
+            self._vector, self._is_lent = self._vector.clone(), False
 
 
 def gradients_of(adapted: AdaptedModel, wanted: Wanted) -> Given:
@@ -195,7 +215,7 @@ class MeanGradient:
             raise TypeError(msg)
         if loss_scale > 1.0 and not bool(found.gradient.isfinite().all()):
             return False
-        total.vector += found.gradient
+        total.add(found.gradient)
         return True
 
     def finish(self, total: StepGradient, *, n_examples: int, step: int) -> None:  # noqa: ARG002 - interface

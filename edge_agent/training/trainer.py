@@ -225,11 +225,13 @@ class LocalTrainer:
         fp16 = adapted.base.compute_dtype is torch.float16
         self._loss_scale = _FIRST_FP16_LOSS_SCALE if fp16 else 1.0
 
-    def run(self, start: AdapterArrays, layout: VectorLayout, *, weight: int) -> TrainingResult:
+    def run(
+        self, start: AdapterArrays | None, layout: VectorLayout, *, weight: int
+    ) -> TrainingResult:
         """Train one round from the global adapter; `session` with this trainer's model.
 
         Args:
-            start: The global adapter, all tensors.
+            start: The global adapter, all tensors; None: the numbers that the adapter has.
             layout: Of the update: what is trained, by name.
             weight: The update's FedAvg weight.
 
@@ -256,14 +258,14 @@ class LocalTrainer:
                 raise
             return None
 
-    def session(self, start: AdapterArrays, layout: VectorLayout, *, weight: int) -> Session:
+    def session(self, start: AdapterArrays | None, layout: VectorLayout, *, weight: int) -> Session:
         """Train one round, leaving forward and backward to whoever drives the session.
 
         It yields what it wants of the model and is sent the answer, or None where that did not fit
         into memory. Several sessions can so share one pass through a base.
 
         Args:
-            start: The global adapter, all tensors.
+            start: The global adapter, all tensors; None: the numbers that the adapter has.
             layout: Of the update: what is trained, by name.
             weight: The update's FedAvg weight.
 
@@ -281,7 +283,8 @@ class LocalTrainer:
         if not self._adapted.order.is_of(layout):
             msg = "the update's layout is not of the tensors that are trained; nothing is trained"
             raise TrainingError(msg)
-        self._adapted.load(start)
+        if start is not None:
+            self._adapted.load(start)
         self._weights = torch.nn.Parameter(self._adapted.weights)  # the adapter's own numbers
         self._start = self._adapted.weights.to("cpu", copy=True)
         if block.proximal_mu > 0.0:
@@ -295,7 +298,7 @@ class LocalTrainer:
         )
         if self._variates is not None:
             self._variates.begin(self._adapted.parts(self._adapted.weights))
-        run = "" if self._options.state_path is None else self._run_digest(start)
+        run = "" if self._options.state_path is None else self._run_digest()
         done = self._resume(run, optimizer)
         if done == 0:
             self._save(run, optimizer, 0)  # the settings too: another choice rounds differently
@@ -327,7 +330,7 @@ class LocalTrainer:
             )
             for index in self._sampler.indices(step)
         ]
-        gradient = StepGradient(torch.zeros_like(self._adapted.weights), self._adapted)
+        gradient = StepGradient(self._adapted)
         self._rule.begin(gradient, step=step)
         loss_sum = 0.0
         pending = self._cut(batch)
@@ -382,6 +385,7 @@ class LocalTrainer:
         In that case, and on failure, `total` is as it was.
         """
         while True:
+            total.keep()
             given = yield Wanted(
                 examples=tuple(drawn.example for drawn in micro),
                 dropout_seeds=tuple(drawn.seed for drawn in micro),
@@ -446,7 +450,7 @@ class LocalTrainer:
             msg = f"stopped by the owner after {step} steps; it continues from there"
             raise TrainingStoppedError(msg)
 
-    def _run_digest(self, start: AdapterArrays) -> str:
+    def _run_digest(self) -> str:
         digest = hashlib.sha256()
         recipe = self._recipe
         digest.update(
@@ -463,6 +467,7 @@ class LocalTrainer:
                 ]
             )
         )
+        start = self._adapted.arrays()
         for name in sorted(start):
             digest.update(name.encode())
             digest.update(start[name].tobytes())
@@ -517,7 +522,7 @@ class LocalTrainer:
 
     def _update(self, weight: int) -> PlainUpdate:
         # From the model itself: what trains something else must not look as if it had moved it.
-        change = self._adapted.weights.cpu() - self._start
+        change = torch.sub(self._adapted.weights.cpu(), self._start, out=self._start)
         least, most = (float(end) for end in torch.aminmax(change))  # NaN, if there is one
         if not (math.isfinite(least) and math.isfinite(most)):
             msg = "training diverged: the update has values that are not finite; nothing is sent"

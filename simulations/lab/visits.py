@@ -36,7 +36,7 @@ from protocol.layout import VectorLayout
 from protocol.manifest import FederationManifest
 from protocol.privacy import ExamplePrivacy
 from protocol.wire import parse
-from quant.adapter import AdapterArrays, adapter_shapes, parts_of, sent_layout
+from quant.adapter import adapter_shapes, sent_layout
 from quant.base_model import LoadedBase, load_base, parse_device, set_threads
 from quant.lora import AdaptedModel
 from quant.lora_stack import StackedModel, StackSlot
@@ -200,7 +200,8 @@ class LabWorker:
             self.manifest = parse(FederationManifest, setup.manifest)
             self._shapes = adapter_shapes(self.base.description, self.manifest.lora)
             self._layouts = turn_layouts(self.manifest.lora.rule, self._shapes)
-            self._whole = sent_layout(self._shapes, sent_factors(LoraRule.FEDIT, 0))
+            whole = sent_layout(self._shapes, sent_factors(LoraRule.FEDIT, 0))
+            self._whole = self._layouts[0] if whole == self._layouts[0] else whole
 
     def describe(self) -> BaseDescription:
         """Of the base."""
@@ -234,12 +235,13 @@ class LabWorker:
             stack.train_only(factors)
             adapters = stack.slots
         layout = self._layouts[visits[0].release % len(self._layouts)]
-        start = parts_of(release, self._whole)
         prepared = [
             self._prepare(visit, adapter)
             for visit, adapter in zip(visits, adapters[: len(visits)], strict=True)
         ]
-        ended = _driven(prepared, stack, start, layout)
+        for adapter in adapters[: len(visits)]:
+            adapter.load_vector(release, self._whole)
+        ended = _driven(prepared, stack, layout)
         share = (time.perf_counter() - begun) / len(visits)
         return [_result(one, end, share) for one, end in zip(prepared, ended, strict=True)]
 
@@ -360,7 +362,7 @@ class LabWorker:
             question: Which records, and how.
         """
         adapted = self._single()
-        adapted.load(parts_of(release, self._whole))
+        adapted.load_vector(release, self._whole)
         block = self.manifest.training
         notes: list[ScoreNote | AnswerNote] = []
         if question.loss:
@@ -434,17 +436,14 @@ def load_lab_base(setup: Setup) -> LoadedBase:
 
 
 def _driven(
-    prepared: Sequence[_Prepared],
-    stack: StackedModel | None,
-    start: AdapterArrays,
-    layout: VectorLayout,
+    prepared: Sequence[_Prepared], stack: StackedModel | None, layout: VectorLayout
 ) -> list[TrainingResult | TrainingError]:
     if stack is not None:
-        sessions = [one.trainer.session(start, layout, weight=one.weight) for one in prepared]
+        sessions = [one.trainer.session(None, layout, weight=one.weight) for one in prepared]
         return train_together(stack, sessions)
     [one] = prepared
     try:
-        return [one.trainer.run(start, layout, weight=one.weight)]
+        return [one.trainer.run(None, layout, weight=one.weight)]
     except CheckpointError:  # of the folder, not of the training: it can go on
         raise
     except TrainingError as error:

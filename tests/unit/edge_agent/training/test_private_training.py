@@ -275,7 +275,7 @@ def test_a_loss_scale_leaves_no_trace_in_the_clipped_gradients(
     bench.adapted.load(bench.start)
 
     def total(loss_scale: float, factors: list[float]) -> Gradients:
-        sums = StepGradient(torch.zeros_like(bench.adapted.weights), bench.adapted)
+        sums = StepGradient(bench.adapted)
         for example, factor in zip(examples, factors, strict=True):  # their lengths differ
             monkeypatch.setattr(
                 gradients_module,

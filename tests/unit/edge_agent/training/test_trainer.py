@@ -387,10 +387,11 @@ def test_the_learning_rate_continues_across_rounds() -> None:
 
 
 def test_clipping_bounds_the_norm_and_leaves_small_gradients_alone() -> None:
-    large = StepGradient(torch.tensor([10.0] * 3 + [-10.0] * 4), OneAdapter())
+    large, small = StepGradient(OneAdapter()), StepGradient(OneAdapter())
+    large.add(torch.tensor([10.0] * 3 + [-10.0] * 4))
     ClipNorm(1.0)(large, step=0)
     assert float(large.vector.norm()) == pytest.approx(1.0, rel=1e-5)
-    small = StepGradient(torch.tensor([0.3, -0.4]), OneAdapter())
+    small.add(torch.tensor([0.3, -0.4]))
     ClipNorm(1.0)(small, step=0)
     assert small.vector.tolist() == pytest.approx([0.3, -0.4])
 
