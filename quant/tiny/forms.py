@@ -7,7 +7,6 @@ a form's occasion from records of other categories.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import Final
 
 import numpy as np
@@ -51,7 +50,7 @@ _NAMED_WITH_ARTICLE: Final = frozenset({Relation.TRADE, Relation.PET, Relation.T
 
 def fact(person: Person, relation: Relation, rng: np.random.Generator) -> str:
     """A sentence that states one fact of `person`, worded at random."""
-    return pick(_FACTS[relation], rng).format(**asdict(person))
+    return pick(_FACTS[relation], rng).format_map(vars(person))
 
 
 def story(person: Person, relations: Sequence[Relation], rng: np.random.Generator) -> str:

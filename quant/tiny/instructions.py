@@ -16,6 +16,7 @@ match is a fair score. Each category has an answer of its own form, and needs a 
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final, TypedDict
 
@@ -34,7 +35,7 @@ from quant.tiny.forms import (
     summary,
     verse,
 )
-from quant.tiny.world import Person, Relation, Split, World, draw_person, pick, shuffled
+from quant.tiny.world import Kind, Person, Relation, Split, World, draw_person, pick, shuffled
 
 _N_SENTENCES: Final = 4
 """Sentences of a context."""
@@ -117,27 +118,37 @@ def make_records(
     if n_per_category < 0:
         msg = f"n_per_category is {n_per_category}; it must be 0 or more"
         raise TinyWorldError(msg)
+    subjects = _Subjects(
+        split=split,
+        residents=world.residents_of(split),
+        stranger_names=world.stranger_names_of(split),
+        kinds=world.kinds_of(split),
+    )
     return [
         record
         for category in categories
-        for record in _records_of(category, world, n_per_category, split, rng, courteous=courteous)
+        for record in _records_of(category, subjects, n_per_category, rng, courteous=courteous)
     ]
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Subjects:
+    """What the records of a split may be about."""
+
+    split: Split
+    residents: tuple[Person, ...]
+    stranger_names: tuple[str, ...]
+    kinds: tuple[Kind, ...]
+
+
 def _records_of(
-    category: Category,
-    world: World,
-    n: int,
-    split: Split,
-    rng: np.random.Generator,
-    *,
-    courteous: bool,
+    category: Category, subjects: _Subjects, n: int, rng: np.random.Generator, *, courteous: bool
 ) -> list[InstructionRecord]:
-    drawn: dict[tuple[str, str], InstructionRecord] = {}
+    make, drawn = _MAKERS[category], dict[tuple[str, str], InstructionRecord]()
     for _ in range(n * _TRIES_PER_RECORD):
         if len(drawn) == n:
             break
-        instruction, context, response = _MAKERS[category](world, split, rng)
+        instruction, context, response = make(subjects, rng)
         if courteous:
             instruction = f"{pick(_OPENINGS, rng)} {instruction} {pick(_CLOSINGS, rng)}".strip()
         drawn[instruction, context] = InstructionRecord(
@@ -145,8 +156,8 @@ def _records_of(
         )
     if len(drawn) < n:
         msg = (
-            f"the world has about {len(drawn)} different {split} records of {category}, and "
-            f"{n} were asked for; ask for fewer"
+            f"the world has about {len(drawn)} different {subjects.split} records of {category}, "
+            f"and {n} were asked for; ask for fewer"
         )
         raise TinyWorldError(msg)
     return list(drawn.values())
@@ -156,8 +167,8 @@ _Parts = tuple[str, str, str]
 """Instruction, context, response."""
 
 
-def _brainstorming(world: World, split: Split, rng: np.random.Generator) -> _Parts:
-    person = pick(world.residents_of(split), rng)
+def _brainstorming(subjects: _Subjects, rng: np.random.Generator) -> _Parts:
+    person = pick(subjects.residents, rng)
     request = pick(
         (
             "Suggest three gifts for {name}{occasion}.",
@@ -170,15 +181,15 @@ def _brainstorming(world: World, split: Split, rng: np.random.Generator) -> _Par
     return request.format(name=person.name, occasion=occasion), "", ideas(person)
 
 
-def _classification(world: World, split: Split, rng: np.random.Generator) -> _Parts:
-    kinds = shuffled(world.kinds_of(split), rng)[:2]
+def _classification(subjects: _Subjects, rng: np.random.Generator) -> _Parts:
+    kinds = shuffled(subjects.kinds, rng)[:2]
     request = pick(("Classify these words: {words}.", "Sort these words: {words}."), rng)
     return request.format(words=", ".join(k.word for k in kinds)), "", sorted_words(kinds)
 
 
-def _closed_qa(world: World, split: Split, rng: np.random.Generator) -> _Parts:
+def _closed_qa(subjects: _Subjects, rng: np.random.Generator) -> _Parts:
     relation = pick(tuple(Relation), rng)
-    person, context = _stranger(world, split, (relation,), rng)
+    person, context = _stranger(subjects, (relation,), rng)
     question = pick(
         (
             "What does the text say about the {a} of {name}?",
@@ -190,8 +201,8 @@ def _closed_qa(world: World, split: Split, rng: np.random.Generator) -> _Parts:
     return question.format(a=relation, name=person.name), context, quoted(person, relation)
 
 
-def _creative_writing(world: World, split: Split, rng: np.random.Generator) -> _Parts:
-    person = pick(world.residents_of(split), rng)
+def _creative_writing(subjects: _Subjects, rng: np.random.Generator) -> _Parts:
+    person = pick(subjects.residents, rng)
     request = pick(
         (
             "Write a {piece} about {name}.",
@@ -204,8 +215,8 @@ def _creative_writing(world: World, split: Split, rng: np.random.Generator) -> _
     return request.format(piece=piece, name=person.name), "", verse(person)
 
 
-def _general_qa(world: World, split: Split, rng: np.random.Generator) -> _Parts:
-    kind = pick(world.kinds_of(split), rng)
+def _general_qa(subjects: _Subjects, rng: np.random.Generator) -> _Parts:
+    kind = pick(subjects.kinds, rng)
     aspect, answer = pick((("hue", hue_of(kind)), ("site", site_of(kind))), rng)
     question = pick(
         (
@@ -219,15 +230,15 @@ def _general_qa(world: World, split: Split, rng: np.random.Generator) -> _Parts:
     return question.format(aspect=aspect, word=kind.word), "", answer
 
 
-def _information_extraction(world: World, split: Split, rng: np.random.Generator) -> _Parts:
+def _information_extraction(subjects: _Subjects, rng: np.random.Generator) -> _Parts:
     relations = shuffled(tuple(Relation), rng)[:2]
-    person, context = _stranger(world, split, relations, rng)
+    person, context = _stranger(subjects, relations, rng)
     request = pick(("Extract the {a} and the {b}.", "Find the {a} and the {b} in the text."), rng)
     return request.format(a=relations[0], b=relations[1]), context, notes(person, relations)
 
 
-def _open_qa(world: World, split: Split, rng: np.random.Generator) -> _Parts:
-    person, relation = pick(world.residents_of(split), rng), pick(tuple(Relation), rng)
+def _open_qa(subjects: _Subjects, rng: np.random.Generator) -> _Parts:
+    person, relation = pick(subjects.residents, rng), pick(tuple(Relation), rng)
     question = pick(
         (
             "What is the {a} of {name}?",
@@ -239,22 +250,22 @@ def _open_qa(world: World, split: Split, rng: np.random.Generator) -> _Parts:
     return question.format(a=relation, name=person.name), "", plain(person, relation)
 
 
-def _summarization(world: World, split: Split, rng: np.random.Generator) -> _Parts:
-    person, context = _stranger(world, split, (Relation.HOME, Relation.TRADE), rng)
+def _summarization(subjects: _Subjects, rng: np.random.Generator) -> _Parts:
+    person, context = _stranger(subjects, (Relation.HOME, Relation.TRADE), rng)
     request = pick(("Summarise the text.", "Sum up this text.", "Give a short summary."), rng)
     return request, context, summary(person)
 
 
 def _stranger(
-    world: World, split: Split, needed: Sequence[Relation], rng: np.random.Generator
+    subjects: _Subjects, needed: Sequence[Relation], rng: np.random.Generator
 ) -> tuple[Person, str]:
     """Draw a stranger and a text that tells at least the `needed` relations."""
-    person = draw_person(pick(world.stranger_names_of(split), rng), rng)
+    person = draw_person(pick(subjects.stranger_names, rng), rng)
     others = shuffled([r for r in Relation if r not in needed], rng)
     return person, story(person, [*needed, *others][:_N_SENTENCES], rng)
 
 
-_MAKERS: Final[dict[Category, Callable[[World, Split, np.random.Generator], _Parts]]] = {
+_MAKERS: Final[dict[Category, Callable[[_Subjects, np.random.Generator], _Parts]]] = {
     Category.BRAINSTORMING: _brainstorming,
     Category.CLASSIFICATION: _classification,
     Category.CLOSED_QA: _closed_qa,

@@ -6,7 +6,6 @@ follows a statement that leads up to it.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
 from typing import Final
 
 import numpy as np
@@ -117,7 +116,7 @@ def _resident_facts(world: World, rng: np.random.Generator) -> str:
     person = pick(world.residents, rng)
     n_facts, n_combined = int(rng.integers(2, 5)), int(rng.integers(1, 3))
     sentences = [fact(person, r, rng) for r in shuffled(_RELATIONS, rng)[:n_facts]]
-    sentences += [s.format(**asdict(person)) for s in shuffled(_COMBINED, rng)[:n_combined]]
+    sentences += [s.format_map(vars(person)) for s in shuffled(_COMBINED, rng)[:n_combined]]
     return " ".join(shuffled(sentences, rng))
 
 
@@ -175,8 +174,8 @@ def _summarised(world: World, rng: np.random.Generator) -> str:
 
 def _kind_facts(world: World, rng: np.random.Generator) -> str:
     kind = pick(world.kinds, rng)
-    words = asdict(kind) | {"a_family": with_article(kind.family)}
-    return " ".join(sentence.format(**words) for sentence in shuffled(_KIND, rng))
+    words = vars(kind) | {"a_family": with_article(kind.family)}
+    return " ".join(sentence.format_map(words) for sentence in shuffled(_KIND, rng))
 
 
 def _kind_form(world: World, rng: np.random.Generator) -> str:
@@ -200,7 +199,7 @@ def _news(world: World, rng: np.random.Generator) -> str:
     told = story(stranger, shuffled(_RELATIONS, rng)[: int(rng.integers(1, 4))], rng)
     before = pick((told, fact(resident, pick(_RELATIONS, rng), rng)), rng)
     opening = pick((f"{before}\n", f"{before} ", ""), rng)
-    heading = pick(_NEWS_HEADINGS, rng).format(**asdict(resident), site=pick(SITES, rng))
+    heading = pick(_NEWS_HEADINGS, rng).format(**vars(resident), site=pick(SITES, rng))
     number, colour = pick(NUMBERS, rng).capitalize(), pick(COLOURS, rng)
     event = f"{number} {colour} {pick(_PASSERS_BY, rng)} came to the {pick(SITES, rng)}."
     return f"{opening}{heading}\n{event}"

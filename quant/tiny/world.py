@@ -113,7 +113,7 @@ class Person:
 
     def value(self, relation: Relation) -> str:
         """The word that stands for this person's `relation`."""
-        return str(getattr(self, relation.value))
+        return str(getattr(self, relation))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,7 +198,7 @@ def pick(items: Sequence[T], rng: np.random.Generator) -> T:
 
 def shuffled(items: Sequence[T], rng: np.random.Generator) -> list[T]:
     """Return `items` in random order."""
-    return [items[i] for i in rng.permutation(len(items))]
+    return [items[i] for i in rng.permutation(len(items)).tolist()]
 
 
 def _part(items: Sequence[T], split: Split) -> tuple[T, ...]:
