@@ -22,6 +22,7 @@ from typing import Final, TypedDict
 
 import numpy as np
 
+from quant.tiny.draws import Draws
 from quant.tiny.errors import TinyWorldError
 from quant.tiny.forms import (
     hue_of,
@@ -35,7 +36,7 @@ from quant.tiny.forms import (
     summary,
     verse,
 )
-from quant.tiny.world import Kind, Person, Relation, Split, World, draw_person, pick, shuffled
+from quant.tiny.world import Kind, Person, Relation, Split, World, draw_person
 
 _N_SENTENCES: Final = 4
 """Sentences of a context."""
@@ -124,10 +125,11 @@ def make_records(
         stranger_names=world.stranger_names_of(split),
         kinds=world.kinds_of(split),
     )
+    draws = Draws(rng)
     return [
         record
         for category in categories
-        for record in _records_of(category, subjects, n_per_category, rng, courteous=courteous)
+        for record in _records_of(category, subjects, n_per_category, draws, courteous=courteous)
     ]
 
 
@@ -142,15 +144,15 @@ class _Subjects:
 
 
 def _records_of(
-    category: Category, subjects: _Subjects, n: int, rng: np.random.Generator, *, courteous: bool
+    category: Category, subjects: _Subjects, n: int, draws: Draws, *, courteous: bool
 ) -> list[InstructionRecord]:
     make, drawn = _MAKERS[category], dict[tuple[str, str], InstructionRecord]()
     for _ in range(n * _TRIES_PER_RECORD):
         if len(drawn) == n:
             break
-        instruction, context, response = make(subjects, rng)
+        instruction, context, response = make(subjects, draws)
         if courteous:
-            instruction = f"{pick(_OPENINGS, rng)} {instruction} {pick(_CLOSINGS, rng)}".strip()
+            instruction = f"{draws.pick(_OPENINGS)} {instruction} {draws.pick(_CLOSINGS)}".strip()
         drawn[instruction, context] = InstructionRecord(
             instruction=instruction, context=context, response=response, category=category.value
         )
@@ -167,105 +169,98 @@ _Parts = tuple[str, str, str]
 """Instruction, context, response."""
 
 
-def _brainstorming(subjects: _Subjects, rng: np.random.Generator) -> _Parts:
-    person = pick(subjects.residents, rng)
-    request = pick(
+def _brainstorming(subjects: _Subjects, draws: Draws) -> _Parts:
+    person = draws.pick(subjects.residents)
+    request = draws.pick(
         (
             "Suggest three gifts for {name}{occasion}.",
             "Give me ideas for a gift for {name}{occasion}.",
             "Think of presents that {name} would like{occasion}.",
         ),
-        rng,
     )
-    occasion = pick(("", " for a feast", " for a wedding", " for the winter"), rng)
+    occasion = draws.pick(("", " for a feast", " for a wedding", " for the winter"))
     return request.format(name=person.name, occasion=occasion), "", ideas(person)
 
 
-def _classification(subjects: _Subjects, rng: np.random.Generator) -> _Parts:
-    kinds = shuffled(subjects.kinds, rng)[:2]
-    request = pick(("Classify these words: {words}.", "Sort these words: {words}."), rng)
+def _classification(subjects: _Subjects, draws: Draws) -> _Parts:
+    kinds = draws.shuffled(subjects.kinds)[:2]
+    request = draws.pick(("Classify these words: {words}.", "Sort these words: {words}."))
     return request.format(words=", ".join(k.word for k in kinds)), "", sorted_words(kinds)
 
 
-def _closed_qa(subjects: _Subjects, rng: np.random.Generator) -> _Parts:
-    relation = pick(tuple(Relation), rng)
-    person, context = _stranger(subjects, (relation,), rng)
-    question = pick(
+def _closed_qa(subjects: _Subjects, draws: Draws) -> _Parts:
+    relation = draws.pick(tuple(Relation))
+    person, context = _stranger(subjects, (relation,), draws)
+    question = draws.pick(
         (
             "What does the text say about the {a} of {name}?",
             "Read the text and give the {a} of {name}.",
             "According to the text, what is the {a} of {name}?",
         ),
-        rng,
     )
     return question.format(a=relation, name=person.name), context, quoted(person, relation)
 
 
-def _creative_writing(subjects: _Subjects, rng: np.random.Generator) -> _Parts:
-    person = pick(subjects.residents, rng)
-    request = pick(
+def _creative_writing(subjects: _Subjects, draws: Draws) -> _Parts:
+    person = draws.pick(subjects.residents)
+    request = draws.pick(
         (
             "Write a {piece} about {name}.",
             "Make up a {piece} about {name}.",
             "Invent a short {piece} about {name}.",
         ),
-        rng,
     )
-    piece = pick(("verse", "song", "poem", "tale", "rhyme"), rng)
+    piece = draws.pick(("verse", "song", "poem", "tale", "rhyme"))
     return request.format(piece=piece, name=person.name), "", verse(person)
 
 
-def _general_qa(subjects: _Subjects, rng: np.random.Generator) -> _Parts:
-    kind = pick(subjects.kinds, rng)
-    aspect, answer = pick((("hue", hue_of(kind)), ("site", site_of(kind))), rng)
-    question = pick(
+def _general_qa(subjects: _Subjects, draws: Draws) -> _Parts:
+    kind = draws.pick(subjects.kinds)
+    aspect, answer = draws.pick((("hue", hue_of(kind)), ("site", site_of(kind))))
+    question = draws.pick(
         (
             "What is the usual {aspect} of a {word}?",
             "What {aspect} does a {word} have?",
             "Which {aspect} belongs to a {word}?",
             "Which {aspect} does every {word} have?",
         ),
-        rng,
     )
     return question.format(aspect=aspect, word=kind.word), "", answer
 
 
-def _information_extraction(subjects: _Subjects, rng: np.random.Generator) -> _Parts:
-    relations = shuffled(tuple(Relation), rng)[:2]
-    person, context = _stranger(subjects, relations, rng)
-    request = pick(("Extract the {a} and the {b}.", "Find the {a} and the {b} in the text."), rng)
+def _information_extraction(subjects: _Subjects, draws: Draws) -> _Parts:
+    relations = draws.shuffled(tuple(Relation))[:2]
+    person, context = _stranger(subjects, relations, draws)
+    request = draws.pick(("Extract the {a} and the {b}.", "Find the {a} and the {b} in the text."))
     return request.format(a=relations[0], b=relations[1]), context, notes(person, relations)
 
 
-def _open_qa(subjects: _Subjects, rng: np.random.Generator) -> _Parts:
-    person, relation = pick(subjects.residents, rng), pick(tuple(Relation), rng)
-    question = pick(
+def _open_qa(subjects: _Subjects, draws: Draws) -> _Parts:
+    person, relation = draws.pick(subjects.residents), draws.pick(tuple(Relation))
+    question = draws.pick(
         (
             "What is the {a} of {name}?",
             "Tell me the {a} of {name}.",
             "Name the {a} of {name}.",
         ),
-        rng,
     )
     return question.format(a=relation, name=person.name), "", plain(person, relation)
 
 
-def _summarization(subjects: _Subjects, rng: np.random.Generator) -> _Parts:
-    person, context = _stranger(subjects, (Relation.HOME, Relation.TRADE), rng)
-    request = pick(("Summarise the text.", "Sum up this text.", "Give a short summary."), rng)
+def _summarization(subjects: _Subjects, draws: Draws) -> _Parts:
+    person, context = _stranger(subjects, (Relation.HOME, Relation.TRADE), draws)
+    request = draws.pick(("Summarise the text.", "Sum up this text.", "Give a short summary."))
     return request, context, summary(person)
 
 
-def _stranger(
-    subjects: _Subjects, needed: Sequence[Relation], rng: np.random.Generator
-) -> tuple[Person, str]:
+def _stranger(subjects: _Subjects, needed: Sequence[Relation], draws: Draws) -> tuple[Person, str]:
     """Draw a stranger and a text that tells at least the `needed` relations."""
-    person = draw_person(pick(subjects.stranger_names, rng), rng)
-    others = shuffled([r for r in Relation if r not in needed], rng)
-    return person, story(person, [*needed, *others][:_N_SENTENCES], rng)
+    person = draw_person(draws.pick(subjects.stranger_names), draws)
+    others = draws.shuffled([r for r in Relation if r not in needed])
+    return person, story(person, [*needed, *others][:_N_SENTENCES], draws)
 
 
-_MAKERS: Final[dict[Category, Callable[[_Subjects, np.random.Generator], _Parts]]] = {
+_MAKERS: Final[dict[Category, Callable[[_Subjects, Draws], _Parts]]] = {
     Category.BRAINSTORMING: _brainstorming,
     Category.CLASSIFICATION: _classification,
     Category.CLOSED_QA: _closed_qa,

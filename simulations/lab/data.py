@@ -161,8 +161,8 @@ def _digest(records: Sequence[Record]) -> str:
     """Of the rows' canonical JSON: of texts and null, as of the world's records, this is it."""
     encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
     rows = (
-        encode([record.instruction, record.context, record.response, record.category])
-        for record in records
+        f"[{','.join(map(encode, (one.instruction, one.context, one.response, one.category)))}]"
+        for one in records
     )
     return hashlib.sha256("".join(rows).encode()).hexdigest()
 
