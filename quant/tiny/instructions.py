@@ -38,6 +38,7 @@ from quant.tiny.forms import (
 )
 from quant.tiny.world import Kind, Person, Relation, Split, World, draw_person
 
+_RELATIONS: Final = tuple(Relation)
 _N_SENTENCES: Final = 4
 """Sentences of a context."""
 
@@ -189,7 +190,7 @@ def _classification(subjects: _Subjects, draws: Draws) -> _Parts:
 
 
 def _closed_qa(subjects: _Subjects, draws: Draws) -> _Parts:
-    relation = draws.pick(tuple(Relation))
+    relation = draws.pick(_RELATIONS)
     person, context = _stranger(subjects, (relation,), draws)
     question = draws.pick(
         (
@@ -229,14 +230,14 @@ def _general_qa(subjects: _Subjects, draws: Draws) -> _Parts:
 
 
 def _information_extraction(subjects: _Subjects, draws: Draws) -> _Parts:
-    relations = draws.shuffled(tuple(Relation))[:2]
+    relations = draws.shuffled(_RELATIONS)[:2]
     person, context = _stranger(subjects, relations, draws)
     request = draws.pick(("Extract the {a} and the {b}.", "Find the {a} and the {b} in the text."))
     return request.format(a=relations[0], b=relations[1]), context, notes(person, relations)
 
 
 def _open_qa(subjects: _Subjects, draws: Draws) -> _Parts:
-    person, relation = draws.pick(subjects.residents), draws.pick(tuple(Relation))
+    person, relation = draws.pick(subjects.residents), draws.pick(_RELATIONS)
     question = draws.pick(
         (
             "What is the {a} of {name}?",
@@ -256,7 +257,7 @@ def _summarization(subjects: _Subjects, draws: Draws) -> _Parts:
 def _stranger(subjects: _Subjects, needed: Sequence[Relation], draws: Draws) -> tuple[Person, str]:
     """Draw a stranger and a text that tells at least the `needed` relations."""
     person = draw_person(draws.pick(subjects.stranger_names), draws)
-    others = draws.shuffled([r for r in Relation if r not in needed])
+    others = draws.shuffled([r for r in _RELATIONS if r not in needed])
     return person, story(person, [*needed, *others][:_N_SENTENCES], draws)
 
 
