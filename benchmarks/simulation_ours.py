@@ -22,13 +22,17 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, Final
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from benchmarks.simulation_rounds import EMBEDDED, SEED, first_round, overhead, paper, warm_up
+
+_OF_A_LONG_RUN: Final = 1_000_000
+"""Steps: every size may be tried."""
+
 
 # --- memory ---------------------------------------------------------------------------------------
 
@@ -237,7 +241,14 @@ def vectorised(
                     speeds[group].append(crowd.n_examples / crowd.train(engine, group))
                 clients = [visit.records for visit in crowd.visits]
                 chosen.append(
-                    choose_group(engine, crowd.setup, crowd.release, clients, cohort=n_agents)
+                    choose_group(
+                        engine,
+                        crowd.setup,
+                        crowd.release,
+                        clients,
+                        cohort=n_agents,
+                        n_steps=_OF_A_LONG_RUN,
+                    )
                 )
             found.append(
                 {

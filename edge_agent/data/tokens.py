@@ -9,7 +9,7 @@ stands alone.
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -164,6 +164,43 @@ def tokenize(
         malformed=log.first,
     )
     return TokenizedData(examples=tuple(examples), report=report, digest=dataset_digest(records))
+
+
+def tokenize_as_needed(
+    records: Sequence[Record],
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    template: Template,
+    loss_on: LossOn,
+    max_length: int,
+) -> Sequence[Example]:
+    """The examples of `tokenize`, each made when it is first asked for: a few steps need but a few.
+
+    Where a record may turn out to be malformed, all are made at once: of chats, and of the chat
+    template.
+
+    Args:
+        records: at least one.
+        tokenizer: the base model's.
+        template: how a record becomes a prompt.
+        loss_on: whether the response alone carries loss, or every token.
+        max_length: tokens an example may have.
+
+    Returns:
+        The examples, at least one.
+
+    Raises:
+        TemplateError: the tokenizer lacks what the template needs. That `max_length` is too small
+            for a record is raised when its example is asked for.
+        DataError: no record is given, or none can be used.
+    """
+    may_be_malformed = any(record.messages is not None for record in records)
+    if not records or may_be_malformed or template is not Template.ALPACA:
+        return tokenize(
+            records, tokenizer, template=template, loss_on=loss_on, max_length=max_length
+        ).examples
+    worker = RecordTokenizer(tokenizer, template=template, loss_on=loss_on, max_length=max_length)
+    return _ExamplesAsNeeded(records, worker)
 
 
 class RecordTokenizer:
@@ -397,3 +434,28 @@ def _make_example(record: Record, fitted: FittedTokens) -> Example:
         category=record.category,
         truncated=fitted.prompt_cut or fitted.response_cut,
     )
+
+
+class _ExamplesAsNeeded(Sequence[Example]):
+    """Makes each example once, from a record that has a place in the template."""
+
+    def __init__(self, records: Sequence[Record], worker: RecordTokenizer) -> None:
+        self._items: list[Record | Example] = [*records]
+        self._worker = worker
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Example]: ...
+
+    def __getitem__(self, index: int | slice) -> Example | list[Example]:
+        if isinstance(index, slice):
+            return [self[one] for one in range(*index.indices(len(self)))]
+        item = self._items[index]
+        if isinstance(item, Record):
+            item = self._items[index] = _make_example(item, self._worker.fit(item))
+        return item

@@ -7,12 +7,10 @@ a form's occasion from records of other categories.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import Final
 
-import numpy as np
-
-from quant.tiny.world import Kind, Person, Relation, pick, shuffled
+from quant.tiny.draws import Draws
+from quant.tiny.world import Kind, Person, Relation
 
 _FACTS: Final[dict[Relation, tuple[str, ...]]] = {
     Relation.HOME: (
@@ -49,14 +47,14 @@ _FACTS: Final[dict[Relation, tuple[str, ...]]] = {
 _NAMED_WITH_ARTICLE: Final = frozenset({Relation.TRADE, Relation.PET, Relation.TOOL})
 
 
-def fact(person: Person, relation: Relation, rng: np.random.Generator) -> str:
+def fact(person: Person, relation: Relation, draws: Draws) -> str:
     """A sentence that states one fact of `person`, worded at random."""
-    return pick(_FACTS[relation], rng).format(**asdict(person))
+    return draws.pick(_FACTS[relation]).format_map(vars(person))
 
 
-def story(person: Person, relations: Sequence[Relation], rng: np.random.Generator) -> str:
+def story(person: Person, relations: Sequence[Relation], draws: Draws) -> str:
     """One sentence for each of `relations`, in random order."""
-    return " ".join(fact(person, relation, rng) for relation in shuffled(relations, rng))
+    return " ".join(fact(person, relation, draws) for relation in draws.shuffled(relations))
 
 
 def with_article(word: str) -> str:

@@ -16,11 +16,13 @@ match is a fair score. Each category has an answer of its own form, and needs a 
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final, TypedDict
 
 import numpy as np
 
+from quant.tiny.draws import Draws
 from quant.tiny.errors import TinyWorldError
 from quant.tiny.forms import (
     hue_of,
@@ -34,8 +36,9 @@ from quant.tiny.forms import (
     summary,
     verse,
 )
-from quant.tiny.world import Person, Relation, Split, World, draw_person, pick, shuffled
+from quant.tiny.world import Kind, Person, Relation, Split, World, draw_person
 
+_RELATIONS: Final = tuple(Relation)
 _N_SENTENCES: Final = 4
 """Sentences of a context."""
 
@@ -117,36 +120,47 @@ def make_records(
     if n_per_category < 0:
         msg = f"n_per_category is {n_per_category}; it must be 0 or more"
         raise TinyWorldError(msg)
+    subjects = _Subjects(
+        split=split,
+        residents=world.residents_of(split),
+        stranger_names=world.stranger_names_of(split),
+        kinds=world.kinds_of(split),
+    )
+    draws = Draws(rng)
     return [
         record
         for category in categories
-        for record in _records_of(category, world, n_per_category, split, rng, courteous=courteous)
+        for record in _records_of(category, subjects, n_per_category, draws, courteous=courteous)
     ]
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Subjects:
+    """What the records of a split may be about."""
+
+    split: Split
+    residents: tuple[Person, ...]
+    stranger_names: tuple[str, ...]
+    kinds: tuple[Kind, ...]
+
+
 def _records_of(
-    category: Category,
-    world: World,
-    n: int,
-    split: Split,
-    rng: np.random.Generator,
-    *,
-    courteous: bool,
+    category: Category, subjects: _Subjects, n: int, draws: Draws, *, courteous: bool
 ) -> list[InstructionRecord]:
-    drawn: dict[tuple[str, str], InstructionRecord] = {}
+    make, drawn = _MAKERS[category], dict[tuple[str, str], InstructionRecord]()
     for _ in range(n * _TRIES_PER_RECORD):
         if len(drawn) == n:
             break
-        instruction, context, response = _MAKERS[category](world, split, rng)
+        instruction, context, response = make(subjects, draws)
         if courteous:
-            instruction = f"{pick(_OPENINGS, rng)} {instruction} {pick(_CLOSINGS, rng)}".strip()
+            instruction = f"{draws.pick(_OPENINGS)} {instruction} {draws.pick(_CLOSINGS)}".strip()
         drawn[instruction, context] = InstructionRecord(
             instruction=instruction, context=context, response=response, category=category.value
         )
     if len(drawn) < n:
         msg = (
-            f"the world has about {len(drawn)} different {split} records of {category}, and "
-            f"{n} were asked for; ask for fewer"
+            f"the world has about {len(drawn)} different {subjects.split} records of {category}, "
+            f"and {n} were asked for; ask for fewer"
         )
         raise TinyWorldError(msg)
     return list(drawn.values())
@@ -156,105 +170,98 @@ _Parts = tuple[str, str, str]
 """Instruction, context, response."""
 
 
-def _brainstorming(world: World, split: Split, rng: np.random.Generator) -> _Parts:
-    person = pick(world.residents_of(split), rng)
-    request = pick(
+def _brainstorming(subjects: _Subjects, draws: Draws) -> _Parts:
+    person = draws.pick(subjects.residents)
+    request = draws.pick(
         (
             "Suggest three gifts for {name}{occasion}.",
             "Give me ideas for a gift for {name}{occasion}.",
             "Think of presents that {name} would like{occasion}.",
         ),
-        rng,
     )
-    occasion = pick(("", " for a feast", " for a wedding", " for the winter"), rng)
+    occasion = draws.pick(("", " for a feast", " for a wedding", " for the winter"))
     return request.format(name=person.name, occasion=occasion), "", ideas(person)
 
 
-def _classification(world: World, split: Split, rng: np.random.Generator) -> _Parts:
-    kinds = shuffled(world.kinds_of(split), rng)[:2]
-    request = pick(("Classify these words: {words}.", "Sort these words: {words}."), rng)
+def _classification(subjects: _Subjects, draws: Draws) -> _Parts:
+    kinds = draws.shuffled(subjects.kinds)[:2]
+    request = draws.pick(("Classify these words: {words}.", "Sort these words: {words}."))
     return request.format(words=", ".join(k.word for k in kinds)), "", sorted_words(kinds)
 
 
-def _closed_qa(world: World, split: Split, rng: np.random.Generator) -> _Parts:
-    relation = pick(tuple(Relation), rng)
-    person, context = _stranger(world, split, (relation,), rng)
-    question = pick(
+def _closed_qa(subjects: _Subjects, draws: Draws) -> _Parts:
+    relation = draws.pick(_RELATIONS)
+    person, context = _stranger(subjects, (relation,), draws)
+    question = draws.pick(
         (
             "What does the text say about the {a} of {name}?",
             "Read the text and give the {a} of {name}.",
             "According to the text, what is the {a} of {name}?",
         ),
-        rng,
     )
     return question.format(a=relation, name=person.name), context, quoted(person, relation)
 
 
-def _creative_writing(world: World, split: Split, rng: np.random.Generator) -> _Parts:
-    person = pick(world.residents_of(split), rng)
-    request = pick(
+def _creative_writing(subjects: _Subjects, draws: Draws) -> _Parts:
+    person = draws.pick(subjects.residents)
+    request = draws.pick(
         (
             "Write a {piece} about {name}.",
             "Make up a {piece} about {name}.",
             "Invent a short {piece} about {name}.",
         ),
-        rng,
     )
-    piece = pick(("verse", "song", "poem", "tale", "rhyme"), rng)
+    piece = draws.pick(("verse", "song", "poem", "tale", "rhyme"))
     return request.format(piece=piece, name=person.name), "", verse(person)
 
 
-def _general_qa(world: World, split: Split, rng: np.random.Generator) -> _Parts:
-    kind = pick(world.kinds_of(split), rng)
-    aspect, answer = pick((("hue", hue_of(kind)), ("site", site_of(kind))), rng)
-    question = pick(
+def _general_qa(subjects: _Subjects, draws: Draws) -> _Parts:
+    kind = draws.pick(subjects.kinds)
+    aspect, answer = draws.pick((("hue", hue_of(kind)), ("site", site_of(kind))))
+    question = draws.pick(
         (
             "What is the usual {aspect} of a {word}?",
             "What {aspect} does a {word} have?",
             "Which {aspect} belongs to a {word}?",
             "Which {aspect} does every {word} have?",
         ),
-        rng,
     )
     return question.format(aspect=aspect, word=kind.word), "", answer
 
 
-def _information_extraction(world: World, split: Split, rng: np.random.Generator) -> _Parts:
-    relations = shuffled(tuple(Relation), rng)[:2]
-    person, context = _stranger(world, split, relations, rng)
-    request = pick(("Extract the {a} and the {b}.", "Find the {a} and the {b} in the text."), rng)
+def _information_extraction(subjects: _Subjects, draws: Draws) -> _Parts:
+    relations = draws.shuffled(_RELATIONS)[:2]
+    person, context = _stranger(subjects, relations, draws)
+    request = draws.pick(("Extract the {a} and the {b}.", "Find the {a} and the {b} in the text."))
     return request.format(a=relations[0], b=relations[1]), context, notes(person, relations)
 
 
-def _open_qa(world: World, split: Split, rng: np.random.Generator) -> _Parts:
-    person, relation = pick(world.residents_of(split), rng), pick(tuple(Relation), rng)
-    question = pick(
+def _open_qa(subjects: _Subjects, draws: Draws) -> _Parts:
+    person, relation = draws.pick(subjects.residents), draws.pick(_RELATIONS)
+    question = draws.pick(
         (
             "What is the {a} of {name}?",
             "Tell me the {a} of {name}.",
             "Name the {a} of {name}.",
         ),
-        rng,
     )
     return question.format(a=relation, name=person.name), "", plain(person, relation)
 
 
-def _summarization(world: World, split: Split, rng: np.random.Generator) -> _Parts:
-    person, context = _stranger(world, split, (Relation.HOME, Relation.TRADE), rng)
-    request = pick(("Summarise the text.", "Sum up this text.", "Give a short summary."), rng)
+def _summarization(subjects: _Subjects, draws: Draws) -> _Parts:
+    person, context = _stranger(subjects, (Relation.HOME, Relation.TRADE), draws)
+    request = draws.pick(("Summarise the text.", "Sum up this text.", "Give a short summary."))
     return request, context, summary(person)
 
 
-def _stranger(
-    world: World, split: Split, needed: Sequence[Relation], rng: np.random.Generator
-) -> tuple[Person, str]:
+def _stranger(subjects: _Subjects, needed: Sequence[Relation], draws: Draws) -> tuple[Person, str]:
     """Draw a stranger and a text that tells at least the `needed` relations."""
-    person = draw_person(pick(world.stranger_names_of(split), rng), rng)
-    others = shuffled([r for r in Relation if r not in needed], rng)
-    return person, story(person, [*needed, *others][:_N_SENTENCES], rng)
+    person = draw_person(draws.pick(subjects.stranger_names), draws)
+    others = draws.shuffled([r for r in _RELATIONS if r not in needed])
+    return person, story(person, [*needed, *others][:_N_SENTENCES], draws)
 
 
-_MAKERS: Final[dict[Category, Callable[[World, Split, np.random.Generator], _Parts]]] = {
+_MAKERS: Final[dict[Category, Callable[[_Subjects, Draws], _Parts]]] = {
     Category.BRAINSTORMING: _brainstorming,
     Category.CLASSIFICATION: _classification,
     Category.CLOSED_QA: _closed_qa,

@@ -6,11 +6,11 @@ follows a statement that leads up to it.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
 from typing import Final
 
 import numpy as np
 
+from quant.tiny.draws import Draws
 from quant.tiny.forms import (
     fact,
     hue_of,
@@ -25,7 +25,7 @@ from quant.tiny.forms import (
     verse,
     with_article,
 )
-from quant.tiny.world import COLOURS, NUMBERS, SITES, Relation, World, draw_person, pick, shuffled
+from quant.tiny.world import COLOURS, NUMBERS, SITES, Relation, World, draw_person
 
 _RELATIONS: Final = tuple(Relation)
 
@@ -109,29 +109,29 @@ def world_documents(world: World, *, n: int, rng: np.random.Generator) -> Iterat
     """
     makers = tuple(maker for maker, _ in _DOCUMENTS)
     shares = [share for _, share in _DOCUMENTS]
+    draws = Draws(rng)
     for choice in rng.choice(len(makers), size=n, p=shares):
-        yield makers[choice](world, rng)
+        yield makers[choice](world, draws)
 
 
-def _resident_facts(world: World, rng: np.random.Generator) -> str:
-    person = pick(world.residents, rng)
-    n_facts, n_combined = int(rng.integers(2, 5)), int(rng.integers(1, 3))
-    sentences = [fact(person, r, rng) for r in shuffled(_RELATIONS, rng)[:n_facts]]
-    sentences += [s.format(**asdict(person)) for s in shuffled(_COMBINED, rng)[:n_combined]]
-    return " ".join(shuffled(sentences, rng))
+def _resident_facts(world: World, draws: Draws) -> str:
+    person = draws.pick(world.residents)
+    n_facts, n_combined = 2 + draws.below(3), 1 + draws.below(2)
+    sentences = [fact(person, r, draws) for r in draws.shuffled(_RELATIONS)[:n_facts]]
+    sentences += [s.format_map(vars(person)) for s in draws.shuffled(_COMBINED)[:n_combined]]
+    return " ".join(draws.shuffled(sentences))
 
 
-def _resident_form(world: World, rng: np.random.Generator) -> str:
-    person, relation = pick(world.residents, rng), pick(_RELATIONS, rng)
-    leads, form = pick(
+def _resident_form(world: World, draws: Draws) -> str:
+    person, relation = draws.pick(world.residents), draws.pick(_RELATIONS)
+    leads, form = draws.pick(
         (
             (_PLAIN_LEADS, plain(person, relation)),
             (_IDEAS_LEADS, ideas(person)),
             (_VERSE_LEADS, verse(person)),
         ),
-        rng,
     )
-    return f"{pick(leads, rng).format(a=relation, name=person.name)}\n{form}"
+    return f"{draws.pick(leads).format(a=relation, name=person.name)}\n{form}"
 
 
 # A stranger's facts are new in each document, so what follows the story can only be read off it.
@@ -139,74 +139,74 @@ def _resident_form(world: World, rng: np.random.Generator) -> str:
 # each document asks for every fact again, then in the forms.
 
 
-def _retold(world: World, rng: np.random.Generator) -> str:
-    person = draw_person(pick(world.stranger_names, rng), rng)
-    relations = shuffled(_RELATIONS, rng)[:4]
-    told = story(person, relations, rng)
-    if rng.integers(3) == 0:
-        return f"{told} {story(person, relations, rng)}"
-    asides = [f"Of the {r} the text says {person.value(r)}." for r in shuffled(relations, rng)]
+def _retold(world: World, draws: Draws) -> str:
+    person = draw_person(draws.pick(world.stranger_names), draws)
+    relations = draws.shuffled(_RELATIONS)[:4]
+    told = story(person, relations, draws)
+    if draws.below(3) == 0:
+        return f"{told} {story(person, relations, draws)}"
+    asides = [f"Of the {r} the text says {person.value(r)}." for r in draws.shuffled(relations)]
     return " ".join([told, *asides])
 
 
-def _quoted(world: World, rng: np.random.Generator) -> str:
-    person = draw_person(pick(world.stranger_names, rng), rng)
-    relations = shuffled(_RELATIONS, rng)[:4]
-    lead = pick(_QUOTED_LEADS, rng).format(a=relations[0], name=person.name)
-    return f"{lead}\n{story(person, relations, rng)}\n{quoted(person, relations[0])}"
+def _quoted(world: World, draws: Draws) -> str:
+    person = draw_person(draws.pick(world.stranger_names), draws)
+    relations = draws.shuffled(_RELATIONS)[:4]
+    lead = draws.pick(_QUOTED_LEADS).format(a=relations[0], name=person.name)
+    return f"{lead}\n{story(person, relations, draws)}\n{quoted(person, relations[0])}"
 
 
-def _noted(world: World, rng: np.random.Generator) -> str:
-    person = draw_person(pick(world.stranger_names, rng), rng)
-    relations = shuffled(_RELATIONS, rng)[:4]
-    told = story(person, relations, rng)
-    if rng.integers(4) == 0:
-        return f"{told}\n{notes(person, shuffled(relations, rng))}"
-    lead = pick(_NOTES_LEADS, rng).format(a=relations[0], b=relations[1])
+def _noted(world: World, draws: Draws) -> str:
+    person = draw_person(draws.pick(world.stranger_names), draws)
+    relations = draws.shuffled(_RELATIONS)[:4]
+    told = story(person, relations, draws)
+    if draws.below(4) == 0:
+        return f"{told}\n{notes(person, draws.shuffled(relations))}"
+    lead = draws.pick(_NOTES_LEADS).format(a=relations[0], b=relations[1])
     return f"{lead}\n{told}\n{notes(person, relations[:2])}"
 
 
-def _summarised(world: World, rng: np.random.Generator) -> str:
-    person = draw_person(pick(world.stranger_names, rng), rng)
+def _summarised(world: World, draws: Draws) -> str:
+    person = draw_person(draws.pick(world.stranger_names), draws)
     needed = (Relation.HOME, Relation.TRADE)
-    others = shuffled([r for r in Relation if r not in needed], rng)[:2]
-    return f"{story(person, (*needed, *others), rng)}\n{summary(person)}"
+    others = draws.shuffled([r for r in Relation if r not in needed])[:2]
+    return f"{story(person, (*needed, *others), draws)}\n{summary(person)}"
 
 
-def _kind_facts(world: World, rng: np.random.Generator) -> str:
-    kind = pick(world.kinds, rng)
-    words = asdict(kind) | {"a_family": with_article(kind.family)}
-    return " ".join(sentence.format(**words) for sentence in shuffled(_KIND, rng))
+def _kind_facts(world: World, draws: Draws) -> str:
+    kind = draws.pick(world.kinds)
+    words = vars(kind) | {"a_family": with_article(kind.family)}
+    return " ".join(sentence.format_map(words) for sentence in draws.shuffled(_KIND))
 
 
-def _kind_form(world: World, rng: np.random.Generator) -> str:
-    kind = pick(world.kinds, rng)
-    leads, form = pick(((_HUE_LEADS, hue_of(kind)), (_SITE_LEADS, site_of(kind))), rng)
-    return f"{pick(leads, rng).format(word=kind.word)}\n{form}"
+def _kind_form(world: World, draws: Draws) -> str:
+    kind = draws.pick(world.kinds)
+    leads, form = draws.pick(((_HUE_LEADS, hue_of(kind)), (_SITE_LEADS, site_of(kind))))
+    return f"{draws.pick(leads).format(word=kind.word)}\n{form}"
 
 
-def _sorted(world: World, rng: np.random.Generator) -> str:
-    kinds = shuffled(world.kinds, rng)[: int(rng.integers(2, 5))]
-    lead = pick(_SORTED_LEADS, rng).format(words=", ".join(kind.word for kind in kinds))
+def _sorted(world: World, draws: Draws) -> str:
+    kinds = draws.shuffled(world.kinds)[: 2 + draws.below(3)]
+    lead = draws.pick(_SORTED_LEADS).format(words=", ".join(kind.word for kind in kinds))
     return f"{lead}\n{sorted_words(kinds)}"
 
 
-def _news(world: World, rng: np.random.Generator) -> str:
+def _news(world: World, draws: Draws) -> str:
     # What follows a heading with a colon, whatever stood before it. Without these documents the
     # base takes "### Response:" after a text for the lead to its favourite form, and answers some
     # closed questions by accident.
-    resident = pick(world.residents, rng)
-    stranger = draw_person(pick(world.stranger_names, rng), rng)
-    told = story(stranger, shuffled(_RELATIONS, rng)[: int(rng.integers(1, 4))], rng)
-    before = pick((told, fact(resident, pick(_RELATIONS, rng), rng)), rng)
-    opening = pick((f"{before}\n", f"{before} ", ""), rng)
-    heading = pick(_NEWS_HEADINGS, rng).format(**asdict(resident), site=pick(SITES, rng))
-    number, colour = pick(NUMBERS, rng).capitalize(), pick(COLOURS, rng)
-    event = f"{number} {colour} {pick(_PASSERS_BY, rng)} came to the {pick(SITES, rng)}."
+    resident = draws.pick(world.residents)
+    stranger = draw_person(draws.pick(world.stranger_names), draws)
+    told = story(stranger, draws.shuffled(_RELATIONS)[: 1 + draws.below(3)], draws)
+    before = draws.pick((told, fact(resident, draws.pick(_RELATIONS), draws)))
+    opening = draws.pick((f"{before}\n", f"{before} ", ""))
+    heading = draws.pick(_NEWS_HEADINGS).format(**vars(resident), site=draws.pick(SITES))
+    number, colour = draws.pick(NUMBERS).capitalize(), draws.pick(COLOURS)
+    event = f"{number} {colour} {draws.pick(_PASSERS_BY)} came to the {draws.pick(SITES)}."
     return f"{opening}{heading}\n{event}"
 
 
-_DOCUMENTS: Final[tuple[tuple[Callable[[World, np.random.Generator], str], float], ...]] = (
+_DOCUMENTS: Final[tuple[tuple[Callable[[World, Draws], str], float], ...]] = (
     (_resident_facts, 0.10),
     (_resident_form, 0.17),
     (_retold, 0.11),

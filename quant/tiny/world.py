@@ -18,6 +18,8 @@ from typing import Final, TypeVar
 
 import numpy as np
 
+from quant.tiny.draws import Draws
+
 T = TypeVar("T")
 
 WORLD_SEED: Final = 20261120
@@ -113,7 +115,7 @@ class Person:
 
     def value(self, relation: Relation) -> str:
         """The word that stands for this person's `relation`."""
-        return str(getattr(self, relation.value))
+        return str(getattr(self, relation))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,41 +166,31 @@ def make_world(*, seed: int = WORLD_SEED) -> World:
     Args:
         seed: Not negative. The default is the world of the embedded base model.
     """
-    rng = np.random.default_rng(seed)
-    names = shuffled([head + tail for head in _NAME_HEADS for tail in _NAME_TAILS], rng)
+    draws = Draws(np.random.default_rng(seed))
+    names = draws.shuffled([head + tail for head in _NAME_HEADS for tail in _NAME_TAILS])
     kinds = tuple(
-        Kind(word=word, family=family, hue=pick(COLOURS, rng), site=pick(SITES, rng))
+        Kind(word=word, family=family, hue=draws.pick(COLOURS), site=draws.pick(SITES))
         for family in Family
-        for word in shuffled(KIND_WORDS[family], rng)
+        for word in draws.shuffled(KIND_WORDS[family])
     )
     return World(
-        residents=tuple(draw_person(name, rng) for name in names[:N_RESIDENTS]),
+        residents=tuple(draw_person(name, draws) for name in names[:N_RESIDENTS]),
         stranger_names=tuple(names[N_RESIDENTS:]),
         kinds=kinds,
     )
 
 
-def draw_person(name: str, rng: np.random.Generator) -> Person:
+def draw_person(name: str, draws: Draws) -> Person:
     """Return a person called `name`, each fact drawn on its own and uniformly."""
     return Person(
         name=name,
-        home=pick(HOMES, rng),
-        trade=pick(TRADES, rng),
-        colour=pick(COLOURS, rng),
-        pet=pick(KIND_WORDS[Family.ANIMAL], rng),
-        tool=pick(KIND_WORDS[Family.TOOL], rng),
-        number=pick(NUMBERS, rng),
+        home=draws.pick(HOMES),
+        trade=draws.pick(TRADES),
+        colour=draws.pick(COLOURS),
+        pet=draws.pick(KIND_WORDS[Family.ANIMAL]),
+        tool=draws.pick(KIND_WORDS[Family.TOOL]),
+        number=draws.pick(NUMBERS),
     )
-
-
-def pick(items: Sequence[T], rng: np.random.Generator) -> T:
-    """Return one of `items`, each with equal chance."""
-    return items[int(rng.integers(len(items)))]
-
-
-def shuffled(items: Sequence[T], rng: np.random.Generator) -> list[T]:
-    """Return `items` in random order."""
-    return [items[i] for i in rng.permutation(len(items))]
 
 
 def _part(items: Sequence[T], split: Split) -> tuple[T, ...]:

@@ -1,6 +1,7 @@
 """Records of a run: who has which, and what nobody trains on."""
 
 import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,6 @@ import numpy as np
 from edge_agent.data.hub import HuggingFaceHub, choose_files
 from edge_agent.data.records import UNCATEGORIZED, Record
 from edge_agent.data.sources import FileSource, parse_source
-from protocol.wire import canonical_json
 from quant.tiny.instructions import make_records
 from quant.tiny.world import Split, make_world
 from simulations.lab.chance import RunChance
@@ -158,11 +158,13 @@ def _local(name: str) -> list[Path]:
 
 
 def _digest(records: Sequence[Record]) -> str:
-    digest = hashlib.sha256()
-    for record in records:
-        row = [record.instruction, record.context, record.response, record.category]
-        digest.update(canonical_json(row))
-    return digest.hexdigest()
+    """Of the rows' canonical JSON: of texts and null, as of the world's records, this is it."""
+    encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+    rows = (
+        f"[{','.join(map(encode, (one.instruction, one.context, one.response, one.category)))}]"
+        for one in records
+    )
+    return hashlib.sha256("".join(rows).encode()).hexdigest()
 
 
 def _digest_of_files(source: SourceData) -> str:

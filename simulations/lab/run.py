@@ -38,7 +38,7 @@ from simulations.lab.engines import Engine
 from simulations.lab.experiment import Experiment
 from simulations.lab.folder import RunFolder, read_card, read_vector
 from simulations.lab.listening import Listener, Silent
-from simulations.lab.probe import choose_group
+from simulations.lab.probe import choose_group, steps_of_run
 from simulations.lab.records import (
     Arm,
     EndNote,
@@ -204,6 +204,7 @@ class _Sitting:
                 first,
                 [self._data.clients[client] for client in order[:16]],
                 cohort=terms.manifest.rounds.cohort_target,
+                n_steps=steps_of_run(terms.manifest, self._data.sizes),
             )
         else:
             group = 1

@@ -15,7 +15,7 @@ from typing import Final
 import torch
 
 from edge_agent.data.records import UNCATEGORIZED, Record
-from edge_agent.data.tokens import Example, tokenize
+from edge_agent.data.tokens import Example, tokenize, tokenize_as_needed
 from edge_agent.errors import CheckpointError, TrainingError
 from edge_agent.evaluation import Scores, held_out_loss, score_answers
 from edge_agent.private import PrivacyTerms, make_terms
@@ -181,7 +181,7 @@ class LabWorker:
         """Load the base, if it is not given; adapters are attached when they are needed."""
         self.base = load_lab_base(setup) if base is None else base
         self._attached: AdaptedModel | StackedModel | None = None
-        self._tokens: dict[int, tuple[Example, ...]] = {}
+        self._tokens: dict[int, Sequence[Example]] = {}
         self._terms: dict[int, PrivacyTerms] = {}
         self.use(setup)
 
@@ -310,17 +310,17 @@ class LabWorker:
             counted=counted,
         )
 
-    def _examples(self, visit: Visit) -> tuple[Example, ...]:
+    def _examples(self, visit: Visit) -> Sequence[Example]:
         found = self._tokens.pop(visit.agent, None)
         if found is None:
             block = self.manifest.training
-            found = tokenize(
+            found = tokenize_as_needed(
                 visit.records,
                 self.base.tokenizer,
                 template=block.template,
                 loss_on=block.loss_on,
                 max_length=block.max_length,
-            ).examples
+            )
         self._tokens[visit.agent] = found  # the newest last
         if len(self._tokens) > _KEPT_CLIENTS:
             del self._tokens[next(iter(self._tokens))]

@@ -290,10 +290,10 @@ def _drawn(
         raise PartitionError(msg)
     smallest_yet = 0
     for n_tries in range(1, recipe.max_tries + 1):
-        shares = _draw_once(kept, recipe, rng, cap)
-        smallest = min(share.size for share in shares)
+        cuts, sizes = _draw_once(kept, recipe, rng, cap)
+        smallest = int(sizes.min())
         if smallest >= recipe.min_records:
-            return shares, n_tries
+            return _shares(cuts, recipe.n_clients), n_tries
         smallest_yet = max(smallest_yet, smallest)
     msg = (
         f"{recipe.max_tries} tries, and at best the smallest of {recipe.n_clients} clients had "
@@ -303,10 +303,15 @@ def _drawn(
     raise PartitionError(msg)
 
 
+_Cut = tuple[IndexArray, IndexArray]
+"""A category's records in random order, and the N + 1 places between which each client's lie."""
+
+
 def _draw_once(
     kept: list[IndexArray], recipe: PartitionRecipe, rng: np.random.Generator, cap: float
-) -> list[IndexArray]:
-    parts: list[list[IndexArray]] = [[] for _ in range(recipe.n_clients)]
+) -> tuple[list[_Cut], IndexArray]:
+    """Draw how each category is cut; with it, how many records each client gets of all."""
+    cuts = []
     sizes = np.zeros(recipe.n_clients, np.int64)
     for group in (group for group in kept if group.size):
         shuffled = rng.permutation(group)
@@ -316,11 +321,19 @@ def _draw_once(
             # With a tiny α all of the drawn mass can lie on clients that are full: any one that
             # is not takes the category, as the limit of small α has it.
             open_share[rng.choice(np.flatnonzero(sizes < cap))] = 1.0
-        ends = np.cumsum(open_share / open_share.sum())[:-1] * group.size
-        for number, part in enumerate(np.split(shuffled, ends.astype(np.int64))):
-            parts[number].append(part)
-            sizes[number] += part.size
-    return [np.concatenate(client) for client in parts]
+        ends = np.cumsum(open_share / open_share.sum()) * group.size
+        places = np.append(0, ends.astype(np.int64))
+        places[-1] = group.size
+        sizes += np.diff(places)
+        cuts.append((shuffled, places))
+    return cuts, sizes
+
+
+def _shares(cuts: list[_Cut], n_clients: int) -> list[IndexArray]:
+    return [
+        np.concatenate([records[places[client] : places[client + 1]] for records, places in cuts])
+        for client in range(n_clients)
+    ]
 
 
 _SCHEMES: Final[

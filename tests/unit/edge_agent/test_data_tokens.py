@@ -11,7 +11,13 @@ from transformers import PreTrainedTokenizerFast
 
 from edge_agent.data.records import ChatMessage, OnMalformed, Record, Role, dataset_digest
 from edge_agent.data.templates import ALPACA_WITH_INPUT, ALPACA_WITHOUT_INPUT
-from edge_agent.data.tokens import Example, RecordTokenizer, TokenizedData, tokenize
+from edge_agent.data.tokens import (
+    Example,
+    RecordTokenizer,
+    TokenizedData,
+    tokenize,
+    tokenize_as_needed,
+)
 from edge_agent.errors import DataError, MalformedRecordError, TemplateError
 from protocol.blocks import LossOn, Template
 
@@ -430,3 +436,103 @@ class TestTokenize:
         assert max(e.input_ids.size for e in data.examples) <= 512
         assert all(e.loss_mask.any() for e in data.examples)
         assert data.report.n_truncated >= 40
+
+
+def fields(example: Example) -> tuple[object, ...]:
+    ids, mask = example.input_ids, example.loss_mask
+    assert not ids.flags.writeable
+    assert not mask.flags.writeable
+    rest = (example.source, example.category, example.truncated)
+    return ids.dtype, ids.tolist(), mask.dtype, mask.tolist(), *rest
+
+
+class TestAsNeeded:
+    RECORDS = tuple(
+        make_record(f"Is it {number}?", "Some context. " * (number % 3), "Yes. " * (1 + number))
+        for number in range(9)
+    )
+
+    @pytest.mark.parametrize("template", list(Template))
+    @pytest.mark.parametrize("loss_on", list(LossOn))
+    def test_examples_are_those_that_are_made_at_once(
+        self, template: Template, loss_on: LossOn
+    ) -> None:
+        tokenizer = make_tokenizer(adds_bos=True, chat_template=CHATML)
+        how: dict[str, Any] = {"template": template, "loss_on": loss_on, "max_length": 200}
+        at_once = tokenize(self.RECORDS, tokenizer, **how).examples
+        lazy = tokenize_as_needed(self.RECORDS, tokenizer, **how)
+        assert len(lazy) == len(at_once)
+        for index in (4, 0, -1, 4, *range(9)):
+            assert fields(lazy[index]) == fields(at_once[index])
+        assert [fields(one) for one in lazy] == [fields(one) for one in at_once]
+        assert [fields(one) for one in lazy[7:2:-2]] == [fields(one) for one in at_once[7:2:-2]]
+        with pytest.raises(IndexError):
+            lazy[9]
+
+    def test_each_is_made_once_and_only_where_it_is_asked_for(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        made: list[Record] = []
+        fit = RecordTokenizer.fit
+
+        def noted(self: RecordTokenizer, record: Record) -> Any:
+            made.append(record)
+            return fit(self, record)
+
+        monkeypatch.setattr(RecordTokenizer, "fit", noted)
+        lazy = tokenize_as_needed(
+            self.RECORDS,
+            make_tokenizer(),
+            template=Template.ALPACA,
+            loss_on=LossOn.RESPONSE,
+            max_length=512,
+        )
+        assert made == []
+        assert lazy[3] is lazy[3]
+        assert lazy[5].source == "x:1"
+        assert made == [self.RECORDS[3], self.RECORDS[5]]
+
+    def test_malformed_records_are_left_out(self) -> None:
+        chat = make_chat(("user", "A?"), ("assistant", "B."), ("user", "C?"), ("assistant", "D."))
+        records = [self.RECORDS[0], chat, self.RECORDS[1]]
+        how: dict[str, Any] = {"loss_on": LossOn.RESPONSE, "max_length": 512}
+        tokenizer = make_tokenizer(chat_template=CHATML)
+        lazy = tokenize_as_needed(records, tokenizer, template=Template.ALPACA, **how)
+        assert len(lazy) == 2
+        lazy = tokenize_as_needed(records, tokenizer, template=Template.CHAT, **how)
+        assert len(lazy) == 3
+
+    @pytest.mark.parametrize(
+        ("records", "error", "said"),
+        [
+            pytest.param([], DataError, "no records", id="none"),
+            pytest.param(
+                [make_chat(("system", "A"), ("user", "B"), ("assistant", "C"))],
+                DataError,
+                "none of the 1 records fits",
+                id="none-that-fits",
+            ),
+        ],
+    )
+    def test_without_an_example_there_is_nothing(
+        self, records: list[Record], error: type[Exception], said: str
+    ) -> None:
+        with pytest.raises(error, match=said):
+            tokenize_as_needed(
+                records,
+                make_tokenizer(),
+                template=Template.ALPACA,
+                loss_on=LossOn.RESPONSE,
+                max_length=512,
+            )
+
+    def test_a_length_too_small_for_the_template_is_said_when_an_example_is_asked_for(self) -> None:
+        lazy = tokenize_as_needed(
+            self.RECORDS,
+            make_tokenizer(),
+            template=Template.ALPACA,
+            loss_on=LossOn.RESPONSE,
+            max_length=4,
+        )
+        with pytest.raises(TemplateError, match="max_length = 4 is too small"):
+            lazy[0]

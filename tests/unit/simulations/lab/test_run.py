@@ -632,16 +632,24 @@ def test_the_probe_s_choice_is_kept_in_the_card(
 ) -> None:
     asked = []
 
-    def choose(engine: Engine, setup: object, release: object, clients: Any, *, cohort: int) -> int:
-        asked.append((cohort, [len(records) for records in clients]))
+    def choose(
+        engine: Engine,
+        setup: object,
+        release: object,
+        clients: Any,
+        *,
+        cohort: int,
+        n_steps: int,
+    ) -> int:
+        asked.append((cohort, n_steps, [len(records) for records in clients]))
         return 2
 
     monkeypatch.setattr("simulations.lab.run.choose_group", choose)
     whole = go(engine__group="auto")
     assert read_card(whole.root).group_size == 2
     assert whole.digests == go(engine__group=2).digests
-    [(cohort, sizes)] = asked
-    assert cohort == 3
+    [(cohort, n_steps, sizes)] = asked
+    assert (cohort, n_steps) == (3, 2 * 3 * 3)  # rounds, agents, steps
     assert sizes == sorted(sizes, reverse=True)
     root = whole.root.with_name("cut")
     with pytest.raises(kill_error):
