@@ -244,7 +244,7 @@ class CoreModel(AdaptedModel):
         super().__init__(base, lora)
         for factor in self.factors.values():
             factor.requires_grad_(False)  # noqa: FBT003 - torch's
-        self._core_shapes = {name: tuple(core.shape) for name, core in self.cores.items()}
+        self._core_shapes = {name: tuple(self.cores[name].shape) for name in sorted(self.cores)}
         n_values = sum(core.numel() for core in self.cores.values())
         self._weights, self._gradient = torch.zeros(n_values), torch.zeros(n_values)
         for name, part in self.parts(self._weights).items():
@@ -264,6 +264,10 @@ class CoreModel(AdaptedModel):
     def weights(self) -> torch.Tensor:
         """The cores."""
         return self._weights
+
+    def trains(self, layout: VectorLayout) -> bool:
+        """Whether a layout is of the cores."""
+        return {slot.name: slot.shape for slot in layout.slots} == self._core_shapes
 
     def parts(self, vector: torch.Tensor) -> dict[str, torch.Tensor]:
         """By core."""

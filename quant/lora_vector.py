@@ -95,6 +95,14 @@ class OneAdapter:
         """Those that are trained, [n_trained] float32: whoever changes it changes them."""
         return self.vector[: self.order.n_trained]
 
+    def trains(self, layout: VectorLayout) -> bool:
+        """Whether `weights` are the tensors of a layout, in its order.
+
+        Args:
+            layout: Of an update.
+        """
+        return self.order.is_of(layout)
+
     def parts(self, vector: torch.Tensor) -> dict[str, torch.Tensor]:
         """A vector's parts by tensor name: views.
 

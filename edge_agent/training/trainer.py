@@ -280,7 +280,7 @@ class LocalTrainer:
         n_steps = self._sampler.n_steps(
             local_steps=block.local_steps, local_epochs=block.local_epochs
         )
-        if not self._adapted.order.is_of(layout):
+        if not self._adapted.trains(layout):
             msg = "the update's layout is not of the tensors that are trained; nothing is trained"
             raise TrainingError(msg)
         if start is not None:
