@@ -5,7 +5,7 @@ several small micro-batches at once are much faster than one after the other. On
 gain is smaller, and for large batches there is none.
 
 A size is tried as follows: its adapters are attached, each agent of a group makes one step, which
-makes room, and two that are timed; the shorter one counts. Trials of all sizes up to g thus take
+makes room, and two that are timed, by their useful tokens; the shorter one counts. Trials of all sizes up to g thus take
 3 (2 g - 1) steps of an agent, and less where a group gains. No trial is begun that could bring this
 above a twentieth of the run's own steps: a run of fewer than 180 on a worker would be over before
 a larger group had paid for having been found, and trains one agent after the other.
@@ -108,7 +108,7 @@ def chosen(times: dict[int, float], *, cohort: int, n_workers: int) -> int:
     """The size whose rounds are soonest over.
 
     Args:
-        times: Seconds of an agent's step, by group size.
+        times: Seconds of a useful token, by group size.
         cohort: Agents of a round.
         n_workers: How many groups are trained at once.
     """
@@ -131,7 +131,7 @@ def _times(
     clients: tuple[tuple[Record, ...], ...],
     sizes: tuple[int, ...],
 ) -> dict[int, float]:
-    """Seconds of an agent's step by group size; ends where a larger one gains nothing."""
+    """Seconds of a useful token by group size; ends where a larger one gains nothing."""
     setup, batch = worker.setup, worker.manifest.training.batch_size
     # On a processor its own seconds, which other processes that take their turns do not lengthen.
     clock = time.perf_counter if worker.base.device.type == "cuda" else time.process_time
@@ -143,16 +143,17 @@ def _times(
         ]
         step = functools.partial(worker.probe, size, release, visits, n_steps=1)
         step()  # attaches and makes room
-        step_s = min(_seconds(step, clock) for _ in range(_N_TIMED)) / size
-        gains = step_s * _LEAST_GAIN < min(found.values(), default=math.inf)
-        found[size] = step_s
+        # By tokens: another agent's records are longer or shorter.
+        token_s = min(_seconds_per_token(step, clock) for _ in range(_N_TIMED))
+        gains = token_s * _LEAST_GAIN < min(found.values(), default=math.inf)
+        found[size] = token_s
         if not gains:
             break
     worker.use(setup)
     return found
 
 
-def _seconds(call: Callable[[], None], clock: Callable[[], float]) -> float:
+def _seconds_per_token(step: Callable[[], int], clock: Callable[[], float]) -> float:
     begun = clock()
-    call()
-    return clock() - begun
+    n_tokens = step()
+    return (clock() - begun) / max(1, n_tokens)

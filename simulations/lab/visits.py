@@ -247,7 +247,7 @@ class LabWorker:
 
     def probe(
         self, group: int, release: Float32Array, visits: Sequence[Visit], *, n_steps: int
-    ) -> None:
+    ) -> int:
         """Train for some steps at a group size, for nothing but the time that it takes.
 
         Args:
@@ -255,6 +255,9 @@ class LabWorker:
             release: The whole adapter.
             visits: As many.
             n_steps: Of each.
+
+        Returns:
+            The useful tokens that were trained on.
         """
         training = self.manifest.training.model_copy(
             update={"local_steps": n_steps, "local_epochs": None}
@@ -263,7 +266,7 @@ class LabWorker:
         wanted = replace(self.setup, group=group, manifest=manifest.canonical())
         if wanted != self.setup:  # attaching and tokens are no part of a step
             self.use(wanted)
-        self.train(release, visits)
+        return sum(result.n_tokens for result in self.train(release, visits))
 
     def _prepare(self, visit: Visit, adapter: AdaptedModel | StackSlot) -> _Prepared:
         manifest, chance = self.manifest, self._chance

@@ -105,6 +105,7 @@ class FakeWorker:
     batch_size: int = 4
     device: str = "cpu"
     slowed: tuple[int, ...] = ()
+    n_tokens: tuple[int, ...] = (1,)
     clock_s: float = 0.0
     probed: list[tuple[int, int]] = field(default_factory=list)
     visits: list[Sequence[Visit]] = field(default_factory=list)
@@ -117,12 +118,14 @@ class FakeWorker:
     def manifest(self) -> Any:
         return SimpleNamespace(training=SimpleNamespace(batch_size=self.batch_size))
 
-    def probe(self, group: int, release: object, visits: Sequence[Visit], *, n_steps: int) -> None:
+    def probe(self, group: int, release: object, visits: Sequence[Visit], *, n_steps: int) -> int:
         self.setup = replace(self.setup, group=group)
         self.probed.append((group, n_steps))
         self.visits.append(visits)
         slowness = 9 if len(self.probed) - 1 in self.slowed else 1
-        self.clock_s += self.step_s[group] * group * n_steps * slowness
+        n_tokens = sum(self.n_tokens[visit.agent % len(self.n_tokens)] for visit in visits)
+        self.clock_s += self.step_s[group] * n_tokens * n_steps * slowness
+        return n_tokens * n_steps
 
     def use(self, setup: Setup) -> None:
         self.setup = setup
@@ -159,8 +162,9 @@ def make_engine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., FakeEngine]:
         n_workers: int = 1,
         device: str = "cpu",
         slowed: tuple[int, ...] = (),
+        n_tokens: tuple[int, ...] = (1,),
     ) -> FakeEngine:
-        worker = FakeWorker(SETUP, step_s, device=device, slowed=slowed)
+        worker = FakeWorker(SETUP, step_s, device=device, slowed=slowed, n_tokens=n_tokens)
         right, wrong = ("perf_counter", "process_time")[:: -1 if device == "cpu" else 1]
         monkeypatch.setattr(probe_module.time, right, lambda: worker.clock_s)
         monkeypatch.setattr(probe_module.time, wrong, lambda: 1e6 * len(worker.probed))
@@ -229,6 +233,17 @@ def test_each_size_is_tried_once_for_room_and_then_for_time_on_one_batch(
         assert [visit.agent for visit in visits] == list(range(size))
         # Few clients take turns, each with no more records than a batch has.
         assert [len(visit.records) for visit in visits] == [4, 3, 4, 3][:size]
+
+
+def test_that_one_agent_s_records_are_shorter_decides_nothing(
+    make_engine: Callable[..., FakeEngine],
+) -> None:
+    """By the step two agents would seem to take longer, or half as long, by the token the same."""
+    for n_tokens in ((20, 60), (60, 20)):
+        engine = make_engine({1: 1.0, 2: 1.0, 4: 0.1}, n_tokens=n_tokens)
+        assert choose(engine, cohort=2) == 1
+        engine = make_engine({1: 1.0, 2: 0.8, 4: 0.1}, n_tokens=n_tokens)
+        assert choose(engine, cohort=2) == 2
 
 
 @pytest.mark.parametrize("slowed", [(0,), (1,), (2,), (0, 1), (3, 4), (1, 5)])
