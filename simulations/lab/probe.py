@@ -5,10 +5,11 @@ several small micro-batches at once are much faster than one after the other. On
 gain is smaller, and for large batches there is none.
 
 A size is tried as follows: its adapters are attached, each agent of a group makes one step, which
-makes room, and two that are timed, by their useful tokens; the shorter one counts. Trials of all sizes up to g thus take
-3 (2 g - 1) steps of an agent, and less where a group gains. No trial is begun that could bring this
-above a twentieth of the run's own steps: a run of fewer than 180 on a worker would be over before
-a larger group had paid for having been found, and trains one agent after the other.
+makes room, and two that are timed, by their useful tokens; the shorter one counts. Trials of all
+sizes up to g thus take 3 (2 g - 1) steps of an agent, and less where a group gains. No trial is
+begun that could bring this above a twentieth of the run's own steps: a run of fewer than 180 on a
+worker would be over before a larger group had paid for having been found, and trains one agent
+after the other.
 """
 
 import functools
