@@ -4,6 +4,7 @@ A small base's step lasts as long as the start of its operations, and a vector n
 a release, one clips a gradient, one steps the optimiser, one makes the update.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from math import prod
 
@@ -73,22 +74,24 @@ def split(vector: torch.Tensor, shapes: Mapping[str, tuple[int, ...]]) -> dict[s
     return {name: part.view(*vector.shape[:-1], *shape) for (name, shape), part in named}
 
 
-class OneAdapter:
+class OneAdapter(ABC):
     """One adapter's numbers, wherever they lie.
 
     Guarantees:
         1. `load` then `arrays` returns the same bytes.
+        2. `weights` are the numbers themselves, in the order of the layout that `trains` accepts.
+        3. What is refused changes nothing.
     """
 
     @property
+    @abstractmethod
     def order(self) -> FactorOrder:
         """Of the factors in the vector."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def vector(self) -> torch.Tensor:
         """The numbers themselves, [n_values] float32."""
-        raise NotImplementedError
 
     @property
     def weights(self) -> torch.Tensor:

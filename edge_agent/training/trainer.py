@@ -33,6 +33,7 @@ from edge_agent.training.gradients import (
     StepGradient,
     Wanted,
     gradients_of,
+    is_finite,
 )
 from edge_agent.training.micro_batches import cut
 from edge_agent.training.sampling import BatchSampler
@@ -343,7 +344,7 @@ class LocalTrainer:
             else:
                 loss_sum += total
         self._rule.finish(gradient, n_examples=len(batch), step=step)
-        if not all(math.isfinite(float(end)) for end in torch.aminmax(gradient.vector)):
+        if not is_finite(gradient.vector):
             msg = (
                 f"training diverged: the gradient of step {step + 1} is not finite; nothing is sent"
             )
@@ -523,11 +524,10 @@ class LocalTrainer:
     def _update(self, weight: int) -> PlainUpdate:
         # From the model itself: what trains something else must not look as if it had moved it.
         change = torch.sub(self._adapted.weights.cpu(), self._start, out=self._start)
-        least, most = (float(end) for end in torch.aminmax(change))  # NaN, if there is one
-        if not (math.isfinite(least) and math.isfinite(most)):
+        if not is_finite(change):
             msg = "training diverged: the update has values that are not finite; nothing is sent"
             raise TrainingError(msg)
-        if least == most == 0.0:
+        if not change.any():
             msg = "training moved no weight: the update is exactly zero; nothing is sent"
             raise TrainingError(msg)
         return PlainUpdate(vector=change.numpy(), weight=weight)

@@ -21,11 +21,11 @@ from edge_agent.training.trainer import (
 )
 from protocol.blocks import Factor, LoraBlock, Schedule, TrainingBlock
 from protocol.clock import SystemClock
+from protocol.layout import VectorLayout
 from quant import loss as loss_module
 from quant.adapter import AdapterArrays, adapter_shapes, initial_adapter, sent_layout
 from quant.base_model import LoadedBase, load_base
 from quant.lora import AdaptedModel
-from quant.lora_vector import OneAdapter
 from quant.memory import StepSettings
 
 N_STEPS = 6
@@ -228,6 +228,19 @@ def test_guarantee_2_the_gradient_does_not_depend_on_the_micro_batches(
             torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-7)
 
 
+def test_a_layout_of_something_else_than_is_trained_is_refused(random_base: LoadedBase) -> None:
+    """What is sent as one tensor must not be another's numbers."""
+    bench = Bench(random_base)
+    shapes = bench.adapted.shapes()
+    first, second, *_ = [name for name in sorted(shapes) if name.endswith("lora_B.weight")]
+    fewer = {name: shape for name, shape in shapes.items() if name != first}
+    other = shapes | {first: (*shapes[first], 1), second: shapes[second]}
+    for wrong in (fewer, other):
+        trainer = bench.trainer(TrainerOptions())
+        with pytest.raises(TrainingError, match="layout is not of the tensors that are trained"):
+            trainer.run(bench.start, VectorLayout.of_shapes(wrong), weight=1)
+
+
 def test_guarantee_3_an_update_of_zero_is_refused(random_base: LoadedBase) -> None:
     @dataclass(frozen=True)
     class Erase:
@@ -386,8 +399,11 @@ def test_the_learning_rate_continues_across_rounds() -> None:
         assert end == pytest.approx(expected * block.learning_rate)
 
 
-def test_clipping_bounds_the_norm_and_leaves_small_gradients_alone() -> None:
-    large, small = StepGradient(OneAdapter()), StepGradient(OneAdapter())
+def test_clipping_bounds_the_norm_and_leaves_small_gradients_alone(
+    random_base: LoadedBase,
+) -> None:
+    adapted = Bench(random_base).adapted
+    large, small = StepGradient(adapted), StepGradient(adapted)
     large.add(torch.tensor([10.0] * 3 + [-10.0] * 4))
     ClipNorm(1.0)(large, step=0)
     assert float(large.vector.norm()) == pytest.approx(1.0, rel=1e-5)
