@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 Name = Annotated[
     str,
     typer.Argument(
-        metavar="EXPERIMENT", help="`fedit`, `dolly`, `privacy`, or a TOML file of yours."
+        metavar="EXPERIMENT",
+        help="`fedit`, `flexlora`, `dolly`, `privacy`, or a TOML file of yours.",
     ),
 ]
 Out = Annotated[Path | None, typer.Option(help="Where the results go.  [default: runs/EXPERIMENT]")]

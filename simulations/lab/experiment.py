@@ -173,10 +173,13 @@ class BaselinesSection(_Section):
 
     Attributes:
         epochs: Passes of each over its records; the paper's one.
+        learning_rate: Of each; None: the federation's. The rate that suits many short trainings
+            need not suit one long one.
         local: Which clients alone, by the volume of their records.
     """
 
     epochs: Annotated[int, Field(ge=1)] = 1
+    learning_rate: Annotated[float, Field(gt=0.0)] | None = None
     local: tuple[Literal["smallest", "median", "largest"], ...] = ("smallest", "median", "largest")
 
 
@@ -254,7 +257,7 @@ class Experiment(_Section):
 
     @property
     def learning_rate(self) -> float:
-        """The one that is trained with."""
+        """The one that the federation trains with, and baselines without one of their own."""
         embedded = self.base.model == EMBEDDED_BASE
         return self.federation.learning_rate or (_EMBEDDED_RATE if embedded else _PAPER_RATE)
 

@@ -55,10 +55,11 @@ def make_terms(experiment: Experiment, base: BaseDescription, *, arm: Arm, seed:
         ManifestError: A target module is not in the base.
         PrivacyError: No noise keeps to the ε that is asked for, or it would drown the updates.
     """
-    section = experiment.federation
+    section, rate = experiment.federation, experiment.learning_rate
     if arm is not Arm.FEDERATED:
         section = alone(section, epochs=experiment.baselines.epochs)
-    section = section.model_copy(update={"learning_rate": experiment.learning_rate})
+        rate = experiment.baselines.learning_rate or rate
+    section = section.model_copy(update={"learning_rate": rate})
     config = _with_the_rest(make_config(_options(experiment.name, section), base), section, seed)
     manifest = build_manifest(
         config,

@@ -68,6 +68,7 @@ class Comparison:
         relative: To the centralised run of the same seed, by label; without one: nothing.
         reference: The label of the centralised runs; None: there are none.
         arms: By label.
+        learning_rates: Of a run's first step, by label; of those that have closed a round.
         unfinished: Runs that are not finished, and how far they came.
     """
 
@@ -77,6 +78,7 @@ class Comparison:
     relative: Mapping[str, Mapping[Measure, Scores]]
     reference: str | None
     arms: Mapping[str, Arm]
+    learning_rates: Mapping[str, float]
     unfinished: tuple[str, ...]
 
     @classmethod
@@ -126,6 +128,12 @@ class Comparison:
             else {},
             reference=reference,
             arms=MappingProxyType(arms),
+            learning_rates={
+                name: history.rounds[0].learning_rate
+                for name in ordered
+                for history in groups[name].values()
+                if history.rounds
+            },
             unfinished=tuple(
                 f"{name}, seed {seed} ({history.state})"
                 for name in ordered
@@ -196,6 +204,7 @@ class Comparison:
             "scores": tree(self.scores),
             "relative": tree(self.relative),
             "relative_to": self.reference,
+            "learning_rates": dict(self.learning_rates),
             "relative_means": _RELATIVE,
             "paper": {
                 "source": "arXiv 2305.05644",
@@ -242,6 +251,9 @@ class Comparison:
 
     def _remarks(self) -> list[str]:
         remarks = [_RELATIVE, _PAPER] if self.relative else []
+        if len(set(self.learning_rates.values())) > 1:
+            rates = (f"{name} {rate:g}" for name, rate in self.learning_rates.items())
+            remarks.append(f"learning rates: {', '.join(rates)}")
         if self.unfinished:
             remarks.append(
                 f"not finished, so these numbers will change: {'; '.join(self.unfinished)}"

@@ -228,6 +228,15 @@ def test_a_baseline_trains_the_factors_of_its_federation(
         assert getattr(baseline.training, name) == getattr(federated.training, name)
 
 
+@pytest.mark.parametrize("arm", BASELINES)
+def test_a_baseline_may_have_a_learning_rate_of_its_own(
+    described: BaseDescription, arm: Arm
+) -> None:
+    values = {"federation.learning_rate": 8e-3, "baselines.learning_rate": 2e-3}
+    assert terms_of(described, values, arm=arm).manifest.training.learning_rate == 2e-3
+    assert terms_of(described, values).manifest.training.learning_rate == 8e-3
+
+
 def test_a_baseline_s_section_keeps_what_is_trained() -> None:
     section = Experiment(name="x").with_values({"federation.batch_size": 7}).federation
     assert alone(section, epochs=3).batch_size == 7

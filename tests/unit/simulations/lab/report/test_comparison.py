@@ -117,6 +117,22 @@ def test_json_has_no_nan_and_the_paper_s_number_with_its_measure(comparison: Com
     assert "GPT-4" in found["paper"]["measure"]
 
 
+def test_learning_rates_are_told_where_they_differ(
+    make_run: Callable[..., Path], make_round: Callable[..., Any]
+) -> None:
+    def of(**rates: float) -> Comparison:
+        roots = [
+            make_run(f"{name}-{rate}", [make_round(1, learning_rate=rate)], arm=Arm(name))
+            for name, rate in rates.items()
+        ]
+        return Comparison.of(roots)
+
+    unlike = of(federated=8e-3, centralised=2e-3)
+    assert "learning rates: federated 0.008, centralised 0.002" in unlike.markdown()
+    assert unlike.as_json()["learning_rates"] == {"federated": 8e-3, "centralised": 2e-3}
+    assert "learning rates" not in of(federated=4e-3, centralised=4e-3).markdown()
+
+
 def test_tables_show_mean_and_deviation(comparison: Comparison) -> None:
     console = Console(file=io.StringIO(), width=120)
     console.print(comparison.table())
