@@ -18,7 +18,7 @@ from concurrent.futures import (
     wait,
 )
 from concurrent.futures.process import BrokenProcessPool
-from typing import Any, Protocol, TypeVar
+from typing import Any, Final, Protocol, TypeVar
 
 from edge_agent.data.records import Record
 from privacy.updates import Float32Array
@@ -30,6 +30,7 @@ from simulations.lab.records import AnswerNote, ScoreNote
 from simulations.lab.visits import LabWorker, Question, Setup, Visit, VisitResult
 
 Answer = TypeVar("Answer")
+CPU_DEVICE: Final = "cpu"
 
 
 class Engine(Protocol):
@@ -51,6 +52,9 @@ class Engine(Protocol):
         Args:
             setup: What it must have at hand.
             call: A function of a module with plain values: it goes to other processes.
+
+        Raises:
+            EngineError: A worker died before.
         """
         ...
 
@@ -71,7 +75,7 @@ def describe(engine: Engine, setup: Setup) -> BaseDescription:
         EngineError: A worker died.
     """
     asked = [engine.ask(setup, _describe) for _ in range(engine.n_workers)]
-    first, *_ = [_answer(one) for one in asked]
+    first, *_ = [answer_of(one) for one in asked]
     return first
 
 
@@ -85,7 +89,7 @@ def machine(engine: Engine, setup: Setup) -> str:
     Raises:
         EngineError: The worker died.
     """
-    return _answer(engine.ask(setup, _machine))
+    return answer_of(engine.ask(setup, _machine))
 
 
 def train(
@@ -109,10 +113,10 @@ def train(
         if len(asked) == engine.n_workers:  # none is asked for before it can begin: `Here` waits
             ended, asked = wait(asked, return_when=FIRST_COMPLETED)
             for one in ended:
-                yield _answer(one)
+                yield answer_of(one)
         asked.add(engine.ask(setup, functools.partial(_train, release=release, visits=group)))
     for one in as_completed(asked):
-        yield _answer(one)
+        yield answer_of(one)
 
 
 def measure(
@@ -134,7 +138,7 @@ def measure(
         engine.ask(setup, functools.partial(_measure, release=release, question=question))
         for question in questions
     ]
-    return [note for one in asked for note in _answer(one)]
+    return [note for one in asked for note in answer_of(one)]
 
 
 def count_tokens(engine: Engine, setup: Setup, clients: Sequence[tuple[Record, ...]]) -> list[int]:
@@ -155,7 +159,7 @@ def count_tokens(engine: Engine, setup: Setup, clients: Sequence[tuple[Record, .
         )
         for start in range(0, len(clients), size)
     ]
-    return [count for one in asked for count in _answer(one)]
+    return [count for one in asked for count in answer_of(one)]
 
 
 def _count_tokens(worker: LabWorker, *, clients: tuple[tuple[Record, ...], ...]) -> list[int]:
@@ -182,15 +186,27 @@ def _measure(
     return worker.measure(release, question)
 
 
-def _answer(asked: "Future[Answer]") -> Answer:
+def answer_of(asked: "Future[Answer]") -> Answer:
+    """Wait for a worker's answer.
+
+    Args:
+        asked: As `Engine.ask` gave it.
+
+    Raises:
+        EngineError: The worker died.
+        Exception: What the question raised.
+    """
     try:
         return asked.result()
     except BrokenProcessPool as error:
-        msg = (
-            "a worker process was killed, perhaps for want of memory; give fewer --workers or a "
-            "smaller --group. The run can go on: give the same command again"
-        )
-        raise EngineError(msg) from error
+        raise _killed() from error
+
+
+def _killed() -> EngineError:
+    return EngineError(
+        "a worker process was killed, perhaps for want of memory; give fewer --workers or a "
+        "smaller --group. The run can go on: give the same command again"
+    )
 
 
 class Bench:
@@ -262,7 +278,10 @@ class Processes:
 
     def ask(self, setup: Setup, call: Callable[[LabWorker], Answer]) -> "Future[Answer]":
         """Let the next free process do it."""
-        return self._pool.submit(_in_process, setup, call)
+        try:
+            return self._pool.submit(_in_process, setup, call)
+        except BrokenProcessPool as error:
+            raise _killed() from error
 
     def close(self) -> None:
         """End the processes; what has not begun never will."""
@@ -302,4 +321,6 @@ def make_engine(section: EngineSection, *, ray_address: str | None = None) -> En
         case EngineKind.RAY:
             from simulations.lab.ray_engine import RayEngine  # noqa: PLC0415 - an extra
 
-            return RayEngine(section.workers, address=ray_address)
+            return RayEngine(
+                section.workers, address=ray_address, on_cpu=section.device == CPU_DEVICE
+            )

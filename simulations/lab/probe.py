@@ -19,10 +19,11 @@ from collections.abc import Callable, Sequence
 from typing import Final
 
 from edge_agent.data.records import Record
+from edge_agent.errors import OutOfMemoryError
 from edge_agent.training.sampling import ShuffledBatches
 from privacy.updates import Float32Array
 from protocol.manifest import FederationManifest
-from simulations.lab.engines import Engine
+from simulations.lab.engines import Engine, answer_of
 from simulations.lab.visits import LabWorker, Setup, Visit
 
 GROUPS: Final = (1, 2, 4, 8, 16)
@@ -57,6 +58,7 @@ def choose_group(
 
     Raises:
         EngineError: The worker died.
+        OutOfMemoryError: Not even one adapter fits beside the base.
     """
     candidates = sizes_to_try(cohort=cohort, n_workers=engine.n_workers, n_steps=n_steps)
     if len(candidates) == 1:
@@ -70,7 +72,7 @@ def choose_group(
             sizes=candidates,
         ),
     )
-    return chosen(asked.result(), cohort=cohort, n_workers=engine.n_workers)
+    return chosen(answer_of(asked), cohort=cohort, n_workers=engine.n_workers)
 
 
 def steps_of_run(manifest: FederationManifest, sizes: Sequence[int]) -> int:
@@ -132,7 +134,7 @@ def _times(
     clients: tuple[tuple[Record, ...], ...],
     sizes: tuple[int, ...],
 ) -> dict[int, float]:
-    """Seconds of a useful token by group size; ends where a larger one gains nothing."""
+    """Seconds of a useful token by group size; ends where one gains nothing or does not fit."""
     setup, batch = worker.setup, worker.manifest.training.batch_size
     # On a processor its own seconds, which other processes that take their turns do not lengthen.
     clock = time.perf_counter if worker.base.device.type == "cuda" else time.process_time
@@ -143,9 +145,14 @@ def _times(
             for agent in range(size)
         ]
         step = functools.partial(worker.probe, size, release, visits, n_steps=1)
-        step()  # attaches and makes room
-        # By tokens: another agent's records are longer or shorter.
-        token_s = min(_seconds_per_token(step, clock) for _ in range(_N_TIMED))
+        try:
+            step()  # attaches and makes room
+            # By tokens: another agent's records are longer or shorter.
+            token_s = min(_seconds_per_token(step, clock) for _ in range(_N_TIMED))
+        except OutOfMemoryError:
+            if not found:
+                raise
+            break
         gains = token_s * _LEAST_GAIN < min(found.values(), default=math.inf)
         found[size] = token_s
         if not gains:
@@ -157,4 +164,4 @@ def _times(
 def _seconds_per_token(step: Callable[[], int], clock: Callable[[], float]) -> float:
     begun = clock()
     n_tokens = step()
-    return (clock() - begun) / max(1, n_tokens)
+    return (clock() - begun) / n_tokens if n_tokens else math.inf

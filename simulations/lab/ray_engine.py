@@ -1,7 +1,7 @@
 """Virtual agents on a Ray cluster: on this machine's cores, or on many machines.
 
-Each worker is an actor with one processor, or one GPU where the cluster has any, and a base of its
-own. Workers on other machines must find the base under the same name.
+Each worker is an actor with one processor, and one GPU where the cluster has any and agents may use
+it, and a base of its own. Workers on other machines must find the base under the same name.
 """
 
 import logging
@@ -30,12 +30,13 @@ class RayEngine:
     Args:
         n_workers: How many.
         address: Of a running cluster; None starts one on this machine, which ends with `close`.
+        on_cpu: Whether agents train on processors although there may be GPUs.
 
     Raises:
-        EngineError: The cluster cannot be reached, or has not as many processors.
+        EngineError: The cluster cannot be reached, or has not as many processors or GPUs.
     """
 
-    def __init__(self, n_workers: int, *, address: str | None = None) -> None:
+    def __init__(self, n_workers: int, *, address: str | None = None, on_cpu: bool = False) -> None:
         """Start or join the cluster, and the actors."""
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         self.n_workers = n_workers
@@ -53,7 +54,16 @@ class RayEngine:
             msg = f"cannot use Ray at {address or 'this machine'}: {error}"
             raise EngineError(msg) from error
         resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-        n_gpus = 1 if resources.get("GPU", 0.0) > 0.0 else 0
+        n_gpus = 0 if on_cpu or resources.get("GPU", 0.0) == 0.0 else 1
+        for kind in ("CPU", *(["GPU"] if n_gpus else [])):
+            n_there = int(resources.get(kind, 0.0))
+            if n_there < n_workers:  # actors without a place would be waited for without end
+                ray.shutdown()
+                msg = (
+                    f"each worker needs a {kind}, and the cluster has {n_there} for {n_workers}; "
+                    f"give --workers {max(1, n_there)}" + (" or --device cpu" if n_gpus else "")
+                )
+                raise EngineError(msg)
         remote = ray.remote(num_cpus=1, num_gpus=n_gpus, runtime_env=_ENVIRONMENT)(_Actor)
         self._idle: deque[Any] = deque(remote.remote() for _ in range(n_workers))
         self._waiting: deque[tuple[Future[Any], Setup, Callable[[LabWorker], Any]]] = deque()

@@ -136,6 +136,7 @@ class _Sitting:
             revision=section.revision,
             device=self._experiment.engine.device,
             seed=self._request.seed,
+            run=f"{self._experiment.digest()} {self._request.name}",
         )
         self._listener.stage(f"loading {section.model} in 4 bit")
         base = engines.describe(self._engine, setup)

@@ -11,7 +11,7 @@ from typing import cast
 import torch
 
 from edge_agent.data.batches import collate
-from edge_agent.errors import TrainingError
+from edge_agent.errors import CheckpointError, TrainingError
 from edge_agent.training.gradients import Given, Wanted
 from edge_agent.training.trainer import Session, TrainingResult, is_out_of_memory
 from quant.lora_stack import StackedModel
@@ -33,6 +33,9 @@ def train_together(
 
     Returns:
         What each ended with, in order.
+
+    Raises:
+        CheckpointError: The state of a training cannot be written.
     """
     ended: dict[int, TrainingResult | TrainingError] = {}
     wanted: dict[int, Wanted] = {}
@@ -45,6 +48,8 @@ def train_together(
                 wanted[slot] = sessions[slot].send(given)
             except StopIteration as end:
                 ended[slot] = cast("TrainingResult", end.value)
+            except CheckpointError:  # of the folder, not of the training: it can go on
+                raise
             except TrainingError as error:
                 ended[slot] = error
         answers = {}

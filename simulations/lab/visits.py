@@ -4,6 +4,7 @@ A worker holds one 4-bit base. Agents bring their records and leave with an upda
 stays behind for the next but tokens.
 """
 
+import contextlib
 import math
 import platform
 import time
@@ -15,8 +16,15 @@ from typing import Final
 import torch
 
 from edge_agent.data.records import UNCATEGORIZED, Record
-from edge_agent.data.tokens import Example, tokenize, tokenize_as_needed
-from edge_agent.errors import CheckpointError, TrainingError
+from edge_agent.data.tokens import Example, RecordTokenizer, tokenize, tokenize_as_needed
+from edge_agent.errors import (
+    AgentError,
+    CheckpointError,
+    DataError,
+    MalformedRecordError,
+    OutOfMemoryError,
+    TrainingError,
+)
 from edge_agent.evaluation import Scores, held_out_loss, score_answers
 from edge_agent.private import PrivacyTerms, make_terms
 from edge_agent.training.gradients import GradientRule, MeanGradient, PrivateGradient
@@ -27,6 +35,7 @@ from edge_agent.training.trainer import (
     TrainerOptions,
     TrainingProgress,
     TrainingResult,
+    is_out_of_memory,
 )
 from privacy.updates import Float32Array
 from protocol.base_description import BaseDescription
@@ -64,6 +73,8 @@ class Setup:
         manifest: As JSON; None where the base is only to be described.
         group: How many agents are trained at once.
         seed: Of the run.
+        run: What the run is, in words that no other run has: whose records agents bring. Two
+            runs may have one manifest and other records.
     """
 
     model: str
@@ -72,6 +83,7 @@ class Setup:
     manifest: bytes | None = field(default=None, repr=False)
     group: int = 1
     seed: int = 0
+    run: str = ""
 
     def is_of_base(self, other: "Setup") -> bool:
         """Whether another setup is of the same base on the same device.
@@ -218,10 +230,32 @@ class LabWorker:
     def train(self, release: Float32Array, visits: Sequence[Visit]) -> list[VisitResult]:
         """Train a group of agents at once.
 
+        A training that fails, for its records too, ends alone: its result says why.
+
         Args:
             release: The whole adapter that the round starts from, [n_whole] float32.
             visits: At least one, at most `setup.group`, all of one round.
+
+        Raises:
+            OutOfMemoryError: So many adapters do not fit beside the base.
+            CheckpointError: The state of a long training cannot be read or written.
+            PrivacyError: No noise keeps to the ε that is asked for.
         """
+        try:
+            return self._train(release, visits)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            self._detach()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            msg = (
+                f"{self.setup.group} adapters with their optimisers do not fit into memory beside "
+                "the base; give a smaller --group, or a smaller rank"
+            )
+            raise OutOfMemoryError(msg) from error
+
+    def _train(self, release: Float32Array, visits: Sequence[Visit]) -> list[VisitResult]:
         begun = time.perf_counter()
         factors = sent_factors(self.manifest.lora.rule, visits[0].release)
         adapters: Sequence[AdaptedModel | StackSlot]
@@ -235,15 +269,23 @@ class LabWorker:
             stack.train_only(factors)
             adapters = stack.slots
         layout = self._layouts[visits[0].release % len(self._layouts)]
-        prepared = [
-            self._prepare(visit, adapter)
-            for visit, adapter in zip(visits, adapters[: len(visits)], strict=True)
-        ]
-        for adapter in adapters[: len(visits)]:
-            adapter.load_vector(release, self._whole)
-        ended = _driven(prepared, stack, layout)
+        prepared: dict[int, _Prepared] = {}
+        refused: dict[int, AgentError] = {}
+        for place, visit in enumerate(visits):
+            slot = len(prepared)  # slots are filled from the first on
+            try:
+                prepared[place] = self._prepare(visit, adapters[slot])
+            except (DataError, TrainingError) as error:
+                refused[place] = error
+            else:
+                adapters[slot].load_vector(release, self._whole)
+        ended = _driven(list(prepared.values()), stack, layout) if prepared else []
         share = (time.perf_counter() - begun) / len(visits)
-        return [_result(one, end, share) for one, end in zip(prepared, ended, strict=True)]
+        results = {
+            place: _result(one, end, share)
+            for (place, one), end in zip(prepared.items(), ended, strict=True)
+        } | {place: _refusal(visits[place], error) for place, error in refused.items()}
+        return [results[place] for place in range(len(visits))]
 
     def probe(
         self, group: int, release: Float32Array, visits: Sequence[Visit], *, n_steps: int
@@ -257,7 +299,10 @@ class LabWorker:
             n_steps: Of each.
 
         Returns:
-            The useful tokens that were trained on.
+            The useful tokens that were trained on; 0: not all of these trainings came to their end.
+
+        Raises:
+            OutOfMemoryError: So many adapters do not fit beside the base.
         """
         training = self.manifest.training.model_copy(
             update={"local_steps": n_steps, "local_epochs": None}
@@ -266,7 +311,10 @@ class LabWorker:
         wanted = replace(self.setup, group=group, manifest=manifest.canonical())
         if wanted != self.setup:  # attaching and tokens are no part of a step
             self.use(wanted)
-        return sum(result.n_tokens for result in self.train(release, visits))
+        results = self.train(release, visits)
+        if any(result.error is not None for result in results):
+            return 0
+        return sum(result.n_tokens for result in results)
 
     def _prepare(self, visit: Visit, adapter: AdaptedModel | StackSlot) -> _Prepared:
         manifest, chance = self.manifest, self._chance
@@ -380,14 +428,15 @@ class LabWorker:
             )
             scores = held_out_loss(adapted.model, data.examples, pad_id=self.base.pad_id)
             notes += _score_notes(question.release, Measure.LOSS, scores)
-        if question.answers:
+        answerable = self._answerable(question)
+        if answerable:
             answered = score_answers(
                 adapted.model,
                 self.base.tokenizer,
-                question.answers,
+                answerable,
                 template=block.template,
                 max_length=block.max_length,
-                max_new_tokens=min(question.max_new_tokens, block.max_length // 2),
+                max_new_tokens=self._answer_length(question),
             )
             notes += _score_notes(question.release, Measure.EXACT_MATCH, answered.exact_match)
             notes += _score_notes(question.release, Measure.ROUGE_L, answered.rouge_l)
@@ -402,6 +451,25 @@ class LabWorker:
                 for one in answered.answers
             ]
         return notes
+
+    def _answer_length(self, question: Question) -> int:
+        return min(question.max_new_tokens, self.manifest.training.max_length // 2)
+
+    def _answerable(self, question: Question) -> list[Record]:
+        """The records that the template has a place for, as in training; it skips the others."""
+        block = self.manifest.training
+        asks = RecordTokenizer(
+            self.base.tokenizer,
+            template=block.template,
+            loss_on=LossOn.RESPONSE,
+            max_length=block.max_length,
+        )
+        found = []
+        for record in question.answers:
+            with contextlib.suppress(MalformedRecordError):
+                asks.prompt(record, max_tokens=block.max_length - self._answer_length(question))
+                found.append(record)
+        return found
 
     # Attaching
 
@@ -466,6 +534,21 @@ def _result(one: _Prepared, end: TrainingResult | TrainingError, train_s: float)
         last_loss=None if ended is None else _finite(ended.last_loss),
         train_s=train_s,
         error=None if ended is not None else str(end),
+    )
+
+
+def _refusal(visit: Visit, error: AgentError) -> VisitResult:
+    return VisitResult(
+        agent=visit.agent,
+        vector=None,
+        weight=0,
+        n_examples=len(visit.records),
+        n_tokens=0,
+        n_steps=0,
+        first_loss=None,
+        last_loss=None,
+        train_s=0.0,
+        error=str(error),
     )
 
 

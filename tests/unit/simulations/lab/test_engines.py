@@ -236,6 +236,29 @@ def test_a_process_is_another_one_with_one_thread_and_ends_by_saying_so(
     assert (n_threads, model) == (1, EMBEDDED_BASE)
     assert processes.ask(SETUP, calls.threads).result()[0] == pid  # and keeps its base
     with pytest.raises(EngineError, match="the wires are crossed"):
-        engines._answer(processes.ask(SETUP, calls.fail))
+        engines.answer_of(processes.ask(SETUP, calls.fail))
     with pytest.raises(EngineError, match="a worker process was killed, perhaps for want of"):
-        engines._answer(processes.ask(SETUP, calls.die))
+        engines.answer_of(processes.ask(SETUP, calls.die))
+    with pytest.raises(EngineError, match="a worker process was killed, perhaps for want of"):
+        processes.ask(SETUP, calls.threads)
+
+
+@pytest.mark.parametrize(
+    ("there", "device", "said"),
+    [
+        ({"CPU": 1.0}, "cpu", "each worker needs a CPU, and the cluster has 1 for 2; give --wor"),
+        ({"CPU": 4.0, "GPU": 1.0}, None, r"needs a GPU, .* has 1 for 2; .* 1 or --device cpu$"),
+    ],
+)
+def test_a_ray_cluster_without_a_place_for_each_worker_is_refused(
+    there: dict[str, float], device: str | None, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray
+
+    calls: list[str] = []
+    monkeypatch.setattr(ray, "init", lambda **_: calls.append("init"))
+    monkeypatch.setattr(ray, "shutdown", lambda: calls.append("shutdown"))
+    monkeypatch.setattr(ray, "cluster_resources", lambda: there)
+    with pytest.raises(EngineError, match=said):
+        make_engine(EngineSection(kind="ray", workers=2, device=device))  # type: ignore[arg-type]
+    assert calls == ["init", "shutdown"]

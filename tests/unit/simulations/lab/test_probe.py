@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
@@ -10,7 +11,9 @@ import numpy as np
 import pytest
 
 from edge_agent.data.records import Record
+from edge_agent.errors import OutOfMemoryError
 from quant.base_model import LoadedBase
+from simulations.errors import EngineError
 from simulations.lab import probe as probe_module
 from simulations.lab.engines import Here
 from simulations.lab.experiment import EMBEDDED_BASE, Experiment
@@ -106,6 +109,8 @@ class FakeWorker:
     device: str = "cpu"
     slowed: tuple[int, ...] = ()
     n_tokens: tuple[int, ...] = (1,)
+    too_large: int = 1000
+    failing: int = 1000
     clock_s: float = 0.0
     probed: list[tuple[int, int]] = field(default_factory=list)
     visits: list[Sequence[Visit]] = field(default_factory=list)
@@ -122,6 +127,11 @@ class FakeWorker:
         self.setup = replace(self.setup, group=group)
         self.probed.append((group, n_steps))
         self.visits.append(visits)
+        if group >= self.too_large:
+            msg = "so many do not fit"
+            raise OutOfMemoryError(msg)
+        if group >= self.failing:
+            return 0
         slowness = 9 if len(self.probed) - 1 in self.slowed else 1
         n_tokens = sum(self.n_tokens[visit.agent % len(self.n_tokens)] for visit in visits)
         self.clock_s += self.step_s[group] * n_tokens * n_steps * slowness
@@ -194,6 +204,40 @@ def test_the_first_that_gains_nothing_is_the_last_that_is_tried(
     assert choose(engine, cohort=16) == 2
     assert [size for size, _ in engine.worker.probed[::3]] == [1, 2, 4]
     assert engine.worker.setup == SETUP
+
+
+def test_a_size_that_does_not_fit_ends_the_trials_and_the_best_before_it_stays(
+    make_engine: Callable[..., FakeEngine],
+) -> None:
+    engine = make_engine(LINEAR)
+    engine.worker.too_large = 8
+    assert choose(engine, cohort=16) == 4
+    assert engine.worker.probed[-1][0] == 8
+    assert engine.worker.setup == SETUP
+    engine.worker.too_large = 1
+    with pytest.raises(OutOfMemoryError, match="so many do not fit"):
+        choose(engine, cohort=16)
+
+
+def test_a_size_whose_trainings_fail_is_not_taken_for_a_fast_one(
+    make_engine: Callable[..., FakeEngine],
+) -> None:
+    engine = make_engine(LINEAR)
+    engine.worker.failing = 4
+    assert choose(engine, cohort=16) == 2
+    engine.worker.failing = 1
+    assert choose(engine, cohort=16) == 1
+
+
+def test_a_worker_that_is_killed_in_a_trial_is_one_sentence() -> None:
+    class Killed(FakeEngine):
+        def ask(self, setup: Setup, call: Callable[[Any], Any]) -> "Future[Any]":
+            future: Future[Any] = Future()
+            future.set_exception(BrokenProcessPool())
+            return future
+
+    with pytest.raises(EngineError, match="a worker process was killed"):
+        choose(Killed(FakeWorker(SETUP, LINEAR)), cohort=16)
 
 
 def test_none_is_larger_than_leaves_every_worker_one(

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+from edge_agent.data.records import ChatMessage, Record
 from edge_agent.data.tokens import tokenize
-from edge_agent.errors import CheckpointError
+from edge_agent.errors import CheckpointError, OutOfMemoryError
 from edge_agent.evaluation import held_out_loss
 from edge_agent.private import make_terms as make_privacy_terms
 from edge_agent.training.gradients import PrivateGradient
@@ -28,6 +29,7 @@ from quant.memory import StepSettings
 from simulations.lab import visits as visits_module
 from simulations.lab.chance import RunChance
 from simulations.lab.data import LabData, prepare_data
+from simulations.lab.engines import Bench
 from simulations.lab.experiment import EMBEDDED_BASE, Experiment
 from simulations.lab.records import AnswerNote, Arm, Measure, ScoreNote
 from simulations.lab.terms import RunTerms, make_terms
@@ -42,6 +44,19 @@ from simulations.lab.visits import (
 )
 
 SEED = 1
+CHAT = Record(
+    instruction="",
+    context="",
+    response="Four.",
+    category="closed_qa",
+    messages=(
+        ChatMessage(role="user", content="One and one?"),
+        ChatMessage(role="assistant", content="Two."),
+        ChatMessage(role="user", content="And twice that?"),
+        ChatMessage(role="assistant", content="Four."),
+    ),
+    source="a chat",
+)
 
 
 @pytest.fixture(scope="module")
@@ -273,6 +288,80 @@ def test_a_state_that_cannot_be_kept_is_no_fault_of_the_training(
     visit = replace(visit_of(data, 0), state_path=tmp_path / "nowhere" / "state")
     with pytest.raises(CheckpointError, match="cannot save the training state"):
         worker.train(release_of(worker), [visit])
+    worker.use(replace(worker.setup, group=2))
+    with pytest.raises(CheckpointError, match="cannot save the training state"):
+        worker.train(release_of(worker), [visit])
+
+
+def test_guarantee_1_records_of_another_run_are_never_taken_for_an_agent_s_own(
+    make_worker: Callable[..., LabWorker], data: LabData
+) -> None:
+    """Runs that differ in their records alone, as the points of a sweep may, or two arms."""
+    worker = make_worker()
+    release, setup = release_of(worker), worker.setup
+    bench = Bench(worker.base)
+
+    def train(agent: int, run: str) -> Float32Array:
+        visit = replace(visit_of(data, agent), agent=0)
+        asked = replace(setup, run=run)
+        [found] = bench.ask(asked, lambda other: other.train(release, [visit]))
+        return vector_of(found)
+
+    worker._detach()
+    first, second = train(3, "one run"), train(4, "another run")
+    assert not np.array_equal(first, second)
+    np.testing.assert_array_equal(train(3, "one run"), first)
+    bench.ask(replace(setup, run="end"), lambda other: other._detach())
+
+
+def test_records_that_cannot_be_used_fail_their_agent_alone(
+    make_worker: Callable[..., LabWorker], data: LabData
+) -> None:
+    for group in (1, 3):
+        worker = make_worker(group=group)
+        release = release_of(worker)
+        unusable = replace(visit_of(data, 2), records=(CHAT,))
+        visits = [unusable, visit_of(data, 0), visit_of(data, 1)][:group]
+        bad, *good = worker.train(release, visits)
+        assert (bad.agent, bad.vector, bad.n_examples) == (2, None, 1)
+        assert bad.error is not None
+        assert "none of the 1 records fits the template" in bad.error
+        worker.use(replace(worker.setup, run="again"))
+        again = worker.train(release, visits[1:]) if good else []
+        for found, wanted in zip(good, again, strict=True):
+            np.testing.assert_array_equal(vector_of(found), vector_of(wanted))
+
+
+@pytest.mark.parametrize("group", [1, 2])
+def test_adapters_that_do_not_fit_beside_the_base_are_one_sentence(
+    make_worker: Callable[..., LabWorker],
+    data: LabData,
+    monkeypatch: pytest.MonkeyPatch,
+    group: int,
+) -> None:
+    worker = make_worker(group=group)
+    release = release_of(worker)
+
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.optim.AdamW, "step", full)
+        with pytest.raises(OutOfMemoryError, match=f"{group} adapters with their optimisers"):
+            worker.train(release, [visit_of(data, 0)])
+    [found] = worker.train(release, [visit_of(data, 0)])  # and it can go on
+    assert found.error is None
+
+
+def test_a_held_out_record_that_the_template_has_no_place_for_is_not_asked(
+    make_worker: Callable[..., LabWorker], data: LabData
+) -> None:
+    worker = make_worker()
+    question = Question(release=1, answers=(CHAT, data.held_out[0]), max_new_tokens=4)
+    notes = worker.measure(release_of(worker), question)
+    asked = [note.instruction for note in notes if isinstance(note, AnswerNote)]
+    assert asked == [data.held_out[0].instruction]
+    assert worker.measure(release_of(worker), replace(question, answers=(CHAT,))) == []
 
 
 def test_a_release_is_measured_on_the_response_whatever_is_trained(
