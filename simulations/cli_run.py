@@ -123,9 +123,9 @@ def run(
     client: Annotated[
         str, typer.Option(help="With --arm local: smallest, median, largest, or a number.")
     ] = "median",
-    seed: Annotated[int | None, typer.Option(min=0, help="[default: the experiment's first]")] = (
-        None
-    ),
+    seed: Annotated[
+        int | None, typer.Option(min=0, max=2**32 - 1, help="[default: the experiment's first]")
+    ] = None,
     out: Out = None,
     model: Model = None,
     data: Data = None,
@@ -158,7 +158,7 @@ def run(
     number: int | None = None
     if arm is Arm.LOCAL:
         found = prepare_data(experiment.data, seed=used)
-        number = int(client) if client.isdigit() else found.client_of_size(_size(client))
+        number = found.client_named(client)
     request = Request(experiment=experiment, arm=arm, client=number, seed=used)
     root = _root(out, experiment) if out is not None else _root(out, experiment) / request.name
     member = Member(request=request, folder=Path(), label=request.name, settings={})
@@ -294,21 +294,15 @@ def _pair(text: str) -> tuple[str, object]:
         return key.strip(), value
 
 
-def _size(client: str) -> str:
-    if client not in {"smallest", "median", "largest"}:
-        msg = f"--client is smallest, median, largest or a number, not {client!r}"
-        raise typer.BadParameter(msg)
-    return client
-
-
 def _seeds(text: str | None, experiment: "Experiment") -> tuple[int, ...]:
     if text is None:
         return experiment.seeds
     try:
-        return tuple(int(part) for part in text.split(","))
+        seeds = tuple(int(part) for part in text.split(","))
     except ValueError as error:
         msg = f"--seeds takes numbers such as 1,2,3, not {text!r}"
         raise typer.BadParameter(msg) from error
+    return experiment.with_values({"seeds": seeds}).seeds
 
 
 def _root(out: Path | None, experiment: "Experiment") -> Path:

@@ -11,7 +11,8 @@ lost if   fewer than t      fewer than t      fewer than t       fewer than t
 counts    -                 whoever uploads   as before          as before
 ```
 
-A federation gives the members of a lost cell a second one, where it may; that is the caller's.
+A federation gives the members of a lost cell a second one, where it may; that is the caller's, and
+`left_to_try` says who they are.
 """
 
 import hashlib
@@ -137,6 +138,45 @@ class LostCell:
 
 
 CellOutcome: TypeAlias = CellTotal | LostCell
+
+
+def n_uploads(found: CellOutcome, n_members: int, vanishings: Mapping[int, Stage]) -> int:
+    """How many members of a cell sent their masked update.
+
+    Args:
+        found: What became of the cell.
+        n_members: m.
+        vanishings: Who leaves it, and before what.
+    """
+    if isinstance(found, LostCell) and found.reason is _REASONS[Stage.BEFORE_SHARES]:
+        return 0
+    return sum(
+        place not in vanishings or vanishings[place] > Stage.BEFORE_UPLOAD
+        for place in range(n_members)
+    )
+
+
+def left_to_try(
+    found: LostCell, n_members: int, vanishings: Mapping[int, Stage]
+) -> tuple[int, ...]:
+    """Places of those who may be in a second cell after the loss of their first one.
+
+    They are still there, and have not confirmed: after that an update must be in no other sum
+    (PROTOCOL, "Failure").
+
+    Args:
+        found: The loss.
+        n_members: m.
+        vanishings: Who left it, and before what.
+    """
+    lost_at = next(stage for stage, reason in _REASONS.items() if reason is found.reason)
+    if lost_at >= Stage.BEFORE_CONFIRM:
+        return ()  # whoever is still there has confirmed
+    return tuple(
+        place
+        for place in range(n_members)
+        if place not in vanishings or vanishings[place] > lost_at
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

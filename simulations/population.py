@@ -6,6 +6,7 @@ closed by the server's own functions (`aggregator_server.selection.draw`,
 federation what it did here. What devices can do is yours to say: no figure of theirs is built in.
 """
 
+import hashlib
 import itertools
 import tomllib
 from collections.abc import Iterator, Sequence
@@ -78,6 +79,10 @@ class PopulationFile(BaseModel):
     time_zones: int = Field(default=1, ge=1, le=_DAY_HOURS)
     """Agents are spread evenly over so many neighbouring hours of the day."""
     device: tuple[DeviceClass, ...] = Field(min_length=1)
+
+    def digest(self) -> str:
+        """SHA-256 of what it says, hexadecimal."""
+        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,7 +194,7 @@ def read_population(path: Path) -> PopulationFile:
         with path.open("rb") as file:
             tree = tomllib.load(file)
         return PopulationFile.model_validate(tree)
-    except (OSError, tomllib.TOMLDecodeError) as error:
+    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         msg = f"cannot read {path}: {error}"
         raise PopulationError(msg) from error
     except ValidationError as error:
@@ -308,10 +313,10 @@ def _round(
     finished = trained + workload.up_n_bytes / up_rate
     dropped = rng.random(len(selected)) < population.column("drop_out")[selected]
     finished[dropped] = np.inf
-    closed, failure = _close(rules, manifest, workload, trained, finished, up_rate)
+    closed, accepted, failure = _close(rules, manifest, workload, trained, finished, up_rate)
     fates = {
-        int(agent): Fate.DROPPED if gone else Fate.ACCEPTED if end <= closed else Fate.LATE
-        for agent, end, gone in zip(selected, finished, dropped, strict=True)
+        int(agent): Fate.DROPPED if gone else Fate.ACCEPTED if came else Fate.LATE
+        for agent, came, gone in zip(selected, accepted, dropped, strict=True)
     }
     sent = np.clip((closed - trained) * up_rate, 0.0, workload.up_n_bytes)
     return SimulatedRound(
@@ -332,11 +337,21 @@ def _close(
     trained: np.ndarray,
     finished: np.ndarray,
     up_rate: np.ndarray,
-) -> tuple[float, str | None]:
-    """When the server closes a round, and why it failed if it did."""
-    events = [*np.sort(finished[np.isfinite(finished)]), manifest.deadline_at, manifest.cap_at]
-    for now in sorted(float(event) for event in events):
-        accepted = finished <= now
+) -> tuple[float, np.ndarray, str | None]:
+    """When the server closes a round, whose updates it has by then, and why it failed if it did.
+
+    Updates come one after the other: of those that come at the same moment, in the order in which
+    their agents were drawn.
+    """
+    accepted = np.zeros(len(finished), np.bool_)
+    order = np.argsort(finished, kind="stable")
+    events: list[tuple[float, int | None]] = [
+        (float(finished[place]), int(place)) for place in order if np.isfinite(finished[place])
+    ]
+    events += [(manifest.deadline_at, None), (manifest.cap_at, None)]
+    for now, place in sorted(events, key=lambda event: event[0]):
+        if place is not None:
+            accepted[place] = True
         uploading = (trained < now) & ~accepted & np.isfinite(finished)
         progress = RoundProgress(
             n_selected=len(finished),
@@ -355,7 +370,8 @@ def _close(
         )
         decision = decide(rules, manifest, progress, now=now)
         if decision.ending is not Ending.WAIT:
-            return now, decision.reason if decision.ending is Ending.FAIL else None
+            failed = decision.ending is Ending.FAIL
+            return now, accepted, decision.reason if failed else None
     msg = "the server's rules never closed a round"  # cannot be: the cap ends every wait
     raise PopulationError(msg)
 

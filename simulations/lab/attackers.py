@@ -38,8 +38,8 @@ class Attackers:
         *,
         layout: VectorLayout,
         last_change: Float32Array | None,
-    ) -> list[tuple[int, PlainUpdate]]:
-        """The updates of a round as they are sent.
+    ) -> tuple[list[tuple[int, PlainUpdate]], int]:
+        """The updates of a round as they are sent, and how many of them are made up.
 
         Attackers who are too few in a round for their attack send what they trained.
 
@@ -51,7 +51,7 @@ class Attackers:
         """
         own = [update for client, update in updates if client in self.clients]
         if not own or len(own) == len(updates):
-            return list(updates)
+            return list(updates), 0
         honest = [update.vector for client, update in updates if client not in self.clients]
         knowledge = Knowledge(
             own_updates=np.stack([update.vector for update in own]),
@@ -64,11 +64,12 @@ class Attackers:
         try:
             made = self._attack.craft(knowledge, rng=self._chance.generator("attack", number))
         except AttackError:
-            return list(updates)
+            return list(updates), 0
         crafted = iter(made)
-        return [
+        sent = [
             (client, PlainUpdate(vector=next(crafted), weight=update.weight))
             if client in self.clients
             else (client, update)
             for client, update in updates
         ]
+        return sent, len(own)

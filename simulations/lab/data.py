@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +13,12 @@ from edge_agent.data.records import UNCATEGORIZED, Record
 from edge_agent.data.sources import FileSource, parse_source
 from quant.tiny.instructions import make_records
 from quant.tiny.world import Split, make_world
+from simulations.errors import ExperimentError
 from simulations.lab.chance import RunChance
 from simulations.lab.experiment import WORLD, DataSection
 from simulations.partition.manifest import PartitionManifest, SourceData, read_source, selected
 from simulations.partition.schemes import (
+    IndexArray,
     Partition,
     PartitionRecipe,
     default_min_records,
@@ -30,8 +32,10 @@ class LabData:
 
     Attributes:
         clients: The records of each client, at least one.
-        held_out: Records that nobody trains on.
+        held_out: Records that nobody trains on; the category of each is its value of the column
+            that the partition splits, by which scores are told.
         partition: What `clients` was cut by, before the cap of `max_records`.
+        kept: Indices of the records that the cap left each client; None: there was none.
         column: What the partition splits, of each record.
         manifest: Of the partition, where the records come from files.
         sha256: Of the data, hexadecimal.
@@ -40,6 +44,7 @@ class LabData:
     clients: tuple[tuple[Record, ...], ...]
     held_out: tuple[Record, ...]
     partition: Partition
+    kept: tuple[IndexArray, ...] | None
     column: tuple[str, ...]
     manifest: PartitionManifest | None
     sha256: str
@@ -54,14 +59,26 @@ class LabData:
         """All clients' records, client by client."""
         return tuple(record for client in self.clients for record in client)
 
-    def client_of_size(self, name: str) -> int:
-        """The client of the smallest, median or largest number of records.
+    def client_named(self, name: str) -> int:
+        """The client of a number, or that of the smallest, median or largest number of records.
 
         Args:
-            name: Which.
+            name: Such as "7" or "median".
+
+        Raises:
+            ExperimentError: There is no such client.
         """
         order = sorted(range(len(self.clients)), key=lambda client: self.sizes[client])
-        return order[{"smallest": 0, "median": len(order) // 2, "largest": -1}[name]]
+        places = {"smallest": 0, "median": len(order) // 2, "largest": -1}
+        if name in places:
+            return order[places[name]]
+        if not name.isdecimal() or int(name) >= len(order):
+            msg = (
+                f"there is no client {name!r}; a client is smallest, median, largest, or a number "
+                f"from 0 to {len(order) - 1}"
+            )
+            raise ExperimentError(msg)
+        return int(name)
 
 
 def prepare_data(section: DataSection, *, seed: int) -> LabData:
@@ -103,13 +120,19 @@ def prepare_data(section: DataSection, *, seed: int) -> LabData:
         source = read_source(*paths, by=section.by)
         records, column = list(source.records), source.column
         partition = make_partition(column, recipe)
-        held_out = list(selected(records, partition.held_out.tolist()))
+        places = partition.held_out.tolist()
+        held_out = [
+            replace(record, category=column[place])
+            for place, record in zip(places, selected(records, places), strict=True)
+        ]
         manifest = PartitionManifest.of(source, partition)
         sha256 = _digest_of_files(source)
+    kept = _capped(partition, section.max_records, chance)
     return LabData(
-        clients=_capped(records, partition, section.max_records, chance),
+        clients=tuple(tuple(selected(records, share.tolist())) for share in kept),
         held_out=tuple(held_out),
         partition=partition,
+        kept=None if kept is partition.clients else kept,
         column=column,
         manifest=manifest,
         sha256=sha256,
@@ -130,20 +153,17 @@ def _world(n_per_category: int, split: Split, chance: RunChance) -> list[Record]
     ]
 
 
-def _capped(
-    records: Sequence[Record], partition: Partition, most: int | None, chance: RunChance
-) -> tuple[tuple[Record, ...], ...]:
-    """Each client's records; where there are too many in all, the same share of each, at random."""
+def _capped(partition: Partition, most: int | None, chance: RunChance) -> tuple[IndexArray, ...]:
+    """Each client's indices; where there are too many in all, the same share of each, at random."""
     share = 1.0 if most is None else min(1.0, most / int(partition.sizes.sum()))
-    clients = []
+    if share == 1.0:
+        return partition.clients
+    kept = []
     for number, indices in enumerate(partition.clients):
-        kept = indices
-        if share < 1.0:
-            rng = chance.generator("records that a client keeps", number)
-            count = max(1, round(share * indices.size))
-            kept = np.sort(rng.choice(indices, count, replace=False))
-        clients.append(tuple(selected(records, kept.tolist())))
-    return tuple(clients)
+        rng = chance.generator("records that a client keeps", number)
+        count = max(1, round(share * indices.size))
+        kept.append(np.sort(rng.choice(indices, count, replace=False)))
+    return tuple(kept)
 
 
 def _local(name: str) -> list[Path]:

@@ -17,7 +17,15 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 from aggregator_server.private_recipes import Profile
 from aggregator_server.recipes import Masking, Optimizer
@@ -25,7 +33,7 @@ from protocol.blocks import FilterRule, LoraRule, LossOn, Schedule, Template
 from protocol.wire import explain
 from simulations.attacks.catalogue import UpdateAttack
 from simulations.errors import ExperimentError
-from simulations.lab.records import Cryptography
+from simulations.lab.records import Arm, Cryptography
 from simulations.partition.schemes import Scheme
 
 WORLD: Final = "embedded:world"
@@ -84,6 +92,11 @@ class DataSection(_Section):
         if WORLD in self.source and (len(self.source) > 1 or self.by != "category"):
             msg = f"{WORLD} stands alone, and is split by category"
             raise ValueError(msg)
+        if self.max_records is not None and self.max_records < self.n_clients:
+            msg = (
+                f"max_records is {self.max_records}, and each of {self.n_clients} clients needs one"
+            )
+            raise ValueError(msg)
         return self
 
 
@@ -97,7 +110,7 @@ class FederationSection(_Section):
     n_rounds: Annotated[int, Field(ge=1)] = 20
     cohort: Annotated[int, Field(ge=1)] = 5
     min_cohort: Annotated[int, Field(ge=1)] | None = None
-    over_selection: Annotated[float, Field(ge=1.0)] = 1.0
+    over_selection: Annotated[float, Field(ge=1.0, le=10.0)] = 1.0
     deadline_s: Annotated[float, Field(gt=0.0)] = 24 * 3600.0
     rank: Annotated[int, Field(ge=1)] = 8
     alpha: Annotated[float, Field(gt=0.0)] | None = None
@@ -152,6 +165,13 @@ class PopulationSection(_Section):
     drop_out: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     vanish: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
 
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.file is not None and self.drop_out > 0.0:
+            msg = "with a file, drop_out is a matter of its device classes; leave it out here"
+            raise ValueError(msg)
+        return self
+
 
 class EvaluationSection(_Section):
     """What is measured on the held-out records.
@@ -173,14 +193,23 @@ class BaselinesSection(_Section):
 
     Attributes:
         epochs: Passes of each over its records; the paper's one.
-        learning_rate: Of each; None: the federation's. The rate that suits many short trainings
+        centralised_learning_rate: None: the federation's. The rate that suits many short trainings
             need not suit one long one.
+        local_learning_rate: The same of clients alone.
         local: Which clients alone, by the volume of their records.
     """
 
     epochs: Annotated[int, Field(ge=1)] = 1
-    learning_rate: Annotated[float, Field(gt=0.0)] | None = None
+    centralised_learning_rate: Annotated[float, Field(gt=0.0)] | None = None
+    local_learning_rate: Annotated[float, Field(gt=0.0)] | None = None
     local: tuple[Literal["smallest", "median", "largest"], ...] = ("smallest", "median", "largest")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if len(set(self.local)) < len(self.local):
+            msg = f"local: {list(self.local)}; none twice"
+            raise ValueError(msg)
+        return self
 
 
 class AttackSection(_Section):
@@ -231,6 +260,29 @@ class EngineSection(_Section):
     device: str | None = None
     cryptography: Cryptography = Cryptography.EXACT_SUM
 
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.kind is EngineKind.HERE and self.workers > 1:
+            msg = f'{self.workers} workers need kind = "processes" or "ray"; "here" is one process'
+            raise ValueError(msg)
+        return self
+
+
+def _all_differ(seeds: tuple[int, ...]) -> tuple[int, ...]:
+    for place, seed in enumerate(seeds):
+        if seed in seeds[:place]:
+            msg = f"{seed} is there twice"
+            raise ValueError(msg)
+    return seeds
+
+
+Seeds = Annotated[
+    tuple[Annotated[int, Field(ge=0, lt=2**32)], ...],
+    Field(min_length=1),
+    AfterValidator(_all_differ),
+]
+"""At least one, none twice."""
+
 
 class Experiment(_Section):
     """The whole file.
@@ -244,7 +296,7 @@ class Experiment(_Section):
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$")]
     description: str = ""
-    seeds: Annotated[tuple[Annotated[int, Field(ge=0, lt=2**32)], ...], Field(min_length=1)] = (1,)
+    seeds: Seeds = (1,)
     base: BaseSection = BaseSection()
     data: DataSection = DataSection()
     federation: FederationSection = FederationSection()
@@ -255,11 +307,31 @@ class Experiment(_Section):
     engine: EngineSection = EngineSection()
     sweep: dict[str, tuple[Any, ...]] = Field(default_factory=dict)
 
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for key, values in self.sweep.items():
+            if not values or any(one in values[:place] for place, one in enumerate(values)):
+                msg = f"sweep: {key} has {list(values)}; at least one value, and none twice"
+                raise ValueError(msg)
+        return self
+
     @property
     def learning_rate(self) -> float:
         """The one that the federation trains with, and baselines without one of their own."""
         embedded = self.base.model == EMBEDDED_BASE
         return self.federation.learning_rate or (_EMBEDDED_RATE if embedded else _PAPER_RATE)
+
+    def learning_rate_of(self, arm: Arm) -> float:
+        """The one that an arm trains with.
+
+        Args:
+            arm: Which.
+        """
+        own = {
+            Arm.CENTRALISED: self.baselines.centralised_learning_rate,
+            Arm.LOCAL: self.baselines.local_learning_rate,
+        }
+        return own.get(arm) or self.learning_rate
 
     def with_values(self, values: Mapping[str, object]) -> "Experiment":
         """The experiment with other values of some keys.

@@ -3,6 +3,7 @@
     experiment.toml   the experiment with every default written out
     run.json          what the run is (`RunCard`)
     partition.json    which record is whose (embedded worlds: none, the seed says it)
+    kept.json         of these, the indices that `max_records` left each client
     journal.jsonl     every visit, round and score, one line each, in the order that they ended
     releases/         the global adapter after each round, as one float32 vector
     state/            the open round: updates that are trained, the server optimiser's state
@@ -11,7 +12,8 @@
     report.html       and figures/
 
 A line is appended in one write, and a file appears under its name when it is whole. So whatever
-kills a run, the next sitting finds all that had ended, and the rest as if it had never begun.
+kills a run, the next sitting finds all that had ended, and the rest as if it had never begun. A
+power cut may take what was written last: what no longer lies there whole is made again.
 """
 
 import os
@@ -62,6 +64,11 @@ class RunFolder:
     def partition(self) -> Path:
         """The partition's manifest."""
         return self.root / "partition.json"
+
+    @property
+    def kept(self) -> Path:
+        """Indices that a cap left each client."""
+        return self.root / "kept.json"
 
     @property
     def adapter(self) -> Path:
@@ -116,9 +123,11 @@ class RunFolder:
         """Take the folder, and drop what a power cut left half written.
 
         Raises:
-            OutputError: Another process works in it, or it cannot be written.
+            OutputError: Another process works in it, it cannot be written, or it holds something
+                else than a run; then nothing is written.
         """
         try:
+            self._refuse_others()
             self.root.mkdir(parents=True, exist_ok=True)
             self._lock.acquire(timeout=0)
         except Timeout as error:
@@ -154,7 +163,7 @@ class RunFolder:
             Whether an earlier sitting had begun it.
 
         Raises:
-            OutputError: The folder holds another run, or something else.
+            OutputError: The folder holds another run.
         """
         path = self.root / _CARD
         if path.exists():
@@ -173,6 +182,14 @@ class RunFolder:
                 raise OutputError(msg)
             self._furnish(experiment)
             return True
+        # The card first: with it the folder is a run's, whatever kills this sitting next.
+        self.write(path, card.model_dump_json(indent=2).encode() + b"\n")
+        self._furnish(experiment)
+        return False
+
+    def _refuse_others(self) -> None:
+        if self.is_begun or not self.root.is_dir():
+            return
         own = {".lock", _JOURNAL, _CARD + PART}
         others = sorted(item.name for item in self.root.iterdir() if item.name not in own)
         if others:
@@ -180,10 +197,6 @@ class RunFolder:
                 f"{self.root} is no run and not empty ({others[0]} is there); choose another --out"
             )
             raise OutputError(msg)
-        # The card first: with it the folder is a run's, whatever kills this sitting next.
-        self.write(path, card.model_dump_json(indent=2).encode() + b"\n")
-        self._furnish(experiment)
-        return False
 
     def _furnish(self, experiment: str) -> None:
         """Put beside the card what belongs there, as far as it is missing."""
@@ -233,16 +246,18 @@ class RunFolder:
             np.save(file, vector, allow_pickle=False)
 
     def tidy(self, round_number: int, release: int) -> None:
-        """Delete what no later sitting needs: a closed round's updates, releases before the last.
+        """Delete what no later sitting needs: a closed round's updates, older releases.
 
         Args:
             round_number: Of the closed round.
-            release: The newest one; it, the one before and release 0 stay.
+            release: The newest one. It and release 0 stay; so does the one before, to go on from
+                where a power cut took the newest one; and the one before that, since attackers of
+                a round know what the last one changed.
         """
         shutil.rmtree(self.update(round_number, 0).parent, ignore_errors=True)
-        if release > 2:
-            self.release(release - 2).unlink(missing_ok=True)
-        self.optimizer(release - 1).unlink(missing_ok=True)
+        if release > 3:
+            self.release(release - 3).unlink(missing_ok=True)
+        self.optimizer(release - 2).unlink(missing_ok=True)
 
     def notes(self) -> list[AnyNote]:
         """Everything noted so far."""

@@ -53,6 +53,8 @@ class Fate(StrEnum):
     """Its cell lost too many members, and with them its sum."""
     FAILED = "failed"
     """Its training gave nothing that may be sent."""
+    SPENT = "spent"
+    """Its ledger has no ε left for another training, so it began none."""
     REMOVED = "removed"
     """The filter took its cell out."""
     VOID = "void"
@@ -103,17 +105,19 @@ class RoundNote(Note):
         covariance_gap: What averaging the factors apart lost, relative to the update; estimated in
             rounds whose release is measured. None: it cannot be seen, or is zero by the rule.
         learning_rate: Of the round's first step.
-        bytes_up: Of all agents' bodies, those that came too late too.
+        bytes_up: Of all agents' bodies, those that came too late too; without the messages of keys
+            and shares that masks need.
         bytes_down: The release, to all that fetched it.
         waited_s: Simulated time until enough agents were there; None without a population.
         duration_s: Simulated time from opening to closing; None without a population.
-        epsilon: What the agent that took part most often has spent so far, of several the one with
-            the fewest examples; None without differential privacy.
+        epsilon: The largest that any agent has spent so far; None without differential privacy.
         train_s: Of all visits together.
         server_s: Selection, encoding, masks, filter, average, writing: all but training.
         wall_s: From the round's beginning to its end, as the clock on the wall has it.
         next_clip_norm: C of the next round under profile P3; None: the manifest's.
         failure: Why the round made no release; None: it did.
+        n_crafted: Updates that attackers made up; 0 too where they were too few in this round for
+            their attack. None: nobody attacks.
     """
 
     kind: Literal["round"] = "round"
@@ -136,6 +140,7 @@ class RoundNote(Note):
     release_sha256: str
     next_clip_norm: float | None = None
     failure: str | None = None
+    n_crafted: int | None = None
 
 
 class Measure(StrEnum):
@@ -208,6 +213,7 @@ class RunCard(Note):
         manifest_sha256: Of the federation manifest that an operator would sign.
         base_fingerprint: Of the quantised base, hexadecimal.
         data_sha256: Of the data files, unpacked.
+        population_sha256: Of the population's file; None: there is none.
         n_clients: In the partition.
         n_values: Of an update.
         cohort: Agents that a round aims at; what an ε of profiles P2 and P3 is for.
@@ -231,6 +237,7 @@ class RunCard(Note):
     manifest_sha256: str
     base_fingerprint: str
     data_sha256: str
+    population_sha256: str | None = None
     n_clients: int
     n_values: int
     cohort: int

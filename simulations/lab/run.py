@@ -7,8 +7,9 @@ bit for bit, as one that was not.
 
 import hashlib
 import importlib.metadata
+import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
@@ -17,9 +18,8 @@ from edge_agent.data.records import Record
 from edge_agent.training.trainer import RoundRecipe
 from privacy.updates import Float32Array, PlainUpdate, l2_norm
 from protocol.base_description import BaseDescription
-from protocol.blocks import NoMasking
+from protocol.blocks import FedAvgBlock, NoMasking
 from protocol.guarantee import describe_privacy
-from protocol.privacy import ExamplePrivacy
 from quant.adapter import (
     CONFIG_NAME,
     WEIGHTS_NAME,
@@ -54,6 +54,7 @@ from simulations.lab.spending import Spending
 from simulations.lab.terms import make_terms
 from simulations.lab.timetable import PlannedRound, alone, timetable
 from simulations.lab.visits import Setup, Visit, VisitResult
+from simulations.population import read_population
 
 _PACKAGES: Final = ("torch", "transformers", "peft", "bitsandbytes", "numpy", "sheepfold")
 _WORTH_KEEPING_S: Final = 0.25
@@ -91,7 +92,8 @@ def run(root: Path, request: Request, engine: Engine, listener: Listener | None 
     Guarantees:
         1. Equal requests and group sizes give equal releases, bit for bit, on machines of one kind:
            whatever the engine, the number of workers, and how often the run was killed.
-        2. A run whose folder says that it ended is not touched, and is taken for no other run.
+        2. A run whose folder says that it ended is not touched, and is taken for no other run: of
+           another experiment, population, arm, client or seed, or of other records.
 
     Args:
         root: The run's folder: new, empty, or of this very run.
@@ -178,11 +180,22 @@ class _Sitting:
     def _ended_card(self) -> RunCard:
         """Of a run that is over, if it is the one that is asked for; no base is loaded for it."""
         card, request = read_card(self._folder.root), self._request
-        found = (card.experiment_sha256, card.arm, card.client, card.seed)
-        if found != (self._experiment.digest(), request.arm, request.client, request.seed):
+        found = (card.experiment_sha256, card.population_sha256, card.arm, card.client, card.seed)
+        if (
+            found
+            != (
+                self._experiment.digest(),
+                self._population_sha256(),
+                request.arm,
+                request.client,
+                request.seed,
+            )
+            or card.data_sha256 != prepare_data(self._experiment.data, seed=request.seed).sha256
+        ):
             msg = (
                 f"{self._folder.root} holds another run, which is over: {card.experiment}, "
-                f"{card.arm.value}, seed {card.seed}, other values of the experiment perhaps; "
+                f"{card.arm.value}, seed {card.seed}, other values of the experiment perhaps, or "
+                "other records; "
                 "choose another --out, or remove it"
             )
             raise OutputError(msg)
@@ -220,6 +233,7 @@ class _Sitting:
             manifest_sha256=terms.manifest.digest().hex(),
             base_fingerprint=terms.manifest.base.fingerprint.hex(),
             data_sha256=self._data.sha256,
+            population_sha256=self._population_sha256(),
             n_clients=len(self._data.clients),
             n_values=terms.tensors.n_values,
             cohort=rounds.cohort_target,
@@ -236,40 +250,55 @@ class _Sitting:
         self._folder.open_card(card, experiment=experiment.as_toml())
         if self._data.manifest is not None and not self._folder.partition.exists():
             self._data.manifest.save(self._folder.partition)
+        if self._data.kept is not None and not self._folder.kept.exists():
+            kept = [share.tolist() for share in self._data.kept]
+            self._folder.write(self._folder.kept, json.dumps(kept).encode() + b"\n")
         return card
 
+    def _population_sha256(self) -> str | None:
+        file = self._experiment.population.file
+        return None if file is None else read_population(Path(file)).digest()
+
     def _read_notes(self) -> None:
+        rounds: dict[int, RoundNote] = {}
         for note in self._folder.notes():
             match note:
                 case VisitNote():
                     self._visits[note.round, note.agent] = note
                 case RoundNote():
-                    self._rounds.append(note)
+                    rounds[note.number] = note  # the last one is of a round that was made again
                 case ScoreNote():
                     self._scorer.knows(note)
                 case _:
                     pass
+        self._rounds = [rounds[number] for number in sorted(rounds)]
 
     def _release(self, first: Float32Array) -> Release:
-        """The newest one."""
-        number = sum(note.failure is None for note in self._rounds)
-        if number == 0:
-            return Release(number=0, vector=first)
-        vector = read_vector(self._folder.release(number))
-        last = next(note for note in reversed(self._rounds) if note.failure is None)
-        if _sha256(vector) != last.release_sha256:
-            msg = (
-                f"{self._folder.release(number)} is not the release that the journal speaks of; "
-                "restore it, or begin anew in another folder"
-            )
-            raise ExperimentError(msg)
-        state = self._folder.optimizer(number)
-        return Release(
-            number=number,
-            vector=vector,
-            optimizer_state=state.read_bytes() if state.exists() else None,
-            clip_norm=last.next_clip_norm,
-        )
+        """The newest one that lies there whole; what came after it is made again.
+
+        A power cut may leave a line of the journal and take the file that it speaks of.
+        """
+        while True:
+            made = [place for place, note in enumerate(self._rounds) if note.failure is None]
+            if not made:
+                self._rounds.clear()
+                return Release(number=0, vector=first)
+            number, last = len(made), self._rounds[made[-1]]
+            vector = _whole(self._folder.release(number), sha256=last.release_sha256)
+            state = self._folder.optimizer(number)
+            if vector is not None and (state.exists() or not self._has_optimizer_state):
+                return Release(
+                    number=number,
+                    vector=vector,
+                    optimizer_state=state.read_bytes() if state.exists() else None,
+                    clip_norm=last.next_clip_norm,
+                )
+            del self._rounds[made[-1] :]
+
+    @property
+    def _has_optimizer_state(self) -> bool:
+        optimizer = self._terms.manifest.aggregation.optimizer
+        return not isinstance(optimizer, FedAvgBlock)
 
     # Rounds
 
@@ -293,9 +322,10 @@ class _Sitting:
             else None
         )
         spending = Spending(terms.manifest, n_values=terms.tensors.n_values)
-        for plan in self._plans():
+        for planned in self._plans():
+            plan = _admitted(planned, spending)
             if plan.number <= len(self._rounds):
-                self._charge(spending, plan)
+                self._charge(spending, plan, self._rounds[plan.number - 1].fates)
                 continue
             if release.number >= rules.n_rounds:
                 break
@@ -333,13 +363,21 @@ class _Sitting:
             for count, records in zip(counts, clients, strict=True)
         ]
 
-    def _charge(self, spending: Spending, plan: PlannedRound) -> None:
-        """Under P1 whoever began is charged, whatever became of it; else whose update came in."""
-        began = isinstance(self._terms.manifest.privacy, ExamplePrivacy)
-        for agent in plan.fates if began else plan.cohort:
+    def _charge(self, spending: Spending, plan: PlannedRound, fates: Mapping[int, Fate]) -> None:
+        """Charge whoever began, or under P3 whoever is in the release.
+
+        Args:
+            spending: So far.
+            plan: The round as it began.
+            fates: As it ended.
+        """
+        exempt = {Fate.SPENT} if spending.begins_with_training else set(Fate) - {Fate.COUNTED}
+        for agent in plan.fates:
+            if fates[agent] in exempt:
+                continue
             note = self._visits.get((plan.number, agent))
             n_examples = len(self._records(agent)) if note is None else note.n_examples
-            spending.trained(agent, n_examples=n_examples)
+            spending.charge(agent, n_examples=n_examples)
 
     def _round(
         self,
@@ -351,11 +389,11 @@ class _Sitting:
     ) -> Release:
         begun = time.perf_counter()
         updates, waited_s = ([], 0.0) if plan.failure else self._train(plan, release)
-        self._charge(spending, plan)
+        n_crafted: int | None = None
         if attackers is not None:
-            updates = self._attacked(attackers, plan, release, updates)
+            updates, n_crafted = self._attacked(attackers, plan, release, updates)
         closed = (
-            Closed(release=release, fates={}, failure=plan.failure)
+            server.not_closed(release, plan.cohort, failure=plan.failure)
             if plan.failure
             else server.close(
                 plan.number,
@@ -364,7 +402,17 @@ class _Sitting:
                 with_gap=self._scorer.is_due(release.number + 1),
             )
         )
-        note = self._note(plan, closed, spending, begun=begun, waited_s=waited_s)
+        fates = self._fates(plan, closed)
+        self._charge(spending, plan, fates)
+        note = self._note(
+            plan,
+            closed,
+            fates,
+            epsilon=spending.epsilon,
+            n_crafted=n_crafted,
+            begun=begun,
+            waited_s=waited_s,
+        )
         made = closed.release
         if note.failure is None:
             self._folder.write_vector(self._folder.release(made.number), made.vector)
@@ -394,6 +442,7 @@ class _Sitting:
             [self._visits_of(plan, release, group) for group in todo],
         ):
             waited_s += time.perf_counter() - mark
+            self._insist(results)
             self._keep(plan.number, results)
             fresh |= {one.agent: one.vector for one in results if one.vector is not None}
             mark = time.perf_counter()
@@ -403,7 +452,10 @@ class _Sitting:
             if note.error is None:
                 vector = fresh.get(agent)
                 if vector is None:  # of an earlier sitting
-                    vector = read_vector(self._folder.update(plan.number, agent))
+                    vector = self._kept(note)
+                if vector is None:  # cannot be: it would have been trained again
+                    msg = f"the update of client {agent} in round {plan.number} is gone"
+                    raise OutputError(msg)
                 updates.append((agent, PlainUpdate(vector=vector, weight=note.weight)))
         return updates, waited_s
 
@@ -417,11 +469,23 @@ class _Sitting:
         """Whether an earlier sitting has trained it; a group's floats depend on all its members."""
         for agent in group:
             note = self._visits.get((number, agent))
-            if note is None or not (
-                note.error is not None or self._folder.update(number, agent).exists()
-            ):
+            if note is None or (note.error is None and self._kept(note) is None):
                 return False
         return True
+
+    def _kept(self, note: VisitNote) -> Float32Array | None:
+        """The update that a visit of an earlier sitting left, if it lies there whole."""
+        vector = _readable(self._folder.update(note.round, note.agent))
+        return None if vector is None or l2_norm(vector) != note.update_norm else vector
+
+    def _insist(self, results: Sequence[VisitResult]) -> None:
+        """A federation goes on without an agent whose training failed; a baseline has no other."""
+        if self._request.arm is Arm.FEDERATED:
+            return
+        for result in results:
+            if result.error is not None:
+                msg = f"the {self._request.arm.value} model cannot be trained: {result.error}"
+                raise ExperimentError(msg)
 
     def _records(self, agent: int) -> tuple[Record, ...]:
         if self._request.arm is Arm.CENTRALISED:
@@ -476,7 +540,7 @@ class _Sitting:
         plan: PlannedRound,
         release: Release,
         updates: list[tuple[int, PlainUpdate]],
-    ) -> list[tuple[int, PlainUpdate]]:
+    ) -> tuple[list[tuple[int, PlainUpdate]], int]:
         layout = self._terms.turns.at(release.number).layout.tensors
         last_change: Float32Array | None = None
         if release.number > 0:
@@ -485,18 +549,32 @@ class _Sitting:
             last_change = flatten(change, layout)
         return attackers.craft(plan.number, updates, layout=layout, last_change=last_change)
 
+    def _visits_in(self, plan: PlannedRound) -> list[VisitNote]:
+        return [self._visits[plan.number, agent] for agent in plan.cohort if not plan.failure]
+
+    def _fates(self, plan: PlannedRound, closed: Closed) -> dict[int, Fate]:
+        """What became of all that were selected."""
+        failed = {
+            note.agent: Fate.FAILED for note in self._visits_in(plan) if note.error is not None
+        }
+        fates = plan.fates | failed | dict(closed.fates)
+        if closed.failure is not None:
+            void = [agent for agent, fate in fates.items() if fate is Fate.COUNTED]
+            fates |= dict.fromkeys(void, Fate.VOID)
+        return fates
+
     def _note(
         self,
         plan: PlannedRound,
         closed: Closed,
-        spending: Spending,
+        fates: dict[int, Fate],
         *,
+        epsilon: float | None,
+        n_crafted: int | None,
         begun: float,
         waited_s: float,
     ) -> RoundNote:
         terms = self._terms
-        visits = [self._visits[plan.number, agent] for agent in plan.cohort if not plan.failure]
-        failed = {note.agent: Fate.FAILED for note in visits if note.error is not None}
         number = sum(note.failure is None for note in self._rounds)
         training, n_rounds = terms.manifest.training, terms.manifest.rounds.n_rounds
         recipe = RoundRecipe(
@@ -505,11 +583,6 @@ class _Sitting:
             schedule_end=(number + 1) / n_rounds,
             seed=0,
         )
-        fates = plan.fates | failed | dict(closed.fates)
-        if closed.failure is not None:
-            void = [agent for agent, fate in fates.items() if fate is Fate.COUNTED]
-            fates |= dict.fromkeys(void, Fate.VOID)
-        epsilon = spending.epsilon
         wall_s = time.perf_counter() - begun
         return RoundNote(
             number=plan.number,
@@ -520,18 +593,24 @@ class _Sitting:
             update_norm=closed.update_norm,
             covariance_gap=closed.covariance_gap,
             learning_rate=recipe.learning_rate(0, 1),
-            bytes_up=closed.up_n_bytes,
-            bytes_down=len(plan.fates) * terms.turns.at(number).layout.n_bytes,
+            bytes_up=closed.up_n_bytes + self._late_n_bytes(plan),
+            bytes_down=plan.n_fetched * terms.turns.at(number).layout.n_bytes,
             waited_s=plan.waited_s,
             duration_s=plan.duration_s,
             epsilon=epsilon,
-            train_s=sum(note.train_s for note in visits),
+            train_s=sum(note.train_s for note in self._visits_in(plan)),
             server_s=wall_s - waited_s,
             wall_s=wall_s,
             release_sha256=_sha256(closed.release.vector),
             next_clip_norm=closed.release.clip_norm,
+            n_crafted=n_crafted,
             failure=closed.failure,
         )
+
+    def _late_n_bytes(self, plan: PlannedRound) -> int:
+        """Of updates in the open that came too late; under masks nothing is sent before cells."""
+        masked = not isinstance(self._terms.manifest.masking, NoMasking)
+        return 0 if masked else plan.late_n_bytes
 
     def _write_adapter(self, release: Release, base: BaseDescription) -> None:
         """The last release, for stock peft and for `sheepfold-agent`."""
@@ -543,6 +622,25 @@ class _Sitting:
         }
         for name, data in files.items():
             self._folder.write(self._folder.adapter / name, data)
+
+
+def _admitted(plan: PlannedRound, spending: Spending) -> PlannedRound:
+    """The round without those whose ledger refuses it."""
+    spent = [agent for agent in plan.fates if not spending.admits(agent)]
+    return replace(plan, fates=plan.fates | dict.fromkeys(spent, Fate.SPENT)) if spent else plan
+
+
+def _readable(path: Path) -> Float32Array | None:
+    try:
+        return read_vector(path)
+    except OutputError:
+        return None
+
+
+def _whole(path: Path, *, sha256: str) -> Float32Array | None:
+    """A vector, if it lies there as it was written."""
+    vector = _readable(path)
+    return None if vector is None or _sha256(vector) != sha256 else vector
 
 
 def _sha256(vector: Float32Array) -> str:

@@ -51,7 +51,7 @@ def arms(experiment: Experiment, *, seeds: Sequence[int]) -> list[Member]:
         data = prepare_data(experiment.data, seed=seed)
         named: list[tuple[str, Arm, int | None]] = [("base", Arm.BASE, None)]
         named += [
-            (f"local, {size}", Arm.LOCAL, data.client_of_size(size))
+            (f"local, {size}", Arm.LOCAL, data.client_named(size))
             for size in experiment.baselines.local
         ]
         named += [("federated", Arm.FEDERATED, None), ("centralised", Arm.CENTRALISED, None)]

@@ -16,6 +16,7 @@ from aggregator_server.masking.vectors import cell_sum
 from aggregator_server.merge_rules import Chance, MergeRules, RoundSums, Start
 from privacy.errors import UpdateRangeError
 from privacy.fixed_point import EncodingPlan, encode
+from privacy.masking import Words
 from privacy.noise import SecureStream
 from privacy.secagg.cells import assign
 from privacy.updates import CellSum, Float32Array, PlainUpdate
@@ -27,8 +28,17 @@ from quant.adapter import flatten, unflatten
 from simulations.lab.chance import RunChance
 from simulations.lab.records import Cryptography, Fate
 from simulations.lab.terms import RunTerms
-from simulations.masked_cells import CellTerms, CellTotal, Stage, masked_sum, plain_sum
+from simulations.masked_cells import (
+    CellTerms,
+    CellTotal,
+    Stage,
+    left_to_try,
+    masked_sum,
+    n_uploads,
+    plain_sum,
+)
 
+_FIRST_WAVE: Final = 1
 _SUM_OF: Final = {Cryptography.REAL: masked_sum, Cryptography.EXACT_SUM: plain_sum}
 
 
@@ -147,7 +157,11 @@ class VirtualServer:
         """
         terms = self._terms.turns.at(release.number)
         fates = {agent: Fate.COUNTED for agent, _ in updates}
+        fewest, n_bodies = self._terms.manifest.rounds.min_cohort, len(updates)
+        cells: list[_Cell] = []
+        failure: str | None = None
         if terms.plan is None:
+            n_ready = len(updates)
             cells = [
                 _Cell(
                     transcript=domain_hash("laboratory cell", number, agent),
@@ -156,14 +170,17 @@ class VirtualServer:
                 )
                 for agent, update in updates
             ]
-            n_bodies = len(updates)
         else:
-            cells, n_bodies = self._masked(number, terms.plan, updates, fates)
+            payloads = self._encoded(number, terms.plan, updates, fates)
+            n_ready, n_bodies = len(payloads), 0
+            if n_ready >= fewest:
+                cells, n_bodies = self._masked(number, terms.plan, payloads, fates)
+                failure = None if cells else "no cell of the round gave a sum"
+        if n_ready < fewest:
+            failure = f"too few updates: {n_ready} of at least {fewest}"
         up_n_bytes = n_bodies * terms.n_bytes
-        if not cells:
-            return Closed(
-                release=release, fates=fates, up_n_bytes=up_n_bytes, failure="no update came in"
-            )
+        if failure is not None:
+            return Closed(release=release, fates=fates, up_n_bytes=up_n_bytes, failure=failure)
         sums = RoundSums(cells=cells, load=lambda cell: cell.found, terms=terms)
         start = unflatten(release.vector, self._terms.whole)
         vector = flatten(start, terms.layout.tensors)
@@ -212,18 +229,28 @@ class VirtualServer:
             up_n_bytes=up_n_bytes,
         )
 
-    def _masked(
+    def not_closed(self, release: Release, came: Sequence[int], *, failure: str) -> Closed:
+        """A round that failed before there was anything to add up.
+
+        Args:
+            release: What the agents started from.
+            came: Whose updates had come in, in the open.
+            failure: Why it failed.
+        """
+        terms = self._terms.turns.at(release.number)
+        n_bodies = len(came) if terms.plan is None else 0
+        return Closed(
+            release=release, fates={}, up_n_bytes=n_bodies * terms.n_bytes, failure=failure
+        )
+
+    def _encoded(
         self,
         number: int,
         plan: EncodingPlan,
         updates: Sequence[tuple[int, PlainUpdate]],
         fates: dict[int, Fate],
-    ) -> tuple[list[_Cell], int]:
-        """The sums of a round's cells, and how many updates were sent; sets the others' fates."""
-        masking = self._terms.manifest.masking
-        if not isinstance(masking, CellMasking):  # cannot be: the experiment refuses helpers
-            msg = f"masking {masking.mode!r} is not simulated"
-            raise AggregationError(msg)
+    ) -> dict[int, Words]:
+        """What each agent would mask, by client; sets the fates of those who withdraw."""
         payloads = {}
         for agent, update in updates:
             try:
@@ -237,54 +264,85 @@ class VirtualServer:
                 )
             except UpdateRangeError:  # the agent withdraws; see `edge_agent.masked`
                 fates[agent] = Fate.FAILED
+        return payloads
+
+    def _masked(
+        self,
+        number: int,
+        plan: EncodingPlan,
+        payloads: Mapping[int, Words],
+        fates: dict[int, Fate],
+    ) -> tuple[list[_Cell], int]:
+        """The sums of a round's cells, and how many updates were sent; sets the others' fates.
+
+        A cell that was lost is tried again once, with those that are left, as the server does.
+        """
+        masking = self._terms.manifest.masking
+        if not isinstance(masking, CellMasking):  # cannot be: the experiment refuses helpers
+            msg = f"masking {masking.mode!r} is not simulated"
+            raise AggregationError(msg)
         if len(payloads) < masking.min_cell:
             fates |= dict.fromkeys(payloads, Fate.CELL_LOST)
             return [], 0
-        digest = self._chance.secret("round", number)
-        ready_list = ReadyList(
-            federation=self._terms.manifest.federation,
-            round=number,
-            round_digest=digest,
-            wave=1,
-            entries=tuple(
-                (identity_of(agent), self._chance.secret("ready", number, agent))
-                for agent in sorted(payloads)
-            ),
-        )
         cell_terms = CellTerms(
             plan=plan,
             masking=masking,
             federation=self._terms.manifest.federation,
             round_number=number,
-            round_digest=digest,
+            round_digest=self._chance.secret("round", number),
         )
-        cells, n_bodies = [], 0
+        cells, n_bodies = list[_Cell](), 0
         rng = self._chance.generator("vanishing", number)
-        for identities in assign(ready_list, masking.cell_target):
-            agents = tuple(int.from_bytes(identity, "big") for identity in identities)
-            leaving = rng.random(len(agents)) < self._vanish
-            stages = rng.integers(len(Stage), size=len(agents))
-            vanishings = {
-                place: Stage(int(stages[place])) for place in np.flatnonzero(leaving).tolist()
-            }
-            n_bodies += sum(
-                vanishings.get(place, max(Stage)) > Stage.BEFORE_UPLOAD
-                for place in range(len(agents))
-            )
-            found = self._sum(cell_terms, [payloads[agent] for agent in agents], vanishings)
-            if not isinstance(found, CellTotal):
+        waves = [tuple(sorted(payloads))]
+        for wave, ready in enumerate(waves, start=_FIRST_WAVE):  # grows by second tries
+            for agents in self._cells_of(ready, cell_terms, wave=wave):
+                leaving = rng.random(len(agents)) < self._vanish
+                stages = rng.integers(len(Stage), size=len(agents))
+                vanishings = {
+                    place: Stage(int(stages[place])) for place in np.flatnonzero(leaving).tolist()
+                }
+                found = self._sum(cell_terms, [payloads[agent] for agent in agents], vanishings)
+                n_bodies += n_uploads(found, len(agents), vanishings)
+                if isinstance(found, CellTotal):
+                    counted = tuple(agents[place] for place in found.counted)
+                    fates |= dict.fromkeys(agents, Fate.VANISHED)
+                    fates |= dict.fromkeys(counted, Fate.COUNTED)
+                    cells.append(
+                        _Cell(
+                            transcript=domain_hash("laboratory cell", number, *agents),
+                            agents=counted,
+                            found=cell_sum(found.payload, plan),
+                        )
+                    )
+                    continue
                 fates |= dict.fromkeys(agents, Fate.CELL_LOST)
-                continue
-            counted = tuple(agents[place] for place in found.counted)
-            fates |= dict.fromkeys(set(agents) - set(counted), Fate.VANISHED)
-            cells.append(
-                _Cell(
-                    transcript=domain_hash("laboratory cell", number, *agents),
-                    agents=counted,
-                    found=cell_sum(found.payload, plan),
-                )
-            )
+                left = tuple(agents[place] for place in left_to_try(found, len(agents), vanishings))
+                if wave == _FIRST_WAVE and len(left) >= masking.min_cell:
+                    waves.append(left)
         return cells, n_bodies
+
+    def _cells_of(
+        self, ready: Sequence[int], terms: CellTerms, *, wave: int
+    ) -> list[tuple[int, ...]]:
+        """Ready agents cut into cells, each ascending by its members' drawn places."""
+        again = () if wave == _FIRST_WAVE else (wave,)
+        ready_list = ReadyList(
+            federation=terms.federation,
+            round=terms.round_number,
+            round_digest=terms.round_digest,
+            wave=wave,
+            entries=tuple(
+                (
+                    identity_of(agent),
+                    self._chance.secret("ready", terms.round_number, agent, *again),
+                )
+                for agent in ready
+            ),
+        )
+        return [
+            tuple(int.from_bytes(identity, "big") for identity in identities)
+            for identities in assign(ready_list, terms.masking.cell_target)
+        ]
 
 
 def _gap(report: AggregationReport | NoisyAggregationReport) -> float | None:

@@ -13,10 +13,14 @@ from protocol.privacy import AgentPrivacy, CentralPrivacy, ExamplePrivacy
 
 
 class Spending:
-    """The ε of the agent that took part most often, as rounds go by.
+    """The largest ε that any agent has spent, as rounds go by.
 
-    Under P1 that is of each of its examples, charged when a training begins, whatever becomes of
-    it; under P2 and P3 of the agent, for the releases that its updates are in.
+    Under P1 it is of each of its examples, under P2 of the agent; both are charged when a
+    training begins, whatever becomes of it, and no agent begins more trainings than the
+    federation's ε counts rounds: so the agents' own ledgers have it. Each agent finds the noise
+    for as many examples as it has, so that the largest need not be of the one with the most or the
+    fewest, nor of the one that trained most often. Under P3 it is of the agent, for the releases
+    that its updates are in, which is where the server adds its noise.
 
     Args:
         manifest: Of the run.
@@ -32,8 +36,22 @@ class Spending:
         self._of_examples = functools.cache(self._of_example)
         self._of_rounds = functools.cache(self._of_agent)
 
-    def trained(self, agent: int, *, n_examples: int) -> None:
-        """An agent trained a round.
+    @property
+    def begins_with_training(self) -> bool:
+        """Whether an agent is charged before it trains; else for the release that it is in."""
+        return isinstance(self._manifest.privacy, ExamplePrivacy | AgentPrivacy)
+
+    def admits(self, agent: int) -> bool:
+        """Whether an agent's ledger lets it begin another training.
+
+        Args:
+            agent: The client's number.
+        """
+        n_rounds = self._manifest.rounds.n_rounds
+        return not self.begins_with_training or self._times[agent] < n_rounds
+
+    def charge(self, agent: int, *, n_examples: int) -> None:
+        """Charge an agent for a round.
 
         Args:
             agent: The client's number.
@@ -50,13 +68,12 @@ class Spending:
             return None
         if not self._times:
             return 0.0
-        most = max(self._times.values())
         if not isinstance(privacy, ExamplePrivacy):
-            return self._of_rounds(most)
-        fewest = min(
-            self._n_examples[agent] for agent, times in self._times.items() if times == most
+            return self._of_rounds(max(self._times.values()))
+        return max(
+            self._of_examples(self._n_examples[agent], times)
+            for agent, times in self._times.items()
         )
-        return self._of_examples(fewest, most)
 
     def _of_example(self, n_examples: int, n_rounds: int) -> float:
         terms = make_terms(self._manifest, n_examples=n_examples)

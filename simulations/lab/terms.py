@@ -9,7 +9,7 @@ from aggregator_server.private_recipes import PrivacyOptions
 from aggregator_server.recipes import OPTIMIZERS, Masking, RecipeOptions, make_config
 from privacy.turns import Turns
 from protocol.base_description import BaseDescription
-from protocol.blocks import FilterRule, LoraRule, RoundsBlock
+from protocol.blocks import FilterRule, LoraBlock, LoraRule, RoundsBlock
 from protocol.layout import VectorLayout
 from protocol.manifest import FederationManifest
 from quant.adapter import adapter_shapes, sent_layout
@@ -55,12 +55,14 @@ def make_terms(experiment: Experiment, base: BaseDescription, *, arm: Arm, seed:
         ManifestError: A target module is not in the base.
         PrivacyError: No noise keeps to the ε that is asked for, or it would drown the updates.
     """
-    section, rate = experiment.federation, experiment.learning_rate
+    section = experiment.federation.model_copy(
+        update={"learning_rate": experiment.learning_rate_of(arm)}
+    )
+    config = make_config(_options(experiment.name, section), base)
     if arm is not Arm.FEDERATED:
-        section = alone(section, epochs=experiment.baselines.epochs)
-        rate = experiment.baselines.learning_rate or rate
-    section = section.model_copy(update={"learning_rate": rate})
-    config = _with_the_rest(make_config(_options(experiment.name, section), base), section, seed)
+        section = alone(section, config.lora, epochs=experiment.baselines.epochs)
+        config = make_config(_options(experiment.name, section), base)
+    config = _with_the_rest(config, section, seed)
     manifest = build_manifest(
         config,
         base,
@@ -80,19 +82,17 @@ def make_terms(experiment: Experiment, base: BaseDescription, *, arm: Arm, seed:
     )
 
 
-def alone(section: FederationSection, *, epochs: int) -> FederationSection:
+def alone(section: FederationSection, lora: LoraBlock, *, epochs: int) -> FederationSection:
     """The recipe of a baseline: one client, one round, and nothing between it and its adapter.
 
-    What is trained stays: factors, rank, learning rate, batch, lengths.
+    What is trained stays: factors, rank, α, dropout, batch, lengths.
 
     Args:
         section: The federation's.
+        lora: What became of it: masks and noise have defaults of their own.
         epochs: Passes over the records.
     """
-    rule = section.lora_rule
-    if rule is None:
-        hides = section.masking is not Masking.OFF or section.epsilon is not None
-        rule = LoraRule.FFA_LORA if hides else LoraRule.FEDIT
+    rule = lora.rule
     if rule in {LoraRule.ROLORA, LoraRule.FLEXLORA}:
         rule = LoraRule.FEDIT  # alone, both factors at once
     return section.model_copy(
@@ -104,6 +104,8 @@ def alone(section: FederationSection, *, epochs: int) -> FederationSection:
             "local_epochs": epochs,
             "local_steps": None,
             "lora_rule": rule,
+            "alpha": lora.alpha,
+            "dropout": lora.dropout,
             "masking": Masking.OFF,
             "epsilon": None,
             "adaptive_clip": False,

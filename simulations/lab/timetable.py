@@ -30,6 +30,8 @@ class PlannedRound:
         waited_s: Simulated time until enough were there; None: devices are not known.
         duration_s: Simulated time from opening to closing.
         failure: Why the round comes to nothing.
+        n_fetched: Of those selected, how many have fetched the release by the end.
+        late_n_bytes: That those sent whose update came too late.
     """
 
     number: int
@@ -37,6 +39,8 @@ class PlannedRound:
     waited_s: float | None = None
     duration_s: float | None = None
     failure: str | None = None
+    n_fetched: int
+    late_n_bytes: int = 0
 
     @property
     def cohort(self) -> tuple[int, ...]:
@@ -51,7 +55,7 @@ def alone(client: int) -> Iterator[PlannedRound]:
     Args:
         client: Who trains.
     """
-    yield PlannedRound(number=1, fates={client: Fate.COUNTED})
+    yield PlannedRound(number=1, fates={client: Fate.COUNTED}, n_fetched=1)
 
 
 def timetable(
@@ -113,4 +117,8 @@ def timetable(
             waited_s=one.waited_s if known else None,
             duration_s=one.duration_s if known else None,
             failure=one.failure,
+            n_fetched=one.down_n_bytes // down_n_bytes,
+            late_n_bytes=max(0, one.up_n_bytes - one.n(population.Fate.ACCEPTED) * up_n_bytes)
+            if known
+            else one.n(population.Fate.LATE) * up_n_bytes,  # in no time, all of it
         )

@@ -27,6 +27,7 @@ FATE_COLOURS: Final = {
     Fate.VANISHED: "#cc79a7",
     Fate.CELL_LOST: "#d55e00",
     Fate.FAILED: "#000000",
+    Fate.SPENT: "#882255",
     Fate.REMOVED: "#56b4e9",
     Fate.VOID: "#e69f00",
 }

@@ -18,7 +18,9 @@ from simulations.masked_cells import (
     LostCell,
     SimulatedCell,
     Stage,
+    left_to_try,
     masked_sum,
+    n_uploads,
     plain_sum,
 )
 
@@ -91,6 +93,28 @@ def test_one_below_the_threshold_loses_the_cell_at_its_stage(run, stage, reason)
     gone = range(N_MEMBERS - THRESHOLD + 1)
     assert run(terms, payloads, dict.fromkeys(gone, stage)) == LostCell(reason=reason)
     assert isinstance(run(terms, payloads, dict.fromkeys(gone[1:], stage)), CellTotal)
+
+
+@BOTH
+@pytest.mark.parametrize(
+    ("stage", "n_sent", "left"),
+    [
+        (Stage.BEFORE_SHARES, 0, True),
+        (Stage.BEFORE_UPLOAD, THRESHOLD - 1, True),
+        (Stage.BEFORE_CONFIRM, N_MEMBERS, False),
+        (Stage.BEFORE_REVEAL, N_MEMBERS, False),
+    ],
+)
+def test_a_second_cell_is_of_those_who_are_there_and_have_not_confirmed(run, stage, n_sent, left):
+    terms = make_terms()
+    gone = dict.fromkeys(range(N_MEMBERS - THRESHOLD + 1), stage)
+    found = run(terms, make_payloads(terms), gone)
+    there = tuple(place for place in range(N_MEMBERS) if place not in gone)
+    assert left_to_try(found, N_MEMBERS, gone) == (there if left else ())
+    assert n_uploads(found, N_MEMBERS, gone) == n_sent
+    late = {0: stage, N_MEMBERS - 1: Stage.BEFORE_REVEAL}
+    total = run(terms, make_payloads(terms), late)
+    assert n_uploads(total, N_MEMBERS, late) == N_MEMBERS - (stage <= Stage.BEFORE_UPLOAD)
 
 
 @BOTH

@@ -40,7 +40,10 @@ def craft(
     number: int = 2,
     last_change: np.ndarray | None = None,
 ) -> list[tuple[int, PlainUpdate]]:
-    return attackers.craft(number, updates, layout=LAYOUT, last_change=last_change)
+    sent, n_crafted = attackers.craft(number, updates, layout=LAYOUT, last_change=last_change)
+    own = dict(updates)
+    assert n_crafted == sum(found is not own[client] for client, found in sent)
+    return sent
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 
 from edge_agent.errors import DataError
 from quant.tiny.world import Split, make_world
-from simulations.errors import PartitionError
+from simulations.errors import ExperimentError, PartitionError
 from simulations.lab.data import LabData, prepare_data
 from simulations.lab.experiment import DataSection
 from simulations.partition.manifest import PartitionManifest, read_source
@@ -131,7 +131,7 @@ def test_a_cap_keeps_the_same_share_of_every_client(jsonl: Path) -> None:
 
 
 def test_the_smallest_cap_leaves_every_client_one(jsonl: Path) -> None:
-    assert set(prepare_data(section_of(jsonl, max_records=1), seed=1).sizes) == {1}
+    assert min(prepare_data(section_of(jsonl, max_records=6), seed=1).sizes) == 1
 
 
 def test_several_files_can_be_split_by_another_column(tmp_path: Path) -> None:
@@ -155,9 +155,40 @@ def test_several_files_can_be_split_by_another_column(tmp_path: Path) -> None:
 
 def test_clients_are_known_by_their_volume(world: LabData) -> None:
     sizes = sorted(world.sizes)
-    named = {name: world.sizes[world.client_of_size(name)] for name in ("smallest", "largest")}
+    named = {name: world.sizes[world.client_named(name)] for name in ("smallest", "largest")}
     assert named == {"smallest": sizes[0], "largest": sizes[-1]}
-    assert world.sizes[world.client_of_size("median")] == sizes[len(sizes) // 2]
+    assert world.sizes[world.client_named("median")] == sizes[len(sizes) // 2]
+    last = len(sizes) - 1
+    assert (world.client_named("0"), world.client_named(str(last))) == (0, last)
+    for name in (str(last + 1), "-1", "largish", ""):
+        with pytest.raises(ExperimentError, match=f"there is no client '{name}'.* to {last}$"):
+            world.client_named(name)
+
+
+def test_scores_are_told_by_the_column_that_is_split(tmp_path: Path) -> None:
+    path = tmp_path / "mixed.jsonl"
+    rows = [
+        {"instruction": f"Q {n}", "response": "x", "category": f"kind {n % 3}", "language": name}
+        for n, name in enumerate(["cs", "de"] * 40)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = prepare_data(section_of(path, by="language", min_records=1), seed=1)
+    assert Counter(record.category for record in found.held_out) == {"cs": 5, "de": 5}
+    assert {record.category for record in found.everything} == {"kind 0", "kind 1", "kind 2"}
+
+
+def test_a_cap_s_indices_are_those_that_clients_train_on(jsonl: Path) -> None:
+    found = prepare_data(section_of(jsonl, max_records=60), seed=1)
+    assert found.kept is not None
+    records = read_source(jsonl).records
+    for share, client, whole in zip(
+        found.kept, found.clients, found.partition.clients, strict=True
+    ):
+        assert [records[index].instruction for index in share] == [
+            record.instruction for record in client
+        ]
+        assert set(share) <= set(whole)
+    assert prepare_data(section_of(jsonl), seed=1).kept is None
 
 
 def test_what_cannot_be_read_or_split_is_said(tmp_path: Path, jsonl: Path) -> None:

@@ -177,10 +177,10 @@ def test_another_run_is_refused_by_the_name_of_what_differs(
 def test_a_foreign_folder_is_refused_and_left_as_it_was(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text("mine")
     refused = pytest.raises(OutputError, match=f"is no run and not empty .{name} is there")
-    with RunFolder(tmp_path) as folder, refused:
-        folder.open_card(make_card(), experiment="theirs")
+    with refused, RunFolder(tmp_path):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == [name]
     assert (tmp_path / name).read_text() == "mine"
-    assert not folder.is_begun
 
 
 def test_a_card_of_another_version_is_refused(tmp_path: Path) -> None:
@@ -256,10 +256,10 @@ def test_tidying_leaves_what_a_later_sitting_may_need(tmp_path: Path) -> None:
     for release in range(1, 5):
         folder.tidy(release, release)
     assert sorted(path.stem for path in (tmp_path / "run" / "releases").iterdir()) == [
-        *("0000", "0003", "0004")
+        *("0000", "0002", "0003", "0004")
     ]
     assert [path.name for path in sorted((tmp_path / "run" / "state").iterdir())] == [
-        *("optimizer-0004.bin", "round-0005")
+        *("optimizer-0003.bin", "optimizer-0004.bin", "round-0005")
     ]
     folder.tidy(6, 4)  # a failed round takes nothing away
     assert folder.optimizer(4).exists()

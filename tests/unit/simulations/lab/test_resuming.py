@@ -1,5 +1,6 @@
 """A run that is killed, at every moment that there is, and goes on."""
 
+import json
 import os
 import shutil
 import signal
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from simulations.errors import ExperimentError, OutputError, SimulationError
+from simulations.errors import OutputError, SimulationError
 from simulations.lab.engines import Engine
 from simulations.lab.experiment import Experiment
 from simulations.lab.folder import RunFolder, read_notes, read_vector
@@ -92,6 +93,18 @@ def assert_equal(found: Any, whole: Any) -> None:
     assert found.digests == whole.digests
     assert set(found.notes) == set(whole.notes)
     for name in ("releases/0002.npy", "adapter/adapter_model.safetensors", "experiment.toml"):
+        assert (found.root / name).read_bytes() == (whole.root / name).read_bytes(), name
+
+
+def assert_made_again(found: Any, whole: Any) -> None:
+    """The same in the end, where rounds were made twice."""
+    assert {note.number: note.release_sha256 for note in found.rounds} == {
+        note.number: note.release_sha256 for note in whole.rounds
+    }
+    assert len(found.rounds) > len(whole.rounds)
+    assert set(found.notes) == set(whole.notes)
+    last = f"releases/{len(whole.rounds):04d}.npy"
+    for name in (last, "adapter/adapter_model.safetensors"):
         assert (found.root / name).read_bytes() == (whole.root / name).read_bytes(), name
 
 
@@ -303,6 +316,59 @@ def test_scores_that_a_killed_sitting_did_not_get_to_are_made_by_the_next(
         assert found.notes == whole.notes
 
 
+def test_guarantee_2_a_run_that_ended_is_not_handed_out_for_other_records_or_agents(
+    go: Callable[..., Any], tmp_path: Path
+) -> None:
+    records, population = tmp_path / "records.jsonl", tmp_path / "population.toml"
+
+    def write(answer: str, speed: int) -> None:
+        rows = (
+            {"instruction": f"Q {n}?", "response": answer, "category": f"kind {n % 4}"}
+            for n in range(120)
+        )
+        records.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        population.write_text(
+            f'n_agents = 1\n[[device]]\nname = "any"\nshare = 1\ntokens_per_s = {speed}\n'
+            "up_bytes_per_s = 1e6\ndown_bytes_per_s = 1e6\n"
+        )
+
+    values = {
+        "data__source": [str(records)],
+        "data__per_category": None,
+        "population__file": str(population),
+    }
+    write("yes", 10)
+    root = go(**values).root
+    assert go(root=root, **values).root == root
+    for changed in (("no", 10), ("yes", 20)):
+        write(*changed)
+        with pytest.raises(OutputError, match="holds another run, which is over"):
+            go(root=root, **values)
+
+
+def test_another_population_is_another_run(
+    go: Callable[..., Any],
+    make_told: Callable[..., Any],
+    kill_error: type[Exception],
+    tmp_path: Path,
+) -> None:
+    population, root = tmp_path / "population.toml", tmp_path / "cut"
+    device = (
+        'n_agents = 1\n[[device]]\nname = "any"\nshare = 1\ntokens_per_s = {}\n'
+        "up_bytes_per_s = 1e6\ndown_bytes_per_s = 1e6\n"
+    )
+    population.write_text(device.format(10))
+    with pytest.raises(kill_error):
+        go(
+            root=root,
+            listener=make_told(kill_at=("closed", 1)),
+            population__file=str(population),
+        )
+    population.write_text(device.format(20))
+    with pytest.raises(OutputError, match="another run: its population_sha256 is"):
+        go(root=root, population__file=str(population))
+
+
 def test_guarantee_2_a_run_that_ended_is_not_touched(
     go: Callable[..., Any], fake: Any, make_told: Callable[..., Any]
 ) -> None:
@@ -325,28 +391,83 @@ def test_guarantee_2_a_run_that_ended_is_taken_for_no_other(
         go(root=root, **other)
 
 
-def test_a_release_that_was_changed_is_not_gone_on_from(
+def _changed(path: Path) -> None:
+    vector = read_vector(path)
+    vector[7] += 1e-6
+    np.save(path, vector)
+
+
+@pytest.mark.parametrize("optimizer", ["fedavg", "fedadam"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        _changed,
+        Path.unlink,
+        lambda path: path.write_bytes(path.read_bytes()[:1000]),
+        lambda path: path.write_bytes(bytes(path.stat().st_size)),
+        lambda path: path.write_bytes(b""),
+    ],
+    ids=["changed", "gone", "half", "zeros", "empty"],
+)
+def test_guarantee_1_a_release_that_does_not_lie_there_whole_is_made_again(
+    go: Callable[..., Any],
+    make_told: Callable[..., Any],
+    kill_error: type[Exception],
+    damage: Callable[[Path], object],
+    optimizer: str,
+) -> None:
+    """As a power cut leaves it: the journal speaks of a file that never reached the disk."""
+    values = {"federation__n_rounds": 5, "federation__optimizer": optimizer}
+    whole = go(**values)
+    root = whole.root.with_name("cut")
+    with pytest.raises(kill_error):
+        go(root=root, listener=make_told(kill_at=("closed", 4)), **values)
+    damage(root / "releases" / "0004.npy")
+    assert_made_again(go(root=root, **values), whole)
+
+
+def test_guarantee_1_a_server_optimiser_s_state_that_is_gone_takes_its_release_with_it(
     go: Callable[..., Any], make_told: Callable[..., Any], kill_error: type[Exception]
 ) -> None:
-    root = go().root.with_name("cut")
+    values = {"federation__n_rounds": 4, "federation__optimizer": "fedadam"}
+    whole = go(**values)
+    root = whole.root.with_name("cut")
     with pytest.raises(kill_error):
-        go(root=root, listener=make_told(kill_at=("closed", 1)))
-    path = root / "releases" / "0001.npy"
-    intact = path.read_bytes()
-    changed = read_vector(path)
-    changed[7] += 1e-6
-    np.save(path, changed)
-    with pytest.raises(ExperimentError, match=r"0001.npy is not the release that the journal"):
-        go(root=root)
-    for damaged in (intact[: len(intact) // 2], b"", b"nothing of this kind"):
-        path.write_bytes(damaged)
-        with pytest.raises(OutputError, match=r"cannot read .*0001.npy"):
-            go(root=root)
-    path.unlink()
-    with pytest.raises(OutputError, match=r"cannot read .*0001.npy"):
-        go(root=root)
-    path.write_bytes(intact)
-    assert go(root=root).digests == go().digests
+        go(root=root, listener=make_told(kill_at=("closed", 3)), **values)
+    (root / "state" / "optimizer-0003.bin").unlink()
+    assert_made_again(go(root=root, **values), whole)
+
+
+@pytest.mark.parametrize("gone", ["0004.npy", "*.npy"])
+def test_guarantee_1_attackers_find_what_they_know_of_the_round_before(
+    go: Callable[..., Any], make_told: Callable[..., Any], kill_error: type[Exception], gone: str
+) -> None:
+    values = {"federation__n_rounds": 5, "attack__name": "replay", "attack__share": 0.4}
+    whole = go(**values)
+    root = whole.root.with_name("cut")
+    with pytest.raises(kill_error):
+        go(root=root, listener=make_told(kill_at=("closed", 4)), **values)
+    for path in (root / "releases").glob(gone):
+        path.unlink()
+    assert_made_again(go(root=root, **values), whole)
+
+
+def test_a_kept_update_that_does_not_lie_there_whole_is_trained_again(
+    go: Callable[..., Any], make_told: Callable[..., Any], kill_error: type[Exception], fake: Any
+) -> None:
+    whole = go(**CHEAP)
+    root = whole.root.with_name("cut")
+    with pytest.raises(kill_error):
+        go(root=root, listener=make_told(kill_at=("visited", 2)), **CHEAP)
+    first, second = sorted((root / "state" / "round-0001").iterdir())
+    first.write_bytes(b"")
+    _changed(second)
+    fake.trained.clear()
+    assert_equal(go(root=root, **CHEAP), whole)
+    assert {agent for number, agent in fake.trained if number == 1} >= {
+        int(first.stem),
+        int(second.stem),
+    }
 
 
 def test_an_update_that_took_no_time_is_made_again_and_not_kept(

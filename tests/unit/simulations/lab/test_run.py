@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ from simulations.lab.records import (
 )
 from simulations.lab.run import Request, run
 from simulations.lab.terms import make_terms
+from simulations.masked_cells import Stage
 
 MASKED: dict[str, object] = {
     "federation__masking": "cells",
@@ -200,9 +202,9 @@ def test_the_last_release_lies_there_as_a_peft_folder(whole: Path) -> None:
 def test_only_the_releases_that_are_needed_stay(go: Callable[..., Any]) -> None:
     found = go(federation__n_rounds=6, federation__optimizer="fedadam")
     kept = sorted(path.name for path in (found.root / "releases").iterdir())
-    assert kept == ["0000.npy", "0005.npy", "0006.npy"]
+    assert kept == ["0000.npy", "0004.npy", "0005.npy", "0006.npy"]
     state = sorted(path.name for path in (found.root / "state").iterdir())
-    assert state == ["optimizer-0006.bin"]
+    assert state == ["optimizer-0005.bin", "optimizer-0006.bin"]
 
 
 def test_the_card_says_what_the_run_is(whole: Path, small: Experiment, base: LoadedBase) -> None:
@@ -275,7 +277,7 @@ def test_a_round_that_loses_all_cells_fails_and_the_run_goes_on_with_the_next(
     failed = [note for note in found.rounds if note.failure is not None]
     assert failed
     for note in failed:
-        assert note.failure == "no update came in"
+        assert note.failure == "no cell of the round gave a sum"
         assert note.release is None
         assert set(note.fates.values()) == {Fate.CELL_LOST}
         before = found.rounds[note.number - 2].release_sha256 if note.number > 1 else None
@@ -286,7 +288,7 @@ def test_a_round_that_loses_all_cells_fails_and_the_run_goes_on_with_the_next(
 
 
 def test_a_run_whose_rounds_all_fail_gives_up_with_one_sentence(go: Callable[..., Any]) -> None:
-    with pytest.raises(ExperimentError, match="6 rounds gave 0 releases: no update came in"):
+    with pytest.raises(ExperimentError, match="6 rounds gave 0 releases: no cell of the round"):
         go(**MASKED | {"federation__cohort": 5}, population__vanish=0.95)
 
 
@@ -311,11 +313,95 @@ def test_an_update_out_of_the_masks_range_is_withdrawn(
 
 def test_too_few_for_a_cell_is_a_failed_round(go: Callable[..., Any], fake: Any) -> None:
     fake.failing = set(range(8))
-    with pytest.raises(ExperimentError, match="0 releases: no update came in"):
+    with pytest.raises(ExperimentError, match="0 releases: too few updates: 4 of at least 5"):
         go(**MASKED | {"federation__cohort": 12})
 
 
+class Leaving:
+    """The first cell of a round loses some members at a stage; then nobody leaves, or they again.
+
+    Stands for the generator that draws who vanishes.
+    """
+
+    def __init__(self, n_leaving: int, stage: Stage, *, again: bool) -> None:
+        self.n_leaving, self.stage, self.again = n_leaving, stage, again
+        self.n_cells = 0
+
+    def random(self, n_members: int) -> np.ndarray:
+        self.n_cells += 1
+        n_leaving = self.n_leaving if self.n_cells == 1 or self.again else 0
+        return (np.arange(n_members) >= n_leaving).astype(float)
+
+    def integers(self, _n_stages: int, *, size: int) -> np.ndarray:
+        return np.full(size, int(self.stage))
+
+
+@pytest.mark.parametrize(
+    ("stage", "n_leaving", "again", "n_counted", "n_bodies"),
+    [
+        # Of twelve eight must be there; five are enough for a cell of their own.
+        pytest.param(Stage.BEFORE_UPLOAD, 5, False, 7, 7 + 7, id="once-more"),
+        pytest.param(Stage.BEFORE_SHARES, 5, False, 7, 7, id="nothing-was-sent"),
+        pytest.param(Stage.BEFORE_UPLOAD, 8, False, 0, 4, id="too-few-are-left"),
+        pytest.param(Stage.BEFORE_CONFIRM, 5, False, 0, 12, id="the-others-have-confirmed"),
+        pytest.param(Stage.BEFORE_UPLOAD, 5, True, 0, 7 + 2, id="not-a-third-time"),
+    ],
+)
+@pytest.mark.parametrize("cryptography", list(Cryptography))
+def test_a_lost_cell_is_tried_again_once_with_those_that_are_left(
+    go: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    stage: Stage,
+    n_leaving: int,
+    again: bool,
+    n_counted: int,
+    n_bodies: int,
+    cryptography: Cryptography,
+) -> None:
+    real = RunChance.generator
+
+    def generator(chance: RunChance, purpose: str, *numbers: int) -> Any:
+        if purpose == "vanishing":
+            return Leaving(n_leaving if numbers == (1,) else 0, stage, again=again)
+        return real(chance, purpose, *numbers)
+
+    monkeypatch.setattr(RunChance, "generator", generator)
+    found = go(
+        **MASKED
+        | {
+            "federation__n_rounds": 1,
+            "federation__cohort": 12,
+            "federation__cell_target": 12,
+            "population__vanish": 0.5,
+            "engine__cryptography": cryptography.value,
+        },
+    )
+    first = found.rounds[0]
+    assert list(first.fates.values()).count(Fate.COUNTED) == n_counted
+    assert first.n_cells == (n_counted > 0)
+    assert (first.failure is None) == (n_counted > 0)
+    body = (go(**MASKED).rounds[0].bytes_up) // 11
+    assert first.bytes_up // body == n_bodies
+
+
 # What becomes of agents
+
+
+def test_a_round_with_fewer_updates_than_the_server_asks_for_makes_no_release(
+    go: Callable[..., Any], fake: Any
+) -> None:
+    fake.failing = {0, 1, 2}
+    found = go(
+        federation__cohort=4, federation__min_cohort=2, federation__n_rounds=4, data__n_clients=6
+    )
+    for note in found.rounds:
+        n_came = len(set(note.fates) - fake.failing)
+        if n_came < 2:
+            assert note.failure == f"too few updates: {n_came} of at least 2"
+            assert set(note.fates.values()) <= {Fate.VOID, Fate.FAILED}
+        else:
+            assert note.failure is None
+    assert {note.failure is None for note in found.rounds} == {True, False}
 
 
 def test_a_training_that_gives_nothing_is_noted_and_the_others_count(
@@ -406,6 +492,27 @@ def test_a_population_gives_rounds_their_time_and_closes_before_the_slow(
     assert again.notes == found.notes
 
 
+def test_bytes_are_also_those_of_whoever_came_too_late(
+    go: Callable[..., Any], tmp_path: Path
+) -> None:
+    (tmp_path / "population.toml").write_text(POPULATION)
+    values = {
+        "data__n_clients": 12,
+        "data__per_category": 20,
+        "federation__cohort": 3,
+        "federation__over_selection": 2.0,
+    }
+    n_bytes = read_card(go(**values).root).n_values * 4
+    for note in go(**values).rounds:  # nobody's time is known: all six sent everything
+        assert (note.bytes_up, note.bytes_down) == (6 * n_bytes, 6 * n_bytes)
+    for note in go(**values, population__file=str(tmp_path / "population.toml")).rounds:
+        assert 3 * n_bytes <= note.bytes_up <= 6 * n_bytes
+    masked = MASKED | {"federation__cohort": 5, "federation__over_selection": 2.0}
+    found = go(**masked)
+    [n_up] = {note.bytes_up for note in found.rounds}
+    assert n_up < 5 * read_card(found.root).n_values * 4  # before its cell nobody sends anything
+
+
 def test_a_deadline_that_too_few_keep_fails_the_round(
     go: Callable[..., Any], tmp_path: Path
 ) -> None:
@@ -466,6 +573,48 @@ def test_what_is_spent_is_noted_grows_and_keeps_to_the_budget(
     dotted = {key.replace("__", "."): value for key, value in values.items()}
     terms = make_terms(small.with_values(dotted), base.description, arm=Arm.FEDERATED, seed=1)
     assert isinstance(terms.manifest.privacy, kind)
+
+
+FAILING: dict[str, object] = {
+    "federation__cohort": 6,
+    "federation__min_cohort": 5,
+    "federation__n_rounds": 3,
+    "population__drop_out": 0.3,
+}
+"""Now and then a round has too few agents, and makes no release."""
+P3: dict[str, object] = {"federation__profile": "P3", "federation__epsilon": 60}
+
+
+def test_under_p3_a_round_without_a_release_spends_nothing(go: Callable[..., Any]) -> None:
+    found = go(**FAILING | P3)
+    assert {note.failure is None for note in found.rounds} == {True, False}
+    before, times = 0.0, dict.fromkeys(range(6), 0)
+    for note in found.rounds:
+        for agent, fate in note.fates.items():
+            times[agent] += fate is Fate.COUNTED
+        if note.failure is not None:
+            assert note.epsilon == before
+        before = note.epsilon
+    assert before <= 60
+    whole = epsilons(go(**FAILING | {"population__drop_out": 0.0} | P3))
+    assert before == whole[max(times.values()) - 1]
+
+
+def test_under_p1_no_agent_trains_more_often_than_its_ledger_lets_it(
+    go: Callable[..., Any], fake: Any, outcome: Callable[[Path], Any], tmp_path: Path
+) -> None:
+    """And the run says why it comes to no end, as a federation would come to none."""
+    with pytest.raises(ExperimentError, match=r"9 rounds gave . releases: too few"):
+        go(root=tmp_path / "run", **FAILING, federation__profile="P1", federation__epsilon=8)
+    found = outcome(tmp_path / "run")
+    begun = dict.fromkeys(range(6), 0)
+    for note in found.rounds:
+        for agent, fate in note.fates.items():
+            assert (begun[agent] == 3) == (fate is Fate.SPENT)
+            begun[agent] += fate is not Fate.SPENT
+    assert any(Fate.SPENT in note.fates.values() for note in found.rounds)
+    assert max(epsilons(found)) <= 8
+    assert max(Counter(agent for _, agent in fake.trained).values()) <= 3
 
 
 def test_noise_of_the_server_is_the_run_s_own_and_no_other_s(go: Callable[..., Any]) -> None:
@@ -536,6 +685,21 @@ def test_the_attackers_are_those_that_were_drawn_and_the_release_is_another(
     assert np.linalg.norm(vectors[0] - first) > 2 * np.linalg.norm(vectors[1] - first)
 
 
+def test_a_round_notes_how_many_updates_were_made_up(
+    go: Callable[..., Any], small: Experiment
+) -> None:
+    values: dict[str, object] = {"federation__n_rounds": 8, "attack__share": 0.34}
+    found = go(**values, attack__name="sign-flip")
+    section = small.with_values({"attack.name": "sign-flip", "attack.share": 0.34}).attack
+    assert section is not None
+    attackers = Attackers(section, n_clients=6, chance=RunChance(1)).clients
+    for note in found.rounds:
+        there = attackers & set(note.fates)
+        assert note.n_crafted == (len(there) if len(there) < len(note.fates) else 0)
+    assert {note.n_crafted for note in go(**values, attack__name="alie").rounds} == {0}
+    assert {note.n_crafted for note in go().rounds} == {None}
+
+
 def test_a_filter_removes_attackers_and_says_so(go: Callable[..., Any]) -> None:
     found = go(
         attack__name="sign-flip-scaled",
@@ -565,6 +729,18 @@ def test_the_base_alone_is_scored_and_never_trained(go: Callable[..., Any], fake
     assert read_card(found.root).n_rounds == 0
     tensors = load_file(found.root / "adapter" / "adapter_model.safetensors")
     assert not any(array.any() for name, array in tensors.items() if "lora_B" in name)
+
+
+@pytest.mark.parametrize(("arm", "client"), [(Arm.LOCAL, 4), (Arm.CENTRALISED, None)])
+def test_a_baseline_that_cannot_be_trained_is_an_error_and_no_run_that_is_over(
+    go: Callable[..., Any], fake: Any, tmp_path: Path, arm: Arm, client: int | None
+) -> None:
+    fake.failing = {client or 0}
+    with pytest.raises(ExperimentError, match=f"the {arm.value} model cannot be trained: trai"):
+        go(root=tmp_path / "run", arm=arm, client=client)
+    assert not (tmp_path / "run" / "adapter").exists()
+    fake.failing = set()
+    assert len(go(root=tmp_path / "run", arm=arm, client=client).rounds) == 1
 
 
 def test_a_client_alone_trains_on_its_own_records(

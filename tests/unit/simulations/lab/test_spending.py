@@ -48,7 +48,7 @@ def spending_of(terms: RunTerms) -> Spending:
 def test_without_differential_privacy_there_is_no_epsilon(base: LoadedBase) -> None:
     spending = spending_of(terms_of(base))
     assert spending.epsilon is None
-    spending.trained(0, n_examples=10)
+    spending.charge(0, n_examples=10)
     assert spending.epsilon is None
 
 
@@ -69,7 +69,7 @@ def test_it_is_nothing_before_anyone_trained_grows_and_ends_within_the_budget(
     assert spending.epsilon == 0.0
     found = []
     for _ in range(N_ROUNDS):
-        spending.trained(7, n_examples=20)
+        spending.charge(7, n_examples=20)
         found.append(spending.epsilon)
     assert found == sorted(set(found))
     assert 0.9 * values["federation__epsilon"] < found[-1] <= values["federation__epsilon"]
@@ -78,38 +78,61 @@ def test_it_is_nothing_before_anyone_trained_grows_and_ends_within_the_budget(
 def test_under_p1_it_is_what_the_agent_s_own_ledger_would_say(base: LoadedBase) -> None:
     manifest: FederationManifest = terms_of(base, federation__epsilon=8).manifest
     spending = Spending(manifest, n_values=1)
-    spending.trained(3, n_examples=20)
-    spending.trained(3, n_examples=20)
+    spending.charge(3, n_examples=20)
+    spending.charge(3, n_examples=20)
     own = agents_terms(manifest, n_examples=20)
     assert spending.epsilon == example_epsilon(own.event, n_rounds=2, delta=own.delta)
 
 
-def test_under_p1_it_is_of_whoever_took_part_most_and_of_these_has_fewest_examples(
+def test_under_p1_it_is_of_whoever_has_spent_most(
     base: LoadedBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("simulations.lab.spending.make_terms", functools.cache(agents_terms))
     manifest = terms_of(base, federation__epsilon=8).manifest
 
-    def epsilon(*trained: tuple[int, int]) -> float | None:
+    def epsilon(*trained: tuple[int, int]) -> float:
         spending = Spending(manifest, n_values=1)
         for agent, n_examples in trained:
-            spending.trained(agent, n_examples=n_examples)
+            spending.charge(agent, n_examples=n_examples)
+        assert spending.epsilon is not None
         return spending.epsilon
 
     few, many = (1, 9), (0, 50)
     of_few, of_many = epsilon(few), epsilon(many)
     assert of_few != of_many
-    assert epsilon(many, few) == epsilon(few, many) == of_few
-    assert epsilon(many, few, many) not in {of_few, of_many}
-    assert epsilon(few, many, many) == epsilon(many, many, few)
+    assert epsilon(many, few) == epsilon(few, many) == max(of_few, of_many)
+    assert epsilon(many, few, few) == max(of_many, epsilon(few, few))
+    assert epsilon(few, many, many) == epsilon(many, many, few) == epsilon(many, many)
+
+
+@pytest.mark.parametrize(
+    ("values", "at_training"),
+    [
+        ({"federation__epsilon": 8}, True),
+        ({key.replace(".", "__"): value for key, value in CELLS.items()}, True),
+        ({"federation__epsilon": 60, "federation__profile": "P3"}, False),
+        ({}, False),
+    ],
+    ids=["P1", "P2", "P3", "P0"],
+)
+def test_a_ledger_admits_no_more_trainings_than_the_federation_s_epsilon_counts(
+    base: LoadedBase, values: dict[str, Any], at_training: bool
+) -> None:
+    spending = spending_of(terms_of(base, **values))
+    assert spending.begins_with_training is at_training
+    for _ in range(N_ROUNDS):
+        assert spending.admits(7)
+        spending.charge(7, n_examples=20)
+    assert spending.admits(7) is not at_training
+    assert spending.admits(8)
 
 
 def test_under_p3_and_p2_it_is_of_the_agent_by_rounds_whatever_it_has(base: LoadedBase) -> None:
     terms = terms_of(base, federation__epsilon=60, federation__profile="P3")
     spending = spending_of(terms)
     for n_examples in (5, 500):
-        spending.trained(1, n_examples=n_examples)
-    spending.trained(2, n_examples=1)
+        spending.charge(1, n_examples=n_examples)
+    spending.charge(2, n_examples=1)
     privacy: Any = terms.manifest.privacy
     event = SampledGaussian(
         noise_multiplier=privacy.noise_multiplier, sampling_probability=1.0, n_steps=1
@@ -118,7 +141,7 @@ def test_under_p3_and_p2_it_is_of_the_agent_by_rounds_whatever_it_has(base: Load
 
     terms = terms_of(base, **{key.replace(".", "__"): value for key, value in CELLS.items()})
     spending = spending_of(terms)
-    spending.trained(1, n_examples=5)
+    spending.charge(1, n_examples=5)
     privacy = terms.manifest.privacy
     noise = agent_noise(privacy, terms.manifest.masking, n_values=terms.tensors.n_values)
     assert noise is not None

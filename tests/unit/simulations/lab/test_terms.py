@@ -14,6 +14,7 @@ from protocol.blocks import (
     CellMasking,
     Factor,
     FilterRule,
+    LoraBlock,
     LoraRule,
     LossOn,
     NoMasking,
@@ -214,6 +215,9 @@ def test_a_baseline_has_nothing_between_it_and_its_adapter(
         ({"federation.lora_rule": "rolora"}, LoraRule.FEDIT),
         ({"federation.lora_rule": "flexlora"}, LoraRule.FEDIT),
         ({"federation.lora_rule": "ffa-lora"}, LoraRule.FFA_LORA),
+        # Too few for a cell: masks that are wished for where there can be some, and there are none.
+        ({"federation.masking": "auto", "federation.cohort": 4}, LoraRule.FEDIT),
+        ({"federation.masking": "auto", "federation.cohort": 20}, LoraRule.FFA_LORA),
     ],
 )
 def test_a_baseline_trains_the_factors_of_its_federation(
@@ -222,25 +226,35 @@ def test_a_baseline_trains_the_factors_of_its_federation(
     federated = terms_of(described, values).manifest
     baseline = terms_of(described, values, arm=Arm.CENTRALISED).manifest
     assert baseline.lora.rule is rule
-    same = {"rank", "alpha", "target_modules", "init_seed"}
+    same = {"rank", "alpha", "dropout", "target_modules", "init_seed"}
     assert baseline.lora.model_dump(include=same) == federated.lora.model_dump(include=same)
     for name in ("learning_rate", "batch_size", "max_length", "schedule", "template", "loss_on"):
         assert getattr(baseline.training, name) == getattr(federated.training, name)
 
 
-@pytest.mark.parametrize("arm", BASELINES)
-def test_a_baseline_may_have_a_learning_rate_of_its_own(
-    described: BaseDescription, arm: Arm
-) -> None:
-    values = {"federation.learning_rate": 8e-3, "baselines.learning_rate": 2e-3}
-    assert terms_of(described, values, arm=arm).manifest.training.learning_rate == 2e-3
-    assert terms_of(described, values).manifest.training.learning_rate == 8e-3
+def test_a_baseline_may_have_a_learning_rate_of_its_own(described: BaseDescription) -> None:
+    values = {
+        "federation.learning_rate": 8e-3,
+        "baselines.centralised_learning_rate": 2e-3,
+        "baselines.local_learning_rate": 1e-3,
+    }
+    rates = {
+        arm: terms_of(described, values, arm=arm).manifest.training.learning_rate for arm in Arm
+    }
+    assert rates == {
+        Arm.FEDERATED: 8e-3,
+        Arm.BASE: 8e-3,
+        Arm.CENTRALISED: 2e-3,
+        Arm.LOCAL: 1e-3,
+    }
 
 
 def test_a_baseline_s_section_keeps_what_is_trained() -> None:
     section = Experiment(name="x").with_values({"federation.batch_size": 7}).federation
-    assert alone(section, epochs=3).batch_size == 7
-    assert alone(section, epochs=3).local_epochs == 3
+    lora = LoraBlock(rank=8, alpha=24.0, dropout=0.3, target_modules=("q_proj",), init_seed=1)
+    found = alone(section, lora, epochs=3)
+    assert (found.batch_size, found.local_epochs) == (7, 3)
+    assert (found.alpha, found.dropout, found.lora_rule) == (24.0, 0.3, LoraRule.FEDIT)
 
 
 def test_cells_are_masked_within_what_a_round_can_change(described: BaseDescription) -> None:

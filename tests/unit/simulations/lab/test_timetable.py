@@ -54,6 +54,19 @@ def test_without_a_population_all_that_are_selected_count_and_no_time_passes() -
         assert one.waited_s is one.duration_s is one.failure is None
 
 
+def test_over_selection_never_makes_a_cohort_larger_than_its_target() -> None:
+    """As the server closes a round: who comes later, in no time too, comes too late."""
+    for one in rounds(n=20, over_selection=2.0):
+        assert len(one.fates) == 10
+        assert len(one.cohort) == 5
+        assert list(one.fates.values()).count(Fate.LATE) == 5
+    found = rounds(PopulationSection(drop_out=0.4), n=50, over_selection=2.0)
+    sizes = {len(one.cohort) for one in found}
+    assert max(sizes) == 5
+    agents = {agent for one in found for agent in one.cohort}
+    assert agents == set(range(20))  # no client comes first of all
+
+
 def test_equal_seeds_select_the_same_and_others_others() -> None:
     assert rounds() == rounds()
     assert rounds() != rounds(seed=2)
