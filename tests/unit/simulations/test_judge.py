@@ -123,6 +123,8 @@ def all_ratings(endpoint: FakeEndpoint, cache: ReviewCache | None = None, **chan
         ("  7, 6\n", (7.0, 6.0)),
         ("7/6", (7.0, 6.0)),
         ("10 1", (10.0, 1.0)),
+        ("8 7.\nFine.", (8.0, 7.0)),
+        ("8. 7.", (8.0, 7.0)),
     ],
 )
 def test_general_scores_stand_on_the_first_line(text: str, scores: tuple[float, float]) -> None:
@@ -136,7 +138,7 @@ def test_general_scores_stand_on_the_first_line(text: str, scores: tuple[float, 
         ("The points (2, -2) and (10, 4).\nI give (3, 9).", (3.0, 9.0)),
         ("At (10, 4).\nScores:\nAssistant 1: 10\nAssistant 2: 3/10\n\nFine.", (10.0, 3.0)),
         ("Assistant 1: 1 (wrong)\n\nAssistant 2: 7 (right)\nOutput: (1, 7)", (1.0, 7.0)),
-        ("Assistant 1: 1\nAssistant 2: 7\nOn the way from (0, 99).", (1.0, 7.0)),
+        ("Assistant 1: 1.\nAssistant 2: 7.\n\nThe second is better.\n", (1.0, 7.0)),
     ],
 )
 def test_scores_of_mathematics_come_last(text: str, scores: tuple[float, float]) -> None:
@@ -153,11 +155,25 @@ def test_scores_of_mathematics_come_last(text: str, scores: tuple[float, float])
         ("Both are right.", Subject.MATH),
         ("", Subject.MATH),
         ("(12, 40)", Subject.MATH),
+        ("I give (3, 9).\nOn the way from (0, 99).", Subject.MATH),
+        ("I give (3, 9).\nOn the way to (4, -2).", Subject.MATH),
+        ("Assistant 1: 1\nAssistant 2: 7\nOut of 100: (10, 70)", Subject.MATH),
+        ("From (2, 1) to (10, 4).\n\nThe first is right.\n\nThe second is wrong.", Subject.MATH),
     ],
 )
 def test_a_review_without_scores_is_an_error_that_shows_it(text: str, subject: Subject) -> None:
     with pytest.raises(JudgeError, match="two scores from 0 to 10"):
         parse_scores(text, subject)
+
+
+def test_a_review_that_was_cut_off_has_scores_only_on_a_whole_first_line() -> None:
+    assert parse_scores("10 1\nThe fir", Subject.CODING, cut_off=True) == (10.0, 1.0)
+    for text, subject in (
+        ("10 1", Subject.GENERAL),
+        ("(1, 2) and (3, 4), so the slope", Subject.MATH),
+    ):
+        with pytest.raises(JudgeError, match="is cut off"):
+            parse_scores(text, subject, cut_off=True)
 
 
 def test_recorded_reviews_give_their_recorded_scores(data_dir: Path) -> None:
