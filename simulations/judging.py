@@ -276,16 +276,27 @@ def read_questions(path: Path) -> list[Question]:
     """Questions as Vicuna's file has them: `question_id`, `text`, `category` a line.
 
     Raises:
-        JudgeError: The file cannot be read, or a line holds no question.
+        JudgeError: The file cannot be read, holds no question, or holds two with one `question_id`;
+            or a line is none.
     """
-    return [
-        Question(
-            id=str(_field(row, "question_id", path, number)),
+    questions: dict[str, Question] = {}
+    for number, row in _rows(path):
+        name = str(_field(row, "question_id", path, number))
+        if name in questions:
+            msg = (
+                f"{path}, line {number}: there is a question {name} above; remove one, or give it "
+                "a question_id of its own"
+            )
+            raise JudgeError(msg)
+        questions[name] = Question(
+            id=name,
             text=str(_field(row, "text", path, number)),
             category=str(row.get("category", "generic")),
         )
-        for number, row in _rows(path)
-    ]
+    if not questions:
+        msg = f"{path} holds no question: it needs a line with question_id and text for each"
+        raise JudgeError(msg)
+    return list(questions.values())
 
 
 def read_answers(path: Path) -> dict[str, str]:
@@ -331,7 +342,8 @@ def read_prompts(path: Path) -> Prompts:
 
 def _rows(path: Path) -> list[tuple[int, dict[str, object]]]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # Not splitlines: a text of JSON may hold what ends a line elsewhere, such as U+2028.
+        lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         msg = f"cannot read {path}: {error}"
         raise JudgeError(msg) from error
