@@ -2,13 +2,17 @@
 
 import json
 from collections.abc import Callable
+from os import SEEK_END
 from pathlib import Path
+from typing import Final
 
 from edge_agent.answering import Answerer, Sampling, load_base_of, single_question, template_of
 from quant.base_model import parse_device
 from quant.peft_folder import read_finished
 from simulations.errors import OutputError
 from simulations.judging import read_answers, read_questions
+
+_BEGIN: Final = b'{"question_id": '
 
 
 def answer_questions(
@@ -22,6 +26,9 @@ def answer_questions(
     on_answer: Callable[[int, int], None],
 ) -> int:
     """Answer every question once, always by the likeliest token, and go on with what is missing.
+
+    Guarantees:
+        1. A last line that a kill cut short is left out, and its question answered again.
 
     Args:
         adapter: A PEFT folder, such as a run's.
@@ -42,6 +49,7 @@ def answer_questions(
         OutputError: The answers cannot be written.
     """
     asked = read_questions(questions)
+    _mend_last_line(out)
     known = read_answers(out) if out.exists() else {}
     missing = [question for question in asked if question.id not in known]
     if not missing:
@@ -55,7 +63,7 @@ def answer_questions(
         with out.open("a", encoding="utf-8") as file:
             for number, question in enumerate(missing, start=1):
                 found = answerer.answer(single_question(question.text), sampling)
-                row = {"question_id": question.id, "text": found.text}
+                row = {"question_id": question.id, "text": found.text}  # as _BEGIN has it
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
                 file.flush()
                 on_answer(len(known) + number, len(asked))
@@ -63,3 +71,29 @@ def answer_questions(
         msg = f"cannot write {out}: {error.strerror}"
         raise OutputError(msg) from error
     return len(missing)
+
+
+def _mend_last_line(path: Path) -> None:
+    """Drop a last line that is half an answer of ours; end one that only lacks its end."""
+    try:
+        whole = path.read_bytes() if path.exists() else b""
+        last = whole[whole.rfind(b"\n") + 1 :]
+        if not last:
+            return
+        with path.open("r+b") as file:
+            if _is_json(last):
+                file.seek(0, SEEK_END)
+                file.write(b"\n")
+            elif last.startswith(_BEGIN[: len(last)]):
+                file.truncate(len(whole) - len(last))
+    except OSError as error:
+        msg = f"cannot mend {path}: {error.strerror}"
+        raise OutputError(msg) from error
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        json.loads(line)
+    except ValueError:
+        return False
+    return True

@@ -1,5 +1,7 @@
 """`sheepfold-sim answer` and `judge`: answers compared by any OpenAI-compatible endpoint."""
 
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -62,6 +64,7 @@ def judge(
     cache: Annotated[
         Path | None, typer.Option(help="Keep reviews here, and pay for none twice.")
     ] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longest review.")] = 1024,
     ratings: Annotated[int, typer.Option(min=1, help="Of each pair, in each order.")] = 3,
     parallel: Annotated[int, typer.Option(min=1, max=64, help="Requests at once.")] = 4,
     prompt_price: Annotated[float, typer.Option(min=0.0, help="Of a million tokens asked.")] = 0.0,
@@ -81,18 +84,19 @@ def judge(
 
     asked = read_questions(questions)
     own = read_answers(answers)
+    rivals = {name: read_answers(path) for name, path in _named(against).items()}
     told = OWN_PROMPTS if prompts is None else read_prompts(prompts)
-    who = Judge(endpoint=endpoint, model=model, n_parallel=parallel)
+    who = Judge(endpoint=endpoint, model=model, max_tokens=max_tokens, n_parallel=parallel)
     matches: dict[str, tuple[Match, Comparison]] = {}
     usage = Usage()
     with reviews_in(cache) as known, _progress() as progress:
-        for path in against:
-            task = progress.add_task(path.stem, total=None)
+        for name, rival in rivals.items():
+            task = progress.add_task(name, total=None)
             match = play(
                 who,
                 asked,
                 own,
-                read_answers(path),
+                rival,
                 prompts=told,
                 cache=known,
                 n_ratings=ratings,
@@ -100,7 +104,7 @@ def judge(
                     task, completed=done, total=total
                 ),
             )
-            matches[path.stem] = (match, compare(match.ratings))
+            matches[name] = (match, compare(match.ratings))
             usage = usage.plus(match.usage)
     cost = usage.cost(prompt_price=prompt_price, completion_price=completion_price)
     shown = console if json_path == "-" else Console()
@@ -128,23 +132,50 @@ def _progress() -> Progress:
     )
 
 
+def _named(paths: Sequence[Path]) -> dict[str, Path]:
+    stems = Counter(path.stem for path in paths)
+    named: dict[str, Path] = {}
+    for path in paths:
+        folder = f"{path.parent.resolve().name}/" if stems[path.stem] > 1 else ""
+        name = folder + path.stem
+        if name in named:
+            msg = f"--against: {named[name]} and {path} would both be named {name}; rename one"
+            raise typer.BadParameter(msg)
+        named[name] = path
+    return named
+
+
 def _table(own: str, matches: "dict[str, tuple[Match, Comparison]]") -> Table:
     table = Table(
-        "against", "its score", f"score of {own}", "relative score", "won / tied / lost", "place"
+        "against",
+        "its score",
+        f"score of {own}",
+        "relative score",
+        "won / tied / lost",
+        "place",
+        "unreadable",
     )
-    for name, (_, found) in matches.items():
+    for name, (match, found) in matches.items():
+        std_error = f"{found.std_error:.3f}" if found.n_questions > 1 else "–"
         table.add_row(
             name,
             f"{found.rival:.1f}",
             f"{found.own:.1f}",
-            f"{found.relative:.3f} ± {found.std_error:.3f}",
+            f"{found.relative:.3f} ± {std_error}",
             f"{found.n_wins} / {found.n_ties} / {found.n_losses}",
             f"{found.position_bias:+.2f}",
+            str(match.n_unreadable),
         )
     table.caption = (
         "Sums over the questions of mean scores; ± one standard error over questions; place: by "
-        "how much the answer that stands first is favoured."
+        "how much the answer that stands first is favoured; unreadable: ratings left out."
     )
+    for name, (match, _) in matches.items():
+        if match.left_out:
+            table.caption += (
+                f" Against {name}, these questions have no rating in one order and are left out: "
+                f"{', '.join(match.left_out)}."
+            )
     return table
 
 
@@ -161,6 +192,8 @@ def _as_json(match: "Match", found: "Comparison") -> dict[str, Any]:
         "n_losses": found.n_losses,
         "position_bias": found.position_bias,
         "n_from_cache": match.n_from_cache,
+        "n_unreadable": match.n_unreadable,
+        "left_out": list(match.left_out),
         "ratings": [
             {
                 "question": rating.question,

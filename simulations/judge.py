@@ -9,7 +9,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Final
@@ -26,6 +26,9 @@ KEY_VARIABLE: Final = "SHEEPFOLD_JUDGE_KEY"
 _TIMEOUT_S: Final = (10.0, 120.0)
 _N_TRIES: Final = 6
 _LONGEST_PAUSE_S: Final = 60.0
+_N_ASKED: Final = 3
+MAX_UNREADABLE_FRAC: Final = 0.05
+"""Of all ratings of a match; a judge that says more that cannot be read is not the one to ask."""
 _BUSY: Final = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
 _OK: Final = 200
 _CHARS_SHOWN: Final = 200
@@ -33,6 +36,10 @@ _CHARS_SHOWN: Final = 200
 
 class _TryAgainError(JudgeError):
     """What may pass: no answer, or an endpoint that is busy."""
+
+
+class _UnreadableError(JudgeError):
+    """A review without scores, though it was asked for several times."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,6 +159,10 @@ class Match:
     ratings: tuple[Rating, ...]
     usage: Usage
     n_from_cache: int
+    n_unreadable: int
+    """Ratings that are not there, for their reviews stayed without scores."""
+    left_out: tuple[str, ...]
+    """Questions that have no rating in one of the orders, and so none here."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,8 +189,10 @@ def play(
     Guarantees:
         1. Each question is rated `n_ratings` times in each order, and no request that the cache
            knows is sent.
-        2. A review whose scores cannot be read is an error that names question and line; it stays
-           in the cache.
+        2. A review whose scores cannot be read is not kept, and asked for up to twice more; then
+           its rating is left out and counted.
+        3. A question that has so lost all ratings in one order is left out, and named.
+        4. No more than `MAX_UNREADABLE_FRAC` of the ratings is left out.
 
     Args:
         judge: Whom to ask.
@@ -189,11 +202,11 @@ def play(
         prompts: What the judge is told.
         cache: Of reviews.
         n_ratings: Of each order.
-        on_done: Told how many of how many ratings are there.
+        on_done: Told how many of how many ratings are done.
 
     Raises:
-        JudgeError: An answer is missing, the endpoint refuses or does not answer, or a review
-            cannot be read.
+        JudgeError: An answer is missing, the endpoint refuses or does not answer, or too many
+            reviews cannot be read.
     """
     for name, answers in (("own", own), ("rival", rival)):
         missing = [question.id for question in questions if question.id not in answers]
@@ -217,34 +230,49 @@ def play(
     ]
     client = _Client(judge, cache)
     ratings: list[Rating] = []
+    n_unreadable = 0
     with ThreadPoolExecutor(judge.n_parallel) as pool:
-        futures = [pool.submit(client.review, request) for request in pending]
+        futures = [pool.submit(client.rating, request) for request in pending]
         try:
-            for request, future in zip(pending, futures, strict=True):
-                ratings.append(_rating(request, future.result()))
-                on_done(len(ratings), len(pending))
+            for future in futures:
+                try:
+                    ratings.append(future.result())
+                except _UnreadableError as error:
+                    n_unreadable += 1
+                    if n_unreadable > MAX_UNREADABLE_FRAC * len(pending):
+                        raise _too_many(n_unreadable, len(pending), error) from error
+                on_done(len(ratings) + n_unreadable, len(pending))
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
+    rated = {(rating.question, rating.swapped) for rating in ratings}
+    left_out = {q.id for q in questions if not {(q.id, False), (q.id, True)} <= rated}
     return Match(
-        ratings=tuple(ratings),
+        ratings=tuple(rating for rating in ratings if rating.question not in left_out),
         usage=client.usage,
-        n_from_cache=len(pending) - client.usage.n_requests,
+        n_from_cache=client.n_from_cache,
+        n_unreadable=n_unreadable,
+        left_out=tuple(q.id for q in questions if q.id in left_out),
     )
 
 
-def _rating(request: _Request, text: str) -> Rating:
+def _too_many(n_unreadable: int, n_ratings: int, last: _UnreadableError) -> JudgeError:
+    return JudgeError(
+        f"{n_unreadable} of {n_ratings} reviews cannot be read, each asked for {_N_ASKED} times, "
+        f"and at most {MAX_UNREADABLE_FRAC:.0%} are left out: ask another model, or let reviews be "
+        f"longer (--max-tokens). The last one, {last}"
+    )
+
+
+def _rating(request: _Request, text: str, *, cut_off: bool = False) -> Rating:
+    question = request.question
     try:
-        first, second = parse_scores(text, request.question.subject)
+        first, second = parse_scores(text, question.subject, cut_off=cut_off)
     except JudgeError as error:
-        msg = f"question {request.question.id}: {error}"
-        raise JudgeError(msg) from error
+        msg = f"question {question.id}: {error}"
+        raise _UnreadableError(msg) from error
     return Rating(
-        question=request.question.id,
-        swapped=request.swapped,
-        first=first,
-        second=second,
-        text=text,
+        question=question.id, swapped=request.swapped, first=first, second=second, text=text
     )
 
 
@@ -260,8 +288,9 @@ class _Client:
         if key:
             self._headers["Authorization"] = f"Bearer {key}"
         self.usage = Usage()
+        self.n_from_cache = 0
 
-    def review(self, request: _Request) -> str:
+    def rating(self, request: _Request) -> Rating:
         body: dict[str, JsonValue] = {
             "model": self._judge.model,
             "messages": [dict(message) for message in request.messages],
@@ -272,20 +301,33 @@ class _Client:
         key = hashlib.sha256(asked).hexdigest()
         known = self._cache.get(key)
         if known is not None:
-            return known
-        tries = tenacity.Retrying(
+            # What an earlier version kept may be unreadable.
+            with suppress(_UnreadableError):
+                rating = _rating(request, known)
+                with self._lock:
+                    self.n_from_cache += 1
+                return rating
+        busy = tenacity.Retrying(
             retry=tenacity.retry_if_exception_type(_TryAgainError),
             wait=tenacity.wait_exponential(multiplier=self._judge.pause_s, max=_LONGEST_PAUSE_S),
             stop=tenacity.stop_after_attempt(_N_TRIES),
             reraise=True,
         )
-        text, usage = tries(self._ask, body)
-        self._cache.put(key, text)
-        with self._lock:
-            self.usage = self.usage.plus(usage)
-        return text
+        unreadable = tenacity.Retrying(
+            retry=tenacity.retry_if_exception_type(_UnreadableError),
+            stop=tenacity.stop_after_attempt(_N_ASKED),
+            reraise=True,
+        )
+        rating = unreadable(lambda: self._rate(request, busy(self._ask, body)))
+        self._cache.put(key, rating.text)
+        return rating
 
-    def _ask(self, body: Mapping[str, JsonValue]) -> tuple[str, Usage]:
+    def _rate(self, request: _Request, reply: "_Reply") -> Rating:
+        with self._lock:
+            self.usage = self.usage.plus(reply.usage)
+        return _rating(request, reply.text, cut_off=reply.cut_off)
+
+    def _ask(self, body: Mapping[str, JsonValue]) -> "_Reply":
         url = self._judge.endpoint.rstrip("/") + "/chat/completions"
         try:
             response = requests.post(
@@ -303,10 +345,21 @@ class _Client:
         return _read_reply(url, response.content)
 
 
-def _read_reply(url: str, content: bytes) -> tuple[str, Usage]:
+@dataclass(frozen=True, kw_only=True)
+class _Reply:
+    text: str
+    cut_off: bool
+    usage: Usage
+
+
+def _read_reply(url: str, content: bytes) -> _Reply:
     try:
         reply = json.loads(content)
-        text = reply["choices"][0]["message"]["content"]
+        choice = reply["choices"][0]
+        text = choice["message"]["content"]
+        if text is None:  # refused, or no token was left after thinking: nothing to read
+            text = ""
+        cut_off = choice.get("finish_reason") == "length"
         told = reply.get("usage") or {}
         usage = Usage(
             n_requests=1,
@@ -319,4 +372,4 @@ def _read_reply(url: str, content: bytes) -> tuple[str, Usage]:
     if not isinstance(text, str):
         msg = f"{url} gave a completion without text: {content[:_CHARS_SHOWN]!r}"
         raise JudgeError(msg)
-    return text, usage
+    return _Reply(text=text, cut_off=cut_off, usage=usage)

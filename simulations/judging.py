@@ -23,13 +23,15 @@ N_RATINGS: Final = 3
 _N_RESAMPLES: Final = 2000
 _LOWEST: Final = 0.0
 _HIGHEST: Final = 10.0
-_NUMBER: Final = r"(\d+(?:\.\d+)?)"
+_NUMBER: Final = r"(-?\d+(?:\.\d*)?)"
 _FIRST_LINE: Final = re.compile(rf"{_NUMBER}\s*[,/]?\s+{_NUMBER}|{_NUMBER}\s*[,/]\s*{_NUMBER}")
-_LAST_PAIR: Final = re.compile(
+_PAIR: Final = re.compile(
     rf"\(\s*{_NUMBER}\s*,\s*{_NUMBER}\s*\)"
     rf"|^Assistant 1:\s*{_NUMBER}\b[^\n]*\n+Assistant 2:\s*{_NUMBER}\b",
     re.MULTILINE,
 )
+_N_LAST_LINES: Final = 2
+"""Where scores of mathematics end: all that are recorded do, with at most a remark after them."""
 _CHARS_SHOWN: Final = 80
 
 
@@ -165,48 +167,54 @@ class Comparison:
         return self.own / self.rival
 
 
-def parse_scores(text: str, subject: Subject) -> tuple[float, float]:
+def parse_scores(text: str, subject: Subject, *, cut_off: bool = False) -> tuple[float, float]:
     """The two scores of a review.
 
     | subject | where the scores stand |
     | --- | --- |
-    | general, coding | alone on the first line: `9 8.5`, also `9, 8.5` and `9/8.5` |
-    | math | the last pair `(a, b)`, or lines `Assistant 1: a` and `Assistant 2: b`, of scores |
+    | general, coding | alone on the first line: `9 8.5`, also `9, 8.5`, `9/8.5` and `9 8.` |
+    | math | the last pair `(a, b)`, or lines `Assistant 1: a` and `Assistant 2: b` |
+
+    Of mathematics, the pair ends on one of the last two lines that are not empty.
+
+    Guarantees:
+        1. No pair stands in for another: where the last one is out of range, there are no scores.
+        2. Of a review that was cut off, scores are read only from a first line that is whole.
 
     Args:
         text: The review.
         subject: Of the question.
+        cut_off: Whether the judge had more to say.
 
     Returns:
         The scores of the first and the second answer, 0 to 10.
 
     Raises:
-        JudgeError: They are not where they should be, or out of range.
+        JudgeError: They are not where they should be, out of range, or cut off.
     """
-    line = text.strip().partition("\n")[0].strip()
     if subject is Subject.MATH:
-        pairs = [_scores(found) for found in _LAST_PAIR.finditer(text)]
+        found, where, shown = _last_pair(text), "end", text.strip()[-_CHARS_SHOWN:]
     else:
-        found = _FIRST_LINE.fullmatch(line)
-        pairs = [] if found is None else [_scores(found)]
-    known = [pair for pair in pairs if all(_LOWEST <= score <= _HIGHEST for score in pair)]
-    if known:
-        return known[-1]
-    where, shown = (
-        ("end", text.strip()[-_CHARS_SHOWN:])
-        if subject is Subject.MATH
-        else (
-            "first line",
-            line[:_CHARS_SHOWN],
-        )
-    )
-    msg = f"two scores from 0 to 10 are not at the judge's {where}: {shown!r}"
-    raise JudgeError(msg)
-
-
-def _scores(found: re.Match[str]) -> tuple[float, float]:
-    first, second = (float(number) for number in found.groups() if number is not None)
+        line, newline, _ = text.lstrip().partition("\n")
+        found, where, shown = _FIRST_LINE.fullmatch(line.strip()), "first line", line[:_CHARS_SHOWN]
+        cut_off = cut_off and not newline
+    if cut_off:
+        msg = f"the judge's {where} is cut off by the limit of its tokens: {shown!r}"
+        raise JudgeError(msg)
+    scores = [] if found is None else [float(n) for n in found.groups() if n is not None]
+    if not scores or not all(_LOWEST <= score <= _HIGHEST for score in scores):
+        msg = f"two scores from 0 to 10 are not at the judge's {where}: {shown!r}"
+        raise JudgeError(msg)
+    first, second = scores
     return first, second
+
+
+def _last_pair(text: str) -> re.Match[str] | None:
+    lines = "\n".join(line for line in text.split("\n") if line.strip())
+    pairs = list(_PAIR.finditer(lines))
+    if not pairs or lines.count("\n", pairs[-1].end()) >= _N_LAST_LINES:
+        return None
+    return pairs[-1]
 
 
 def compare(ratings: Sequence[Rating], *, seed: int = 0) -> Comparison:
@@ -268,16 +276,27 @@ def read_questions(path: Path) -> list[Question]:
     """Questions as Vicuna's file has them: `question_id`, `text`, `category` a line.
 
     Raises:
-        JudgeError: The file cannot be read, or a line holds no question.
+        JudgeError: The file cannot be read, holds no question, or holds two with one `question_id`;
+            or a line is none.
     """
-    return [
-        Question(
-            id=str(_field(row, "question_id", path, number)),
+    questions: dict[str, Question] = {}
+    for number, row in _rows(path):
+        name = str(_field(row, "question_id", path, number))
+        if name in questions:
+            msg = (
+                f"{path}, line {number}: there is a question {name} above; remove one, or give it "
+                "a question_id of its own"
+            )
+            raise JudgeError(msg)
+        questions[name] = Question(
+            id=name,
             text=str(_field(row, "text", path, number)),
             category=str(row.get("category", "generic")),
         )
-        for number, row in _rows(path)
-    ]
+    if not questions:
+        msg = f"{path} holds no question: it needs a line with question_id and text for each"
+        raise JudgeError(msg)
+    return list(questions.values())
 
 
 def read_answers(path: Path) -> dict[str, str]:
@@ -323,7 +342,8 @@ def read_prompts(path: Path) -> Prompts:
 
 def _rows(path: Path) -> list[tuple[int, dict[str, object]]]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # Not splitlines: a text of JSON may hold what ends a line elsewhere, such as U+2028.
+        lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         msg = f"cannot read {path}: {error}"
         raise JudgeError(msg) from error

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import Result
 from typer.testing import CliRunner
 
 from simulations.cli import app
@@ -47,6 +48,7 @@ class FakeEndpoint:
 
     say: Callable[[str], str]
     status: list[int] = field(default_factory=list)
+    finish_reason: Callable[[str], str] = lambda _asked: "stop"
     seen: list[dict[str, Any]] = field(default_factory=list)
     headers: list[dict[str, str]] = field(default_factory=list)
     body: bytes | None = None
@@ -71,7 +73,12 @@ def endpoint() -> Iterator[FakeEndpoint]:
                 status = fake.status.pop(0) if fake.status else 200
             text = fake.say(asked["messages"][-1]["content"])
             reply = {
-                "choices": [{"message": {"role": "assistant", "content": text}}],
+                "choices": [
+                    {
+                        "message": {"role": "assistant", "content": text},
+                        "finish_reason": fake.finish_reason(text),
+                    }
+                ],
                 "usage": {"prompt_tokens": 100, "completion_tokens": 20},
             }
             data = json.dumps(reply).encode() if fake.body is None else fake.body
@@ -101,9 +108,15 @@ def judge_at(endpoint: FakeEndpoint, **changes: Any) -> Judge:
     return Judge(endpoint=endpoint.url, model="oracle-1", **{"pause_s": 0.0, **changes})
 
 
-def all_ratings(endpoint: FakeEndpoint, cache: ReviewCache | None = None, **changes: Any):
+def all_ratings(
+    endpoint: FakeEndpoint,
+    cache: ReviewCache | None = None,
+    *,
+    judge: dict[str, Any] | None = None,
+    **changes: Any,
+):
     return play(
-        judge_at(endpoint),
+        judge_at(endpoint, **(judge or {})),
         QUESTIONS,
         OWN,
         RIVAL,
@@ -123,6 +136,8 @@ def all_ratings(endpoint: FakeEndpoint, cache: ReviewCache | None = None, **chan
         ("  7, 6\n", (7.0, 6.0)),
         ("7/6", (7.0, 6.0)),
         ("10 1", (10.0, 1.0)),
+        ("8 7.\nFine.", (8.0, 7.0)),
+        ("8. 7.", (8.0, 7.0)),
     ],
 )
 def test_general_scores_stand_on_the_first_line(text: str, scores: tuple[float, float]) -> None:
@@ -136,7 +151,7 @@ def test_general_scores_stand_on_the_first_line(text: str, scores: tuple[float, 
         ("The points (2, -2) and (10, 4).\nI give (3, 9).", (3.0, 9.0)),
         ("At (10, 4).\nScores:\nAssistant 1: 10\nAssistant 2: 3/10\n\nFine.", (10.0, 3.0)),
         ("Assistant 1: 1 (wrong)\n\nAssistant 2: 7 (right)\nOutput: (1, 7)", (1.0, 7.0)),
-        ("Assistant 1: 1\nAssistant 2: 7\nOn the way from (0, 99).", (1.0, 7.0)),
+        ("Assistant 1: 1.\nAssistant 2: 7.\n\nThe second is better.\n", (1.0, 7.0)),
     ],
 )
 def test_scores_of_mathematics_come_last(text: str, scores: tuple[float, float]) -> None:
@@ -153,11 +168,25 @@ def test_scores_of_mathematics_come_last(text: str, scores: tuple[float, float])
         ("Both are right.", Subject.MATH),
         ("", Subject.MATH),
         ("(12, 40)", Subject.MATH),
+        ("I give (3, 9).\nOn the way from (0, 99).", Subject.MATH),
+        ("I give (3, 9).\nOn the way to (4, -2).", Subject.MATH),
+        ("Assistant 1: 1\nAssistant 2: 7\nOut of 100: (10, 70)", Subject.MATH),
+        ("From (2, 1) to (10, 4).\n\nThe first is right.\n\nThe second is wrong.", Subject.MATH),
     ],
 )
 def test_a_review_without_scores_is_an_error_that_shows_it(text: str, subject: Subject) -> None:
     with pytest.raises(JudgeError, match="two scores from 0 to 10"):
         parse_scores(text, subject)
+
+
+def test_a_review_that_was_cut_off_has_scores_only_on_a_whole_first_line() -> None:
+    assert parse_scores("10 1\nThe fir", Subject.CODING, cut_off=True) == (10.0, 1.0)
+    for text, subject in (
+        ("10 1", Subject.GENERAL),
+        ("(1, 2) and (3, 4), so the slope", Subject.MATH),
+    ):
+        with pytest.raises(JudgeError, match="is cut off"):
+            parse_scores(text, subject, cut_off=True)
 
 
 def test_recorded_reviews_give_their_recorded_scores(data_dir: Path) -> None:
@@ -221,7 +250,7 @@ def test_a_busy_endpoint_is_asked_again(endpoint: FakeEndpoint) -> None:
         (401, b'{"error": "no key"}', "answered 401"),
         (200, b"<html>", "no chat completion"),
         (200, b'{"choices": []}', "no chat completion"),
-        (200, b'{"choices": [{"message": {"content": null}}]}', "without text"),
+        (200, b'{"choices": [{"message": {"content": 7}}]}', "without text"),
     ],
 )
 def test_a_refusal_is_told_at_once(endpoint, status: int, body: bytes, says: str) -> None:
@@ -237,9 +266,101 @@ def test_an_endpoint_that_is_not_there_is_told() -> None:
         play(judge, QUESTIONS, OWN, RIVAL, prompts=OWN_PROMPTS, cache=ReviewCache(None))
 
 
-def test_a_review_that_cannot_be_read_names_its_question(endpoint: FakeEndpoint) -> None:
-    endpoint.say = lambda asked: "I like both." if "Sort a list" in asked else fair_review(asked)
-    with pytest.raises(JudgeError, match="question 2: "):
+def unreadable_first(n: int) -> Callable[[str], str]:
+    """The first `n` reviews of the list that are asked for hold no scores."""
+    left = iter(range(n))
+
+    def say(asked: str) -> str:
+        mute = "Sort a list" in asked and next(left, None) is not None
+        return "I like both." if mute else fair_review(asked)
+
+    return say
+
+
+def test_a_review_that_cannot_be_read_is_asked_for_again(endpoint: FakeEndpoint) -> None:
+    endpoint.say = unreadable_first(2)
+    match = all_ratings(endpoint, judge={"n_parallel": 1})
+    assert (len(match.ratings), match.n_unreadable, match.n_from_cache) == (18, 0, 0)
+    assert len(endpoint.seen) == match.usage.n_requests == 20
+
+
+def test_what_stays_unreadable_is_left_out_and_counted(endpoint, tmp_path: Path) -> None:
+    endpoint.say = unreadable_first(3)
+    path = tmp_path / "reviews.jsonl"
+    with reviews_in(path) as cache:
+        match = all_ratings(endpoint, cache, n_ratings=4, judge={"n_parallel": 1})
+    assert (len(match.ratings), match.n_unreadable, match.left_out) == (23, 1, ())
+    assert compare(match.ratings).n_questions == 3
+    assert "I like both." not in path.read_text()
+    with reviews_in(path) as cache:
+        again = all_ratings(endpoint, cache, n_ratings=4)
+    assert (len(again.ratings), again.n_unreadable, again.n_from_cache) == (24, 0, 23)
+
+
+def test_a_question_without_a_rating_in_one_order_is_left_out_and_named(endpoint) -> None:
+    endpoint.say = unreadable_first(3)
+    questions = [
+        QUESTIONS[1],
+        *(Question(id=str(n), text="Why?", category="generic") for n in range(10, 20)),
+    ]
+    own, rival = ({q.id: f"{whose} answer" for q in questions} for whose in ("own", "rival"))
+    match = play(
+        judge_at(endpoint, n_parallel=1),
+        questions,
+        own,
+        rival,
+        prompts=OWN_PROMPTS,
+        cache=ReviewCache(None),
+        n_ratings=1,
+    )
+    assert (len(match.ratings), match.n_unreadable, match.left_out) == (20, 1, ("2",))
+    assert compare(match.ratings).n_questions == 10
+
+
+def test_too_many_unreadable_reviews_end_with_what_one_said(endpoint, tmp_path: Path) -> None:
+    endpoint.say = unreadable_first(1000)
+    path = tmp_path / "reviews.jsonl"
+    with (
+        reviews_in(path) as cache,
+        pytest.raises(JudgeError, match=r"1 of 18 .* 5% .*question 2: .*'I like both\.'"),
+    ):
+        all_ratings(endpoint, cache)
+    assert "I like both." not in path.read_text()
+    endpoint.say = fair_review
+    with reviews_in(path) as cache:
+        assert len(all_ratings(endpoint, cache).ratings) == 18
+
+
+def test_an_unreadable_review_that_an_earlier_version_kept_is_asked_for(
+    endpoint, tmp_path: Path
+) -> None:
+    path = tmp_path / "reviews.jsonl"
+    with reviews_in(path) as cache:
+        all_ratings(endpoint, cache)
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows[4]["text"] = "I like both."
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for n_known in (17, 18):
+        with reviews_in(path) as cache:
+            match = all_ratings(endpoint, cache)
+        assert (len(match.ratings), match.n_from_cache) == (18, n_known)
+
+
+def test_mathematics_that_was_cut_off_is_not_read(endpoint: FakeEndpoint) -> None:
+    cut = iter(["(1, 2) and (3, 4), so the slope"])
+    endpoint.say = lambda asked: (
+        next(cut, fair_review(asked)) if "2 + 2" in asked else fair_review(asked)
+    )
+    endpoint.finish_reason = lambda text: "stop" if "it is" in text else "length"
+    match = all_ratings(endpoint)
+    assert (len(match.ratings), len(endpoint.seen)) == (18, 19)
+    assert (1.0, 2.0) not in {(r.first, r.second) for r in match.ratings}
+    assert (3.0, 4.0) not in {(r.first, r.second) for r in match.ratings}
+
+
+def test_a_completion_without_text_is_an_unreadable_review(endpoint: FakeEndpoint) -> None:
+    endpoint.body = b'{"choices": [{"message": {"content": null}}]}'
+    with pytest.raises(JudgeError, match="cannot be read"):
         all_ratings(endpoint)
 
 
@@ -363,32 +484,116 @@ def test_the_judges_own_prompts_are_read_from_fastchats_file(data_dir: Path) -> 
     assert "{" not in text
 
 
+# Questions
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("", "holds no question"),
+        (
+            '{"question_id": 1, "text": "a"}\n\n{"question_id": "1", "text": "c"}',
+            "line 3: there is a question 1 above",
+        ),
+    ],
+)
+def test_questions_are_there_and_each_has_an_id_of_its_own(
+    tmp_path: Path, text: str, says: str
+) -> None:
+    path = tmp_path / "questions.jsonl"
+    path.write_text(text)
+    with pytest.raises(JudgeError, match=says):
+        read_questions(path)
+
+
+def test_a_text_may_hold_what_ends_a_line_elsewhere(tmp_path: Path) -> None:
+    path = tmp_path / "answers.jsonl"
+    row = {"question_id": "1", "text": "a\u2028b\u0085c"}
+    path.write_text(json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert read_answers(path) == {"1": "a\u2028b\u0085c"}
+
+
 # The command
 
 
-def test_the_command_prints_the_papers_columns(
-    endpoint: FakeEndpoint, tmp_path: Path, monkeypatch
-) -> None:
-    monkeypatch.setenv("COLUMNS", "160")
-    files = {"own": OWN, "rival": RIVAL}
-    for name, answers in files.items():
+Command = Callable[..., Result]
+
+
+@pytest.fixture
+def command(endpoint: FakeEndpoint, tmp_path: Path, monkeypatch) -> Command:
+    """`sheepfold-sim judge` on files that are there: own, rival, a/answers, b/answers."""
+    monkeypatch.setenv("COLUMNS", "200")
+    for name in ("own", "rival", "a/answers", "b/answers"):
+        path = tmp_path / f"{name}.jsonl"
+        path.parent.mkdir(exist_ok=True)
+        answers = OWN if name == "own" else RIVAL
         rows = [{"question_id": key, "text": text} for key, text in answers.items()]
-        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    rows = [{"question_id": q.id, "text": q.text, "category": q.category} for q in QUESTIONS]
-    (tmp_path / "questions.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    out = tmp_path / "found.json"
-    result = CliRunner().invoke(
-        app,
-        [
-            *("judge", str(tmp_path / "own.jsonl"), "--against", str(tmp_path / "rival.jsonl")),
-            *("--questions", str(tmp_path / "questions.jsonl"), "--endpoint", endpoint.url),
-            *("--model", "oracle-1", "--cache", str(tmp_path / "reviews.jsonl")),
-            *("--prompt-price", "10", "--completion-price", "30", "--json", str(out)),
-        ],
-    )
+        path.write_text("\n".join(map(json.dumps, rows)))
+
+    def invoke(*flags: str, against: tuple[str, ...], n_questions: int = 3) -> Result:
+        rows = [{"question_id": q.id, "text": q.text, "category": q.category} for q in QUESTIONS]
+        (tmp_path / "questions.jsonl").write_text("\n".join(map(json.dumps, rows[:n_questions])))
+        rivals = [flag for name in against for flag in ("--against", str(tmp_path / name))]
+        return CliRunner().invoke(
+            app,
+            [
+                *("judge", str(tmp_path / "own.jsonl"), *rivals, "--model", "oracle-1"),
+                *("--questions", str(tmp_path / "questions.jsonl"), "--endpoint", endpoint.url),
+                *(
+                    "--cache",
+                    str(tmp_path / "reviews.jsonl"),
+                    "--json",
+                    str(tmp_path / "found.json"),
+                ),
+                *flags,
+            ],
+        )
+
+    return invoke
+
+
+def test_the_command_prints_the_papers_columns(command: Command, tmp_path: Path) -> None:
+    result = command("--prompt-price", "10", "--completion-price", "30", against=("rival.jsonl",))
     assert result.exit_code == 0, result.output
-    found = json.loads(out.read_text())
+    found = json.loads((tmp_path / "found.json").read_text())
     assert found["against"]["rival"]["relative"] == pytest.approx(8 / 6)
+    assert found["against"]["rival"]["n_unreadable"] == 0
     assert found["cost"] == pytest.approx(0.0288)
-    assert "1.333" in result.output
+    assert "1.333 ± 0.000" in result.output
     assert "3 / 0 / 0" in result.output
+
+
+def test_the_command_counts_what_is_unreadable(endpoint, command: Command, tmp_path: Path) -> None:
+    endpoint.say = unreadable_first(3)
+    result = command("--ratings", "4", "--parallel", "1", against=("rival.jsonl",))
+    assert result.exit_code == 0, result.output
+    found = json.loads((tmp_path / "found.json").read_text())["against"]["rival"]
+    assert (found["n_unreadable"], found["n_ratings"], found["left_out"]) == (1, 23, [])
+    (row,) = (line for line in result.output.splitlines() if "3 / 0 / 0" in line)
+    assert row.rstrip(" │").endswith(" 1")
+
+
+def test_one_question_has_no_standard_error(command: Command, tmp_path: Path) -> None:
+    result = command(against=("rival.jsonl",), n_questions=1)
+    assert result.exit_code == 0, result.output
+    assert "1.333 ± –" in result.output
+    assert (
+        json.loads((tmp_path / "found.json").read_text())["against"]["rival"]["std_error"] is None
+    )
+
+
+def test_rivals_of_one_name_are_told_apart_by_their_folders(command, tmp_path: Path) -> None:
+    result = command(against=("a/answers.jsonl", "b/answers.jsonl", "rival.jsonl"))
+    assert result.exit_code == 0, result.output
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert list(found["against"]) == ["a/answers", "b/answers", "rival"]
+
+
+def test_a_rival_that_is_named_twice_is_refused_before_anything_is_asked(
+    endpoint: FakeEndpoint, command: Command
+) -> None:
+    result = command(against=("a/answers.jsonl", "a/answers.jsonl"))
+    assert result.exit_code == 2
+    assert "rename one" in result.output
+    assert command(against=("a/answers.jsonl", "none.jsonl")).exit_code == 1
+    assert endpoint.seen == []
