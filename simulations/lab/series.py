@@ -9,11 +9,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from simulations.errors import ExperimentError
+from aggregator_server.errors import ServerError
+from edge_agent.errors import AgentError
+from privacy.errors import PrivacyError
+from protocol.errors import ProtocolError
+from simulations.errors import ExperimentError, PartitionError
+from simulations.lab import engines
 from simulations.lab.data import prepare_data
-from simulations.lab.experiment import Experiment
+from simulations.lab.engines import Engine
+from simulations.lab.experiment import DataSection, Experiment
 from simulations.lab.records import Arm
 from simulations.lab.run import Request
+from simulations.lab.terms import make_terms
+from simulations.lab.visits import Setup
 
 Setting = str | float | int | None
 
@@ -108,6 +116,40 @@ def attacks(
             for name in names
         ]
     return _members(experiment, points, experiment.seeds)
+
+
+def check(members: Sequence[Member], engine: Engine) -> None:
+    """Find out before the first run whether there can be a federation, and records, for each.
+
+    Each point once; federations of those on the first one's base, as loading another takes long.
+
+    Args:
+        members: At least one.
+        engine: Whose base it is.
+
+    Raises:
+        ExperimentError: There cannot; it says which, and why.
+        EngineError: A worker died.
+        QuantError: The base cannot be loaded.
+    """
+    first = members[0].request.experiment
+    section = first.base
+    base = engines.describe(
+        engine,
+        Setup(model=section.model, revision=section.revision, device=first.engine.device),
+    )
+    prepared: set[DataSection] = set()
+    for label, member in {member.label: member for member in members}.items():
+        request, experiment = member.request, member.request.experiment
+        try:
+            if experiment.base == section:
+                make_terms(experiment, base, arm=request.arm, seed=request.seed)
+            if experiment.data not in prepared:
+                prepare_data(experiment.data, seed=request.seed)
+                prepared.add(experiment.data)
+        except (AgentError, PartitionError, PrivacyError, ProtocolError, ServerError) as error:
+            msg = f"{label}: {error}"
+            raise ExperimentError(msg) from error
 
 
 def _members(
