@@ -4,6 +4,7 @@ import io
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib import image
+from matplotlib.figure import Figure
 from pyarrow import csv, parquet
 from rich.console import Console
 
 from simulations.errors import OutputError
 from simulations.lab.records import EndNote, Measure
+from simulations.lab.report import surface_figure
 from simulations.lab.report.surface import Surface, SweepPoint, pareto_front
 from simulations.lab.report.surface_figure import draw_surface
 
@@ -213,6 +216,71 @@ def test_it_is_drawn(surface: Surface, tmp_path: Path) -> None:
     pixels = image.imread(tmp_path / "surface.png")
     assert pixels.shape[0] > 400
     assert len(np.unique(pixels)) > 10
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
+    """The figures that would be written."""
+    found: list[Figure] = []
+    monkeypatch.setattr(surface_figure, "write_png", lambda figure, _: found.append(figure))
+    return found
+
+
+def best_lines(figure: Figure) -> dict[str, tuple[list[float], list[float]]]:
+    return {
+        str(line.get_label()): (list(line.get_xdata()), list(line.get_ydata()))
+        for line in figure.axes[0].get_lines()
+        if str(line.get_label()).startswith("best at")
+    }
+
+
+def test_each_profile_has_a_line_of_its_own_to_what_is_best(
+    make_point: Callable[..., SweepPoint], drawn: list[Figure]
+) -> None:
+    points = [
+        make_point(3.0, 1.0, unit="example", rank=4),
+        make_point(2.8, 4.0, unit="example", rank=4),
+        make_point(2.5, 2.0, unit="agent", rank=4, profile="P2"),  # better, of another thing
+        make_point(2.9, 8.0, unit="agent", rank=4, profile="P2"),
+        make_point(2.0, None, unit="none", rank=4),
+    ]
+    draw_surface(Surface.of(points), Path("surface.png"))
+    lines = best_lines(drawn[0])
+    assert lines["best at this ε or less, P1"][1] == pytest.approx([3.0, 2.8, 2.0])
+    assert lines["best at this ε or less, P2"][1] == pytest.approx([2.5, 2.5, 2.0])
+    assert lines["best at this ε or less, P2"][0][:2] == [2.0, 8.0]
+    draw_surface(Surface.of(points[:2]), Path("surface.png"))
+    assert set(best_lines(drawn[1])) == {"best at this ε or less"}
+
+
+def test_points_of_one_epsilon_and_utility_stand_side_by_side(
+    make_point: Callable[..., SweepPoint], drawn: list[Figure]
+) -> None:
+    points = [
+        make_point(3.0, epsilon, masking=masking)
+        for epsilon in (2.0, 8.0, None)
+        for masking in ("off", "cells")
+    ]
+    draw_surface(Surface.of(points), Path("surface.png"))
+    at = {
+        round(float(x), 6)
+        for one in drawn[0].axes[0].collections
+        for x, _ in np.asarray(one.get_offsets())
+        if x > 0.0
+    }
+    assert len(at) == 6
+    assert all(min(abs(math.log(x / tick)) for tick in (2.0, 8.0, 20.0)) < 0.1 for x in at)
+
+
+def test_an_unfinished_run_does_not_make_epsilon_a_setting_beside_itself(
+    make_point: Callable[..., SweepPoint], drawn: list[Figure]
+) -> None:
+    points = [make_point(3.0, epsilon, rank=rank) for epsilon in (2.0, 8.0) for rank in (4, 8)]
+    part = make_point(4.0, 5.0, rank=16, ended=False)  # has spent 5 of its 8 so far
+    points.append(replace(part, settings={"federation.epsilon": 8.0, "rank": 16}))
+    draw_surface(Surface.of(points), Path("surface.png"))
+    _, labels = drawn[0].axes[0].get_legend_handles_labels()
+    assert [one for one in labels if "=" in one] == ["rank = 4", "rank = 8", "rank = 16"]
 
 
 @pytest.mark.parametrize("epsilons", [(None,), (0.0, None), (2.0,), tuple(range(1, 20))])
