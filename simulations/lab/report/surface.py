@@ -26,6 +26,15 @@ Setting = str | float | int | None
 UNPROTECTED: Final = "P0"
 _TABLE: Final = "surface"
 _MARK: Final = "◆"
+_TITLE: Final = "Newest releases, average over categories, mean ± standard deviation over seeds"
+_REMARKS: Final = (
+    f"{_MARK}: no other row is at least as good in this measure, ε and bytes, and better in one",
+    (
+        "bytes: bodies of messages, up and down, per agent; of masked rounds those of the masked "
+        "vectors, without the messages of keys and shares"
+    ),
+    "ε: spent by the agent that took part most often, the largest of all seeds",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,11 +149,8 @@ class Surface:
             box=SIMPLE_HEAD,
             pad_edge=False,
             padding=(0, 1, 0, 0),
-            title="Newest releases, average over categories, mean ± standard deviation over seeds",
-            caption=(
-                f"{_MARK}: no other row is at least as good in this measure, ε and bytes, and "
-                "better in one; bytes: up and down, per agent"
-            ),
+            title=_TITLE,
+            caption="\n".join(escaped(line) for line in self._remarks()),
             caption_justify="left",
         )
         heads, rows = self._cells()
@@ -159,7 +165,8 @@ class Surface:
     def markdown(self) -> str:
         """The same as Markdown."""
         heads, rows = self._cells()
-        return markdown_table(heads, rows, left=heads[: len(self.axes())]) + "\n"
+        shown = markdown_table(heads, rows, left=heads[: len(self.axes())])
+        return "\n".join([shown, "", *(f"- {line}" for line in (_TITLE, *self._remarks()))]) + "\n"
 
     def as_json(self) -> dict[str, Any]:
         """All numbers for programs; no differential privacy is `"epsilon": null`."""
@@ -218,6 +225,11 @@ class Surface:
             OutputError: They cannot be written.
         """
         return write_table(RunFolder(folder), folder / _TABLE, self.arrow())
+
+    def _remarks(self) -> list[str]:
+        """What the columns are, and what is promised of each ε: never one without δ and unit."""
+        promised = dict.fromkeys(row.guarantee for row in self.rows)
+        return [*_REMARKS, *(f"promised: {guarantee}" for guarantee in promised)]
 
     def _cells(self) -> tuple[list[str], list[list[str]]]:
         measures = self.measures

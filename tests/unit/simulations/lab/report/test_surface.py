@@ -74,6 +74,7 @@ def make_point(
         n_bytes: int = 4000,
         profile: str = "P1",
         ended: bool = True,
+        guarantee: str = "no formal guarantee (profile P0): ε = ∞",
         **settings: Any,
     ) -> SweepPoint:
         roots = {}
@@ -86,7 +87,7 @@ def make_point(
             ]
             name = "-".join(str(value) for value in (*settings.values(), epsilon, seed))
             promised = "P0" if epsilon is None else profile
-            roots[seed] = make_run(name, notes, seed=seed, profile=promised)
+            roots[seed] = make_run(name, notes, seed=seed, profile=promised, guarantee=guarantee)
         return SweepPoint(settings={"federation.epsilon": epsilon, **settings}, roots=roots)
 
     return make
@@ -202,6 +203,27 @@ def test_tables_mark_the_front(surface: Surface) -> None:
     console.print(surface.table())
     assert isinstance(console.file, io.StringIO)
     assert "3.000 ± 0.141 ◆" in console.file.getvalue()
+
+
+def test_tables_say_what_their_columns_are_and_what_is_promised(
+    make_point: Callable[..., SweepPoint],
+) -> None:
+    promised = {epsilon: f"ε ≤ {epsilon} at δ = 1e-05 for each example" for epsilon in (1.0, 8.0)}
+    points = [
+        make_point(3.0, epsilon, rank=rank, guarantee=promised[epsilon])
+        for epsilon in (1.0, 8.0)
+        for rank in (4, 8)
+    ]
+    found = Surface.of([*points, make_point(2.0, None, rank=4)])
+    console = Console(file=io.StringIO(), width=400)
+    console.print(found.table())
+    assert isinstance(console.file, io.StringIO)
+    for text in (found.markdown(), " ".join(console.file.getvalue().split())):
+        for said in (*promised.values(), "no formal guarantee (profile P0): ε = ∞"):
+            assert text.count(said) == 1
+        assert "◆: no other row is at least as good" in text
+        assert "mean ± standard deviation over seeds" in text
+        assert "those of the masked vectors, without the messages of keys and shares" in text
 
 
 def test_json_has_no_infinity(surface: Surface) -> None:
