@@ -1,5 +1,6 @@
 """A sweep as a surface: what settings give in utility, privacy and traffic, and which are best."""
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -22,7 +23,7 @@ from simulations.lab.report.tables import write_table
 if TYPE_CHECKING:
     import pyarrow as pa
 
-Setting = str | float | int | None
+Setting = str | float | int | list[Any] | None
 UNPROTECTED: Final = "P0"
 _TABLE: Final = "surface"
 _MARK: Final = "◆"
@@ -289,7 +290,12 @@ def setting_text(value: Setting) -> str:
     """A setting as tables and figures show it."""
     if value is None:
         return "none"
-    return f"{value:g}" if isinstance(value, float) else plain(str(value))
+    return f"{value:g}" if isinstance(value, float) else plain(_as_text(value))
+
+
+def _as_text(value: Setting) -> str:
+    """Text as it is, all else as JSON, as in the experiment."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def _row(point: SweepPoint) -> SurfaceRow:
@@ -365,8 +371,8 @@ def _column(values: Sequence[Setting]) -> "pa.Array":
     known = [value for value in values if value is not None]
     if known and all(isinstance(value, bool) for value in known):
         return pa.array(values, pa.bool_())
-    if any(isinstance(value, str | bool) for value in known) or not known:
-        texts = [None if value is None else str(value) for value in values]
+    if any(isinstance(value, str | bool | list) for value in known) or not known:
+        texts = [None if value is None else _as_text(value) for value in values]
         return pa.array(texts, pa.string())
     if all(isinstance(value, int) for value in known):
         return pa.array(values, pa.int64())

@@ -194,6 +194,23 @@ def test_a_setting_has_the_type_that_holds_all_its_values(
     assert Surface.of(points).arrow().schema.field("key").type == kind
 
 
+def test_a_setting_that_is_a_list_is_written_as_json(
+    make_point: Callable[..., SweepPoint], tmp_path: Path
+) -> None:
+    modules = (["q_proj"], ["q_proj", "v_proj"], None)
+    points = [
+        make_point(2.0 + place, 1.0, place=place, target_modules=value)
+        for place, value in enumerate(modules)
+    ]
+    found = Surface.of(points)
+    paths = found.write(tmp_path)
+    texts = ['["q_proj"]', '["q_proj", "v_proj"]', None]
+    assert parquet.read_table(paths[0]).column("target_modules").to_pylist() == texts
+    assert csv.read_csv(paths[1]).num_rows == 3
+    assert r'| \["q_proj", "v_proj"\] |' in found.markdown()
+    draw_surface(found, tmp_path / "surface.png")
+
+
 def test_tables_mark_the_front(surface: Surface) -> None:
     lines = surface.markdown().splitlines()
     assert lines[0].startswith("| epsilon | rank | seeds | held-out loss | exact match, % | ε |")
