@@ -1,6 +1,7 @@
 """`sheepfold-sim run`, `compare`, `sweep`, `attack`, `report`: the laboratory's experiments."""
 
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -319,22 +320,38 @@ def _run_all(
     root: Path, members: "Sequence[Member]", wishes: _Wishes, experiment: "Experiment"
 ) -> None:
     from quant.quiet import quiet_libraries
-    from simulations.lab.display import RunDisplay
+    from simulations.lab.display import RunDisplay, SeriesPace
     from simulations.lab.run import run as run_one
 
     quiet_libraries()
+    pace = SeriesPace(members, ended=[_has_ended(root / member.folder) for member in members])
     engine = wishes.engine(experiment)
     try:
         for number, member in enumerate(members, start=1):
             title = member.label
             if len(members) > 1:
                 title = f"[{number} of {len(members)}] {member.label}, seed {member.request.seed}"
-            folder = root / member.folder
-            with RunDisplay(console, title) as display:
+            folder, begun = root / member.folder, time.monotonic()
+            with RunDisplay(
+                console,
+                title,
+                every=member.request.experiment.evaluation.every,
+                usual_s=pace.usual_s(member),
+                later_s=pace.later_s(number),
+            ) as display:
                 run_one(folder, member.request, engine, display)
             _write_report(folder)
+            if display.was_run_whole:
+                pace.ran(member, time.monotonic() - begun)
     finally:
         engine.close()
+
+
+def _has_ended(folder: Path) -> bool:
+    from simulations.lab.folder import RunFolder
+    from simulations.lab.report.history import History
+
+    return RunFolder(folder).is_begun and History.read(folder).end is not None
 
 
 def _write_report(folder: Path) -> None:
