@@ -1,5 +1,6 @@
 """`sheepfold-sim run`, `compare`, `sweep`, `attack`, `report`: the laboratory's experiments."""
 
+import difflib
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -16,7 +17,7 @@ from rich.console import Console
 from protocol.blocks import FilterRule
 from simulations.attacks.catalogue import UpdateAttack
 from simulations.cli_shared import console, write_json
-from simulations.errors import OutputError, SimulationError
+from simulations.errors import ExperimentError, OutputError, SimulationError
 from simulations.lab.records import Arm
 
 if TYPE_CHECKING:
@@ -265,10 +266,24 @@ def report(
 
 
 def _path_of(name: str) -> Path:
-    """A file of the user's, or an experiment that comes with Sheepfold."""
-    path = Path(name)
-    shipped = Path(str(files("simulations.experiments") / f"{name}.toml"))
-    return shipped if not path.is_file() and shipped.exists() else path
+    """A file of the user's, or an experiment that comes with Sheepfold.
+
+    Raises:
+        ExperimentError: There is neither.
+    """
+    path, folder = Path(name), Path(str(files("simulations.experiments")))
+    shipped = {one.stem: one for one in sorted(folder.glob("*.toml"))}
+    if path.is_file() or (path.exists() and name not in shipped):
+        return path
+    if name not in shipped:
+        near = difflib.get_close_matches(path.stem, shipped, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        msg = (
+            f"there is no file {name!r} and no experiment of that name; {hint}"
+            f"Those that come along: {', '.join(shipped)}"
+        )
+        raise ExperimentError(msg)
+    return shipped[name]
 
 
 def _pair(text: str) -> tuple[str, object]:

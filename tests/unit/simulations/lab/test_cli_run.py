@@ -9,7 +9,7 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from simulations.cli import app
-from simulations.errors import EngineError, OutputError
+from simulations.errors import EngineError, ExperimentError, OutputError
 from simulations.lab import run as lab_run
 from simulations.lab.engines import Engine
 from simulations.lab.experiment import Experiment
@@ -36,6 +36,7 @@ def lab(
     path = tmp_path / "small.toml"
     path.write_text(small.as_toml(), encoding="utf-8")
     monkeypatch.setattr("simulations.cli_run._Wishes.engine", lambda *_: fake)
+    monkeypatch.setattr("simulations.cli_run._write_report", lambda _: None)  # takes seconds
 
     def go(*words: str, error: BaseException | None = None, at: int = 0) -> Result:
         asked: list[Request] = []
@@ -120,3 +121,42 @@ def test_a_report_of_a_series_names_its_runs(lab: Callable[..., Result], tmp_pat
     assert one.exit_code == 0
     none = CliRunner().invoke(app, ["report", str(tmp_path / "nowhere")])
     assert "holds no run" in str(none.exception)
+
+
+def test_a_series_that_is_whole_is_not_run_again(
+    lab: Callable[..., Result], tmp_path: Path
+) -> None:
+    assert lab(*SWEEP).exit_code == 0
+    first = (tmp_path / "out" / "surface.json").read_text()
+    assert len(json.loads(first)["rows"]) == 2
+    again = lab(*SWEEP)
+    assert again.exit_code == 0
+    assert "round" not in again.stderr
+    assert (tmp_path / "out" / "surface.json").read_text() == first
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("fedti", "did you mean 'fedit'?"),
+        ("dolly.tml", "did you mean 'dolly'?"),
+        ("zzz", "name; Th"),
+    ],
+)
+def test_an_experiment_that_there_is_not_gets_the_names_of_those_that_there_are(
+    name: str, hint: str
+) -> None:
+    found = CliRunner().invoke(app, ["run", name, "--show"])
+    assert isinstance(found.exception, ExperimentError)
+    assert hint in str(found.exception)
+    assert "dolly, fedit, flexlora, privacy" in str(found.exception)
+
+
+def test_a_file_of_ones_own_goes_before_an_experiment_of_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "privacy").write_text('name = "mine"')
+    (tmp_path / "fedit").mkdir()  # a folder is no experiment
+    for name, said in (("privacy", 'name = "mine"'), ("fedit", 'name = "fedit"')):
+        assert said in CliRunner().invoke(app, ["run", name, "--show"]).stdout
