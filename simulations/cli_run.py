@@ -1,8 +1,12 @@
 """`sheepfold-sim run`, `compare`, `sweep`, `attack`, `report`: the laboratory's experiments."""
 
+import difflib
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,6 +17,7 @@ from rich.console import Console
 from protocol.blocks import FilterRule
 from simulations.attacks.catalogue import UpdateAttack
 from simulations.cli_shared import console, write_json
+from simulations.errors import ExperimentError, OutputError, SimulationError
 from simulations.lab.records import Arm
 
 if TYPE_CHECKING:
@@ -182,26 +187,13 @@ def compare(
     json_path: Json = None,
 ) -> None:
     """The paper's comparison: base, clients alone, all in one place, the federation; every seed."""
-    from simulations.lab.report.comparison import Comparison
-    from simulations.lab.report.comparison_figure import draw_relative_scores
     from simulations.lab.series import arms
 
     wishes = _Wishes(model, data, pairs, workers, ray, group, device, real)
     experiment = wishes.experiment(name)
     root = _root(out, experiment)
     members = arms(experiment, seeds=_seeds(seeds, experiment))
-    _run_all(root, members, wishes, experiment)
-    found = Comparison.of(
-        [root / member.folder for member in members], labels=[member.label for member in members]
-    )
-    shown = console if json_path == "-" else Console()
-    shown.print(found.table())
-    (root / "comparison.md").write_text(found.markdown(), encoding="utf-8")
-    write_json(found.as_json(), str(root / "comparison.json"))
-    draw_relative_scores(found, root / "comparison.png")
-    shown.print(f"Figure: {root / 'comparison.png'}", highlight=False, soft_wrap=True)
-    if json_path is not None:
-        write_json(found.as_json(), json_path)
+    _run_series(root, members, wishes, experiment, partial(_comparison, root, json_path=json_path))
 
 
 def sweep(
@@ -226,8 +218,7 @@ def sweep(
     experiment = wishes.experiment(name)
     root = _root(out, experiment)
     members = points(experiment, seeds=_seeds(seeds, experiment))
-    _run_all(root, members, wishes, experiment)
-    _surface(root, members, json_path)
+    _run_series(root, members, wishes, experiment, partial(_surface, root, json_path=json_path))
 
 
 def attack(
@@ -262,23 +253,37 @@ def attack(
         share=share,
         filters=[rule.value for rule in rules],
     )
-    _run_all(root, members, wishes, experiment)
-    _surface(root, members, json_path)
+    _run_series(root, members, wishes, experiment, partial(_surface, root, json_path=json_path))
 
 
 def report(
     folder: Annotated[Path, typer.Argument(help="A run's folder.")], *, json_path: Json = None
 ) -> None:
     """Write a run's page, figures and tables anew from its journal, finished or not."""
+    _refuse_series(folder)
     _write_report(folder)
     _tell(folder, json_path)
 
 
 def _path_of(name: str) -> Path:
-    """A file of the user's, or an experiment that comes with Sheepfold."""
-    path = Path(name)
-    shipped = Path(str(files("simulations.experiments") / f"{name}.toml"))
-    return shipped if not path.is_file() and shipped.exists() else path
+    """A file of the user's, or an experiment that comes with Sheepfold.
+
+    Raises:
+        ExperimentError: There is neither.
+    """
+    path, folder = Path(name), Path(str(files("simulations.experiments")))
+    shipped = {one.stem: one for one in sorted(folder.glob("*.toml"))}
+    if path.is_file() or (path.exists() and name not in shipped):
+        return path
+    if name not in shipped:
+        near = difflib.get_close_matches(path.stem, shipped, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        msg = (
+            f"there is no file {name!r} and no experiment of that name; {hint}"
+            f"Those that come along: {', '.join(shipped)}"
+        )
+        raise ExperimentError(msg)
+    return shipped[name]
 
 
 def _pair(text: str) -> tuple[str, object]:
@@ -313,22 +318,93 @@ def _run_all(
     root: Path, members: "Sequence[Member]", wishes: _Wishes, experiment: "Experiment"
 ) -> None:
     from quant.quiet import quiet_libraries
-    from simulations.lab.display import RunDisplay
+    from simulations.lab.display import RunDisplay, SeriesPace
     from simulations.lab.run import run as run_one
 
     quiet_libraries()
+    pace = SeriesPace(members, ended=[_has_ended(root / member.folder) for member in members])
     engine = wishes.engine(experiment)
     try:
         for number, member in enumerate(members, start=1):
             title = member.label
             if len(members) > 1:
                 title = f"[{number} of {len(members)}] {member.label}, seed {member.request.seed}"
-            folder = root / member.folder
-            with RunDisplay(console, title) as display:
+            folder, begun = root / member.folder, time.monotonic()
+            with RunDisplay(
+                console,
+                title,
+                every=member.request.experiment.evaluation.every,
+                usual_s=pace.usual_s(member),
+                later_s=pace.later_s(number),
+            ) as display:
                 run_one(folder, member.request, engine, display)
             _write_report(folder)
+            if display.was_run_whole:
+                pace.ran(member, time.monotonic() - begun)
     finally:
         engine.close()
+
+
+def _run_series(
+    root: Path,
+    members: "Sequence[Member]",
+    wishes: _Wishes,
+    experiment: "Experiment",
+    show: Callable[["Sequence[Member]"], None],
+) -> None:
+    """Run all, and show what came of them: of as many as there are, where an error ends it early.
+
+    Raises:
+        BaseException: That error, whatever can be shown.
+    """
+    try:
+        _run_all(root, members, wishes, experiment)
+    except BaseException:  # Ctrl-C is one: hours of runs are worth their table
+        with suppress(SimulationError):  # why the series ended is what must be told
+            there = [member for member in members if _is_measured(root, member)]
+            if there:
+                told = f"Ended early: this is of {len(there)} of {len(members)} runs."
+                console.print(told, highlight=False)
+                show(there)
+        raise
+    show(members)
+
+
+def _is_measured(root: Path, member: "Member") -> bool:
+    """Whether a member's folder holds that very run, and it has anything to show."""
+    from simulations.lab.folder import RunFolder
+    from simulations.lab.report.history import History
+
+    folder, request = root / member.folder, member.request
+    if not RunFolder(folder).is_begun:
+        return False
+    history = History.read(folder)
+    card = history.card
+    found = (card.experiment_sha256, card.arm, card.client, card.seed)
+    wanted = (request.experiment.digest(), request.arm, request.client, request.seed)
+    return found == wanted and bool(history.measures)
+
+
+def _refuse_series(folder: Path) -> None:
+    from simulations.lab.folder import RunFolder
+
+    below = sorted(one for level in ("*", "*/*") for one in folder.glob(level))
+    runs = [str(one.relative_to(folder)) for one in below if RunFolder(one).is_begun]
+    if runs and not RunFolder(folder).is_begun:
+        more = f" and {len(runs) - 5} more" if len(runs) > 5 else ""
+        msg = (
+            f"{folder} holds a series of {len(runs)} runs, each with a report of its own "
+            f"({', '.join(runs[:5])}{more}); name one of them, or give the series' command again, "
+            "which writes its table anew"
+        )
+        raise OutputError(msg)
+
+
+def _has_ended(folder: Path) -> bool:
+    from simulations.lab.folder import RunFolder
+    from simulations.lab.report.history import History
+
+    return RunFolder(folder).is_begun and History.read(folder).end is not None
 
 
 def _write_report(folder: Path) -> None:
@@ -356,7 +432,24 @@ def _tell(root: Path, json_path: str | None) -> None:
         write_json(found.as_json(), json_path)
 
 
-def _surface(root: Path, members: "Sequence[Member]", json_path: str | None) -> None:
+def _comparison(root: Path, members: "Sequence[Member]", *, json_path: str | None) -> None:
+    from simulations.lab.report.comparison import Comparison
+    from simulations.lab.report.comparison_figure import draw_relative_scores
+
+    found = Comparison.of(
+        [root / member.folder for member in members], labels=[member.label for member in members]
+    )
+    shown = console if json_path == "-" else Console()
+    shown.print(found.table())
+    (root / "comparison.md").write_text(found.markdown(), encoding="utf-8")
+    write_json(found.as_json(), str(root / "comparison.json"))
+    if json_path is not None:
+        write_json(found.as_json(), json_path)
+    draw_relative_scores(found, root / "comparison.png")
+    shown.print(f"Figure: {root / 'comparison.png'}", highlight=False, soft_wrap=True)
+
+
+def _surface(root: Path, members: "Sequence[Member]", *, json_path: str | None) -> None:
     from simulations.lab.report.surface import Surface, SweepPoint
     from simulations.lab.report.surface_figure import draw_surface
 
@@ -373,7 +466,7 @@ def _surface(root: Path, members: "Sequence[Member]", json_path: str | None) -> 
     (root / "surface.md").write_text(found.markdown(), encoding="utf-8")
     told: dict[str, Any] = found.as_json()
     write_json(told, str(root / "surface.json"))
-    draw_surface(found, root / "surface.png")
-    shown.print(f"Figure: {root / 'surface.png'}", highlight=False, soft_wrap=True)
     if json_path is not None:
         write_json(told, json_path)
+    draw_surface(found, root / "surface.png")
+    shown.print(f"Figure: {root / 'surface.png'}", highlight=False, soft_wrap=True)

@@ -2,7 +2,9 @@
 
 A relative score holds a model against the one that was trained on all records in one place,
 seed by seed: score ÷ centralised's score, and for losses centralised's loss ÷ loss. So 1 is as good
-as all data in one place, and higher is better, whatever the measure.
+as all data in one place, and higher is better, whatever the measure. It is over the very seeds that
+the score is over, or there is none: a mean without the seeds in which centralised scores 0 would be
+of those that happened to be in the model's favour.
 
 Source: arXiv 2305.05644, section 4.2. Its relative scores are of GPT-4's marks, ours of loss, exact
 match and ROUGE-L; the kinds of numbers differ and do not compare.
@@ -32,7 +34,7 @@ _PAPER: Final = (
 )
 _RELATIVE: Final = (
     "÷ centralised: score ÷ centralised’s, for losses centralised’s ÷ the model’s, paired by seed; "
-    "1 is as good as all data in one place, higher is better"
+    "1 is as good as all data in one place, higher is better; –: not in every seed is there a ratio"
 )
 _ORDER: Final = (Arm.BASE, Arm.LOCAL, Arm.FEDERATED, Arm.CENTRALISED)
 
@@ -42,18 +44,22 @@ class Scores:
     """One measure of one model.
 
     Attributes:
-        average: Over categories, which count alike; None: of no seed.
-        by_category: Those that have a number.
+        average: Over categories, which count alike; None: of no seed, or of not every seed.
+        by_category: The same of those that were measured.
     """
 
     average: Spread | None
-    by_category: Mapping[str, Spread]
+    by_category: Mapping[str, Spread | None]
 
     def as_json(self) -> dict[str, Any]:
-        """Both; null where there is no average."""
+        """Both; null where there is no number."""
+
+        def told(found: Spread | None) -> dict[str, Any] | None:
+            return None if found is None else found.as_json()
+
         return {
-            "average": None if self.average is None else self.average.as_json(),
-            "by_category": {name: found.as_json() for name, found in self.by_category.items()},
+            "average": told(self.average),
+            "by_category": {name: told(found) for name, found in self.by_category.items()},
         }
 
 
@@ -65,7 +71,8 @@ class Comparison:
         labels: Of the groups, base first and centralised last.
         measures: Those that any run has.
         scores: Of the newest release that each run measured, by label.
-        relative: To the centralised run of the same seed, by label; without one: nothing.
+        relative: To the centralised run of the same seed, by label, of the seeds of `scores` or
+            None; without any centralised run: nothing.
         reference: The label of the centralised runs; None: there are none.
         arms: By label.
         learning_rates: Of a run's first step, by label; of those that have closed a round.
@@ -303,23 +310,26 @@ def _held_against(yardsticks: Mapping[int, History]) -> _Transform:
 
 
 def _scores(group: Mapping[int, History], measure: Measure, transform: _Transform) -> Scores:
-    average: dict[int, float] = {}
-    by_category: dict[str, dict[int, float]] = {}
+    average: dict[int, float | None] = {}
+    by_category: dict[str, dict[int, float | None]] = {}
     for seed, history in sorted(group.items()):
         last = history.last(measure)
         if last is None:
             continue
-        whole = transform(seed, measure, None, history.average(measure, last))
-        if whole is not None:
-            average[seed] = whole
+        average[seed] = transform(seed, measure, None, history.average(measure, last))
         for name, score in history.by_category(measure, last).items():
-            part = transform(seed, measure, name, score)
-            if part is not None:
-                by_category.setdefault(name, {})[seed] = part
+            of_name = by_category.setdefault(name, {})
+            of_name[seed] = transform(seed, measure, name, score)
     return Scores(
-        average=Spread(by_seed=average) if average else None,
-        by_category={name: Spread(by_seed=by_category[name]) for name in sorted(by_category)},
+        average=_spread(average),
+        by_category={name: _spread(by_category[name]) for name in sorted(by_category)},
     )
+
+
+def _spread(by_seed: Mapping[int, float | None]) -> Spread | None:
+    """Over all of these seeds, or None: never over some of them."""
+    known = {seed: value for seed, value in by_seed.items() if value is not None}
+    return Spread(by_seed=known) if known and len(known) == len(by_seed) else None
 
 
 def _check(groups: Mapping[str, Mapping[int, History]]) -> None:

@@ -312,26 +312,26 @@ def draw_bytes(history: History) -> "Figure | None":
     figure = new_figure(11, 3.4)
     rounds, total = figure.subplots(1, 2)
     divisor, unit = bytes_unit(max(up.max(), down.max()))
-    for said, values, colour, place in (
-        ("up: updates", up / divisor, BLUE, -0.2),
-        ("down: releases", down / divisor, ORANGE, 0.2),
+    # An update is as large as a release, so one line may lie on the other: the lower one is wide.
+    for said, values, colour, place, width in (
+        ("up: updates", up / divisor, BLUE, -0.2, 5.0),
+        ("down: releases", down / divisor, ORANGE, 0.2, 1.8),
     ):
         if len(numbers) <= _FEW_POINTS:
             rounds.bar(numbers + place, values, 0.4, color=colour, label=said, linewidth=0)
         else:
-            rounds.step(numbers, values, where="mid", color=colour, label=said, linewidth=1.0)
+            rounds.step(numbers, values, where="mid", color=colour, label=said, linewidth=width)
     rounds.set_ylim(0)
     rounds.set_ylabel(f"{unit} in the round", fontsize=9)
     divisor, unit = bytes_unit(up.sum() + down.sum())
     series = (
-        ("up", up, BLUE, "-"),
-        ("down", down, ORANGE, "-"),
-        ("both", up + down, "black", "--"),
+        ("up", up, BLUE, "-", 5.0),
+        ("down", down, ORANGE, "-", 1.8),
+        ("both", up + down, "black", "--", 1.2),
     )
-    for said, values, colour, line in series:
-        total.plot(
-            [0, *numbers], [0.0, *(np.cumsum(values) / divisor)], line, color=colour, label=said
-        )
+    for said, values, colour, line, width in series:
+        so_far = [0.0, *(np.cumsum(values) / divisor)]
+        total.plot([0, *numbers], so_far, line, color=colour, label=said, linewidth=width)
     total.set_ylabel(f"{unit} so far", fontsize=9)
     total.set_ylim(0)
     for axes in (rounds, total):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from edge_agent.plain_text import plain, shown
 from simulations.lab.folder import RunFolder
-from simulations.lab.records import AnswerNote, Arm, Cryptography, Fate, Measure, RoundNote
+from simulations.lab.records import AnswerNote, Arm, Cryptography, Fate, Measure, RoundNote, RunCard
 from simulations.lab.report.drawing import (
     AVERAGE,
     MEASURE_NAMES,
@@ -50,7 +50,7 @@ _ROUND_HEADS: Final = (
 )
 
 
-def write_report(root: Path, *, command: str | None = None) -> Path:
+def write_report(root: Path) -> Path:
     """Write a run's page, `report.html`, and its figures as files under `figures/`.
 
     Guarantees:
@@ -58,10 +58,11 @@ def write_report(root: Path, *, command: str | None = None) -> Path:
         2. Text of records, categories, errors and the experiment is shown as text, whatever is in
            it.
         3. A run that is not finished says so, and how far it came.
+        4. The command that it shows, given in the run's folder, runs this very run again: its arm,
+           client, seed and group size.
 
     Args:
         root: The run's folder.
-        command: How to run it again; None: the folder's experiment with `sheepfold-sim run`.
 
     Returns:
         The page.
@@ -73,17 +74,16 @@ def write_report(root: Path, *, command: str | None = None) -> Path:
     folder = RunFolder(root)
     drawings = draw_all(history)
     save_figures(folder, drawings)
-    folder.write(folder.report, make_page(history, drawings, command=command).encode())
+    folder.write(folder.report, make_page(history, drawings).encode())
     return folder.report
 
 
-def make_page(history: History, drawings: Sequence[Drawing], *, command: str | None = None) -> str:
+def make_page(history: History, drawings: Sequence[Drawing]) -> str:
     """The page itself.
 
     Args:
         history: The run.
         drawings: Its figures.
-        command: How to run it again; None: the folder's experiment with `sheepfold-sim run`.
     """
     card = history.card
     client = f", client {card.client}" if card.client is not None else ""
@@ -112,7 +112,7 @@ def make_page(history: History, drawings: Sequence[Drawing], *, command: str | N
         },
         failures=_failures(history),
         answers=_answers(history.answers),
-        command=plain(command or "sheepfold-sim run experiment.toml --out again"),
+        command=_command(card),
         digests=_digests(history),
         experiment=_experiment(history.root),
     )
@@ -151,6 +151,15 @@ def _facts(history: History) -> list[tuple[str, str]]:
         ("versions", versions),
     ]
     return [(name, plain(value)) for name, value in facts]
+
+
+def _command(card: RunCard) -> str:
+    """What runs it again. An experiment does not say whose run it was, nor what `auto` chose."""
+    who = [f"--arm {card.arm.value}"]
+    if card.client is not None:
+        who.append(f"--client {card.client}")
+    what = f"{' '.join(who)} --seed {card.seed} --group {card.group_size}"
+    return f"sheepfold-sim run experiment.toml {what} --out again"
 
 
 def _digests(history: History) -> list[tuple[str, str]]:

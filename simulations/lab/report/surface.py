@@ -1,5 +1,6 @@
 """A sweep as a surface: what settings give in utility, privacy and traffic, and which are best."""
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -22,10 +23,19 @@ from simulations.lab.report.tables import write_table
 if TYPE_CHECKING:
     import pyarrow as pa
 
-Setting = str | float | int | None
+Setting = str | float | int | list[Any] | None
 UNPROTECTED: Final = "P0"
 _TABLE: Final = "surface"
 _MARK: Final = "◆"
+_TITLE: Final = "Newest releases, average over categories, mean ± standard deviation over seeds"
+_REMARKS: Final = (
+    f"{_MARK}: no other row is at least as good in this measure, ε and bytes, and better in one",
+    (
+        "bytes: bodies of messages, up and down, per agent; of masked rounds those of the masked "
+        "vectors, without the messages of keys and shares"
+    ),
+    "ε: spent by the agent that took part most often, the largest of all seeds",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,11 +150,8 @@ class Surface:
             box=SIMPLE_HEAD,
             pad_edge=False,
             padding=(0, 1, 0, 0),
-            title="Newest releases, average over categories, mean ± standard deviation over seeds",
-            caption=(
-                f"{_MARK}: no other row is at least as good in this measure, ε and bytes, and "
-                "better in one; bytes: up and down, per agent"
-            ),
+            title=_TITLE,
+            caption="\n".join(escaped(line) for line in self._remarks()),
             caption_justify="left",
         )
         heads, rows = self._cells()
@@ -159,7 +166,8 @@ class Surface:
     def markdown(self) -> str:
         """The same as Markdown."""
         heads, rows = self._cells()
-        return markdown_table(heads, rows, left=heads[: len(self.axes())]) + "\n"
+        shown = markdown_table(heads, rows, left=heads[: len(self.axes())])
+        return "\n".join([shown, "", *(f"- {line}" for line in (_TITLE, *self._remarks()))]) + "\n"
 
     def as_json(self) -> dict[str, Any]:
         """All numbers for programs; no differential privacy is `"epsilon": null`."""
@@ -219,6 +227,11 @@ class Surface:
         """
         return write_table(RunFolder(folder), folder / _TABLE, self.arrow())
 
+    def _remarks(self) -> list[str]:
+        """What the columns are, and what is promised of each ε: never one without δ and unit."""
+        promised = dict.fromkeys(row.guarantee for row in self.rows)
+        return [*_REMARKS, *(f"promised: {guarantee}" for guarantee in promised)]
+
     def _cells(self) -> tuple[list[str], list[list[str]]]:
         measures = self.measures
         names = [measure_heading(one) for one in measures]
@@ -277,7 +290,12 @@ def setting_text(value: Setting) -> str:
     """A setting as tables and figures show it."""
     if value is None:
         return "none"
-    return f"{value:g}" if isinstance(value, float) else plain(str(value))
+    return f"{value:g}" if isinstance(value, float) else plain(_as_text(value))
+
+
+def _as_text(value: Setting) -> str:
+    """Text as it is, all else as JSON, as in the experiment."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def _row(point: SweepPoint) -> SurfaceRow:
@@ -353,8 +371,8 @@ def _column(values: Sequence[Setting]) -> "pa.Array":
     known = [value for value in values if value is not None]
     if known and all(isinstance(value, bool) for value in known):
         return pa.array(values, pa.bool_())
-    if any(isinstance(value, str | bool) for value in known) or not known:
-        texts = [None if value is None else str(value) for value in values]
+    if any(isinstance(value, str | bool | list) for value in known) or not known:
+        texts = [None if value is None else _as_text(value) for value in values]
         return pa.array(texts, pa.string())
     if all(isinstance(value, int) for value in known):
         return pa.array(values, pa.int64())

@@ -31,6 +31,7 @@ _UNITS: Final = {
     "P2": "for each agent (profile P2)",
     "P3": "for each agent, against the public only (profile P3)",
 }
+_BEST_LINES: Final = ("--", ":", "-.")
 _MOST_TICKS: Final = 8
 _SMALLEST, _LARGEST = 30.0, 200.0
 _LEAST_EPSILON: Final = 1e-3
@@ -41,7 +42,8 @@ def draw_surface(surface: Surface, path: Path) -> None:
 
     A point is a combination of settings, with its standard deviation over seeds. Size: bytes per
     agent. Colour and shape: the first two settings that vary and are not ε under another name. A
-    ring: on the Pareto front of utility, ε and bytes. The line: the best utility at an ε or less.
+    ring: on the Pareto front of utility, ε and bytes. A line for each profile, as their ε are of
+    different things: the best utility at an ε or less.
 
     Args:
         surface: With at least one row that was measured.
@@ -56,10 +58,13 @@ def draw_surface(surface: Surface, path: Path) -> None:
         raise OutputError(msg)
     places, ticks = _places(surface.rows)
     looks = _Looks(surface)
+    aside = _aside(surface, places)
     figure = new_figure(5.4 * len(measures) + 0.6, 5.2)
     grid = figure.subplots(1, len(measures), squeeze=False)[0]
     for axes, measure in zip(grid, measures, strict=True):
-        _draw_points(axes, surface, measure, places, looks)
+        _draw_best(axes, surface.rows, measure, places)
+        beside = [place * factor for place, factor in zip(places, aside, strict=True)]
+        _draw_points(axes, surface, measure, beside, looks)
         axes.set_xscale("log")
         axes.minorticks_off()
         axes.set_xticks(list(ticks), list(ticks.values()))
@@ -93,6 +98,25 @@ def _places(rows: Sequence[SurfaceRow]) -> tuple[list[float], dict[float, str]]:
     if any(row.profile == UNPROTECTED for row in rows):
         ticks[far] = "no DP"
     return places, ticks
+
+
+def _aside(surface: Surface, places: Sequence[float]) -> list[float]:
+    """What places are multiplied by, so that points of one ε do not cover each other.
+
+    Masked and open rounds spend the same and learn the same, so that only the last one drawn would
+    be seen. Each combination of settings but ε has a shift of its own, the same at every ε.
+    """
+    rows = surface.rows
+    free = [name for name in surface.axes() if not _is_epsilon(rows, name)]
+    who = [tuple(_text(row, name) for name in free) for row in rows]
+    order = {one: number for number, one in enumerate(dict.fromkeys(who))}
+    stops = np.log(sorted(set(places)))
+    if len(order) < 2 or len(set(places)) == len(places):
+        return [1.0] * len(rows)
+    span = stops[-1] - stops[0] if len(stops) > 1 else 1.0
+    gap = np.diff(stops).min(initial=span)
+    step = min(0.03 * span, 0.5 * gap / len(order))
+    return [float(np.exp(step * (order[one] - (len(order) - 1) / 2))) for one in who]
 
 
 def _axis_name(rows: Sequence[SurfaceRow]) -> str:
@@ -183,7 +207,8 @@ def _colours(values: Sequence[str]) -> dict[str, str]:
 
 def _is_epsilon(rows: Sequence[SurfaceRow], name: str) -> bool:
     """Whether a setting says the same as ε: each value has one, and each ε one value."""
-    pairs = {(_text(row, name), row.epsilon) for row in rows}
+    whole = [row for row in rows if not row.n_unfinished] or rows  # a part is not spent yet
+    pairs = {(_text(row, name), row.epsilon) for row in whole}
     return len({text for text, _ in pairs}) == len(pairs) == len({spent for _, spent in pairs})
 
 
@@ -196,7 +221,6 @@ def _draw_points(
         for place, row in zip(places, surface.rows, strict=True)
         if measure in row.utility
     ]
-    _draw_best(axes, shown, measure)
     for place, row in sorted(shown, key=lambda one: -(one[1].n_bytes_per_agent or 0.0)):
         found = row.utility[measure]
         mean = factor * found.mean
@@ -235,22 +259,28 @@ def _draw_points(
     )
 
 
-def _draw_best(axes: "Axes", shown: Sequence[tuple[float, SurfaceRow]], measure: Measure) -> None:
-    """The best that an ε or less gives, whatever it sends."""
-    known = sorted(
-        (place, cost[0]) for place, row in shown if (cost := row.cost(measure)) is not None
-    )
-    if len({place for place, _ in known}) < 2:
-        return
-    best = np.minimum.accumulate([cost for _, cost in known])
+def _draw_best(
+    axes: "Axes", rows: Sequence[SurfaceRow], measure: Measure, places: Sequence[float]
+) -> None:
+    """The best that an ε or less gives in each profile, whatever it sends."""
+    profiles = sorted({row.profile for row in rows} - {UNPROTECTED})
     sign = 1.0 if measure.lower_is_better else -1.0
-    axes.step(
-        [place for place, _ in known],
-        scale(measure) * sign * best,
-        where="post",
-        color="black",
-        linewidth=0.9,
-        linestyle="--",
-        label="best at this ε or less",
-        zorder=1,
-    )
+    for number, profile in enumerate(profiles):
+        known = sorted(
+            (place, cost[0])
+            for place, row in zip(places, rows, strict=True)
+            if row.profile in {profile, UNPROTECTED} and (cost := row.cost(measure)) is not None
+        )
+        if len({place for place, _ in known}) < 2:
+            continue
+        best = np.minimum.accumulate([cost for _, cost in known])
+        axes.step(
+            [place for place, _ in known],
+            scale(measure) * sign * best,
+            where="post",
+            color="black",
+            linewidth=0.9,
+            linestyle=_BEST_LINES[number % len(_BEST_LINES)],
+            label="best at this ε or less" + (f", {profile}" if len(profiles) > 1 else ""),
+            zorder=1,
+        )

@@ -10,10 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 from matplotlib import image
+from matplotlib.figure import Figure
 from rich.console import Console
 
 from simulations.errors import OutputError
 from simulations.lab.records import Arm, EndNote, Measure
+from simulations.lab.report import comparison_figure
 from simulations.lab.report.comparison import PAPER_RELATIVE_SCORE, Comparison
 from simulations.lab.report.comparison_figure import draw_relative_scores
 
@@ -62,6 +64,14 @@ def roots(make_arm: Callable[..., Path]) -> list[Path]:
 
 
 @pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
+    """The figures that would be written."""
+    found: list[Figure] = []
+    monkeypatch.setattr(comparison_figure, "write_png", lambda figure, _: found.append(figure))
+    return found
+
+
+@pytest.fixture
 def comparison(roots: list[Path]) -> Comparison:
     return Comparison.of(roots)
 
@@ -78,6 +88,7 @@ def test_scores_are_means_over_seeds_of_averages_over_categories(comparison: Com
     assert found.average is not None
     assert found.average.by_seed == {1: 5.0, 2: 5.0}
     assert (found.average.mean, found.average.std) == (5.0, 0.0)
+    assert found.by_category["a"] is not None
     assert found.by_category["a"].std == pytest.approx(statistics.stdev([6.0, 5.0]))
     alone = comparison.scores["local 0"][Measure.LOSS].average
     assert alone is not None
@@ -92,6 +103,7 @@ def test_relative_losses_are_the_other_way_round_and_paired_by_seed(
     assert found.average is not None
     assert found.average.by_seed == {1: 3.0 / 4.0, 2: 2.0 / 4.0}
     assert found.average.mean == pytest.approx(0.625)
+    assert found.by_category["a"] is not None
     assert found.by_category["a"].by_seed == {1: 3.0 / 4.0, 2: 2.0 / 5.0}
     itself = comparison.relative["centralised"][Measure.LOSS].average
     assert itself is not None
@@ -103,8 +115,27 @@ def test_relative_scores_are_the_model_s_by_centralised_s(comparison: Comparison
     assert found.average is not None
     # Of averages over categories, not averages of ratios.
     assert found.average.by_seed == pytest.approx({1: 0.3 / 0.5, 2: 0.5 / 0.25})
-    # Where all data in one place scores nothing, nothing can be held against it.
-    assert found.by_category["b"].by_seed == {1: 1.0}
+
+
+def test_a_relative_score_is_over_every_seed_of_the_model_or_there_is_none(
+    make_arm: Callable[..., Path], comparison: Comparison, drawn: list[Figure]
+) -> None:
+    # In seed 2 all data in one place scores nothing in b: seed 1 alone would tell half the truth.
+    assert comparison.relative["federated"][Measure.EXACT_MATCH].by_category["b"] is None
+    found = comparison.as_json()["relative"]["federated"]["exact_match"]["by_category"]
+    assert found["a"]["mean"] == pytest.approx((0.4 / 0.8 + 0.5 / 0.5) / 2)
+    assert found["b"] is None
+    rows = comparison.markdown().split("### Exact match, ÷ centralised")[1].splitlines()
+    assert next(row for row in rows if row.startswith("| b |")).split(" | ")[4] == "–"
+    draw_relative_scores(comparison, Path("relative.png"))
+    bars = {bar.get_label(): len(bar) for bar in drawn[0].axes[1].containers if len(bar)}
+    assert bars["federated"] == 2  # a and the average
+
+    third = Comparison.of(
+        [*(make_arm(Arm.FEDERATED, seed) for seed in (5, 6)), make_arm(Arm.CENTRALISED, 5)]
+    )
+    assert third.relative["federated"][Measure.LOSS].average is None
+    assert third.relative["centralised"][Measure.LOSS].average is not None
 
 
 def test_json_has_no_nan_and_the_paper_s_number_with_its_measure(comparison: Comparison) -> None:

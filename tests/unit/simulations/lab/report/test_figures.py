@@ -8,11 +8,19 @@ from typing import Any
 import numpy as np
 import pytest
 from matplotlib import image
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
 from simulations.errors import OutputError
 from simulations.lab.records import Arm, EndNote, Fate, Measure, Note
-from simulations.lab.report.drawing import bytes_text, label, time_text
+from simulations.lab.report.drawing import (
+    BLUE,
+    ORANGE,
+    as_png,
+    bytes_text,
+    label,
+    time_text,
+)
 from simulations.lab.report.figures import (
     draw_all,
     draw_bytes,
@@ -137,6 +145,21 @@ def test_bytes_are_cumulated(finished_run: Path) -> None:
     assert figure is not None
     assert lines(figure, 1)["up"] == ([0.0, 1.0, 2.0, 3.0], [0.0, 2.0, 6.0, 12.0])
     assert lines(figure, 1)["both"][1] == [0.0, 3.0, 9.0, 18.0]
+
+
+@pytest.mark.parametrize("n_rounds", [5, 60])
+def test_bytes_up_and_down_are_both_seen_where_they_are_equal(
+    make_run: Callable[..., Path], make_round: Callable[..., Any], n_rounds: int
+) -> None:
+    rounds = [make_round(n, bytes_up=2000, bytes_down=2000) for n in range(1, n_rounds + 1)]
+    figure = draw_bytes(History.read(make_run("equal", rounds, n_rounds=n_rounds)))
+    assert figure is not None
+    for axes in figure.axes:
+        axes.get_legend().remove()
+    pixels = image.imread(io.BytesIO(as_png(figure)), format="png")[..., :3]
+    for half in (pixels[:, : pixels.shape[1] // 2], pixels[:, pixels.shape[1] // 2 :]):
+        for colour in (BLUE, ORANGE):
+            assert (np.abs(half - to_rgb(colour)).max(axis=2) < 0.02).sum() > 300
 
 
 def test_epsilon_stands_under_the_words_of_its_guarantee(

@@ -8,11 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
+from simulations import cli_run
+from simulations.cli import app
 from simulations.errors import OutputError
 from simulations.lab.folder import RunFolder
 from simulations.lab.records import AnswerNote, Arm, Cryptography, EndNote, Fate, Note
 from simulations.lab.report.page import sample_answers, write_report
+from simulations.lab.series import Member
 
 ATTACK = '<script>alert(1)</script><img src="https://evil.example/x.png" onerror=alert(2)>'
 CELLS = {"td", "th", "li", "h1", "p", "pre"}
@@ -224,7 +228,7 @@ def test_text_of_records_is_shown_and_never_obeyed(
         "attack", notes, guarantee=ATTACK, machine=ATTACK, engine=ATTACK, versions={ATTACK: ATTACK}
     )
     (root / "experiment.toml").write_text(f'description = "{ATTACK}"')
-    page = Page(write_report(root, command=ATTACK))
+    page = Page(write_report(root))
     assert not page.of("script")
     assert all(one["src"].startswith("data:image/png") for one in page.of("img"))
     assert "<script>" not in page.source
@@ -258,12 +262,35 @@ def test_answers_are_of_all_categories_in_turn() -> None:
 
 def test_it_says_how_to_run_it_again(finished_run: Path) -> None:
     assert write_report(finished_run) == finished_run / "report.html"
-    assert "sheepfold-sim run experiment.toml" in Page(finished_run / "report.html").text
-    page = Page(write_report(finished_run, command="sheepfold-sim run paper.toml --seed 1"))
-    assert "sheepfold-sim run paper.toml --seed 1" in page.cells
+    page = Page(finished_run / "report.html")
+    told = "sheepfold-sim run experiment.toml --arm federated --seed 1 --group 2 --out again"
+    assert told in page.cells
     for digest in ("11" * 32, "22" * 32, "33" * 32, "44" * 32, "ab" * 32):
         assert digest in page.text
     assert 'name = "paper"' in page.text
+
+
+@pytest.mark.parametrize(
+    ("arm", "client"), [(Arm.FEDERATED, None), (Arm.CENTRALISED, None), (Arm.LOCAL, 7)]
+)
+def test_the_command_that_it_shows_asks_for_this_very_run(
+    make_run: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    arm: Arm,
+    client: int | None,
+) -> None:
+    root = make_run("again", [], arm=arm, client=client, seed=3, group_size=4)
+    text = next(
+        cell for cell in Page(write_report(root)).cells if cell.startswith("sheepfold-sim run ")
+    )
+    asked: list[Member] = []
+    monkeypatch.setattr(cli_run, "_run_all", lambda root, members, *_: asked.extend(members))
+    monkeypatch.setattr(cli_run, "_tell", lambda *_: None)
+    monkeypatch.chdir(root)
+    CliRunner().invoke(app, text.split()[1:], catch_exceptions=False)
+    (request,) = (member.request for member in asked)
+    assert (request.arm, request.client, request.seed) == (arm, client, 3)
+    assert request.experiment.engine.group == 4
 
 
 def test_it_is_written_again_as_the_run_goes_on(

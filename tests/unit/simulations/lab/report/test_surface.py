@@ -4,6 +4,7 @@ import io
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib import image
+from matplotlib.figure import Figure
 from pyarrow import csv, parquet
 from rich.console import Console
 
 from simulations.errors import OutputError
 from simulations.lab.records import EndNote, Measure
+from simulations.lab.report import surface_figure
 from simulations.lab.report.surface import Surface, SweepPoint, pareto_front
 from simulations.lab.report.surface_figure import draw_surface
 
@@ -71,6 +74,7 @@ def make_point(
         n_bytes: int = 4000,
         profile: str = "P1",
         ended: bool = True,
+        guarantee: str = "no formal guarantee (profile P0): ε = ∞",
         **settings: Any,
     ) -> SweepPoint:
         roots = {}
@@ -83,7 +87,7 @@ def make_point(
             ]
             name = "-".join(str(value) for value in (*settings.values(), epsilon, seed))
             promised = "P0" if epsilon is None else profile
-            roots[seed] = make_run(name, notes, seed=seed, profile=promised)
+            roots[seed] = make_run(name, notes, seed=seed, profile=promised, guarantee=guarantee)
         return SweepPoint(settings={"federation.epsilon": epsilon, **settings}, roots=roots)
 
     return make
@@ -190,6 +194,23 @@ def test_a_setting_has_the_type_that_holds_all_its_values(
     assert Surface.of(points).arrow().schema.field("key").type == kind
 
 
+def test_a_setting_that_is_a_list_is_written_as_json(
+    make_point: Callable[..., SweepPoint], tmp_path: Path
+) -> None:
+    modules = (["q_proj"], ["q_proj", "v_proj"], None)
+    points = [
+        make_point(2.0 + place, 1.0, place=place, target_modules=value)
+        for place, value in enumerate(modules)
+    ]
+    found = Surface.of(points)
+    paths = found.write(tmp_path)
+    texts = ['["q_proj"]', '["q_proj", "v_proj"]', None]
+    assert parquet.read_table(paths[0]).column("target_modules").to_pylist() == texts
+    assert csv.read_csv(paths[1]).num_rows == 3
+    assert r'| \["q_proj", "v_proj"\] |' in found.markdown()
+    draw_surface(found, tmp_path / "surface.png")
+
+
 def test_tables_mark_the_front(surface: Surface) -> None:
     lines = surface.markdown().splitlines()
     assert lines[0].startswith("| epsilon | rank | seeds | held-out loss | exact match, % | ε |")
@@ -199,6 +220,27 @@ def test_tables_mark_the_front(surface: Surface) -> None:
     console.print(surface.table())
     assert isinstance(console.file, io.StringIO)
     assert "3.000 ± 0.141 ◆" in console.file.getvalue()
+
+
+def test_tables_say_what_their_columns_are_and_what_is_promised(
+    make_point: Callable[..., SweepPoint],
+) -> None:
+    promised = {epsilon: f"ε ≤ {epsilon} at δ = 1e-05 for each example" for epsilon in (1.0, 8.0)}
+    points = [
+        make_point(3.0, epsilon, rank=rank, guarantee=promised[epsilon])
+        for epsilon in (1.0, 8.0)
+        for rank in (4, 8)
+    ]
+    found = Surface.of([*points, make_point(2.0, None, rank=4)])
+    console = Console(file=io.StringIO(), width=400)
+    console.print(found.table())
+    assert isinstance(console.file, io.StringIO)
+    for text in (found.markdown(), " ".join(console.file.getvalue().split())):
+        for said in (*promised.values(), "no formal guarantee (profile P0): ε = ∞"):
+            assert text.count(said) == 1
+        assert "◆: no other row is at least as good" in text
+        assert "mean ± standard deviation over seeds" in text
+        assert "those of the masked vectors, without the messages of keys and shares" in text
 
 
 def test_json_has_no_infinity(surface: Surface) -> None:
@@ -213,6 +255,71 @@ def test_it_is_drawn(surface: Surface, tmp_path: Path) -> None:
     pixels = image.imread(tmp_path / "surface.png")
     assert pixels.shape[0] > 400
     assert len(np.unique(pixels)) > 10
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
+    """The figures that would be written."""
+    found: list[Figure] = []
+    monkeypatch.setattr(surface_figure, "write_png", lambda figure, _: found.append(figure))
+    return found
+
+
+def best_lines(figure: Figure) -> dict[str, tuple[list[float], list[float]]]:
+    return {
+        str(line.get_label()): (list(line.get_xdata()), list(line.get_ydata()))
+        for line in figure.axes[0].get_lines()
+        if str(line.get_label()).startswith("best at")
+    }
+
+
+def test_each_profile_has_a_line_of_its_own_to_what_is_best(
+    make_point: Callable[..., SweepPoint], drawn: list[Figure]
+) -> None:
+    points = [
+        make_point(3.0, 1.0, unit="example", rank=4),
+        make_point(2.8, 4.0, unit="example", rank=4),
+        make_point(2.5, 2.0, unit="agent", rank=4, profile="P2"),  # better, of another thing
+        make_point(2.9, 8.0, unit="agent", rank=4, profile="P2"),
+        make_point(2.0, None, unit="none", rank=4),
+    ]
+    draw_surface(Surface.of(points), Path("surface.png"))
+    lines = best_lines(drawn[0])
+    assert lines["best at this ε or less, P1"][1] == pytest.approx([3.0, 2.8, 2.0])
+    assert lines["best at this ε or less, P2"][1] == pytest.approx([2.5, 2.5, 2.0])
+    assert lines["best at this ε or less, P2"][0][:2] == [2.0, 8.0]
+    draw_surface(Surface.of(points[:2]), Path("surface.png"))
+    assert set(best_lines(drawn[1])) == {"best at this ε or less"}
+
+
+def test_points_of_one_epsilon_and_utility_stand_side_by_side(
+    make_point: Callable[..., SweepPoint], drawn: list[Figure]
+) -> None:
+    points = [
+        make_point(3.0, epsilon, masking=masking)
+        for epsilon in (2.0, 8.0, None)
+        for masking in ("off", "cells")
+    ]
+    draw_surface(Surface.of(points), Path("surface.png"))
+    at = {
+        round(float(x), 6)
+        for one in drawn[0].axes[0].collections
+        for x, _ in np.asarray(one.get_offsets())
+        if x > 0.0
+    }
+    assert len(at) == 6
+    assert all(min(abs(math.log(x / tick)) for tick in (2.0, 8.0, 20.0)) < 0.1 for x in at)
+
+
+def test_an_unfinished_run_does_not_make_epsilon_a_setting_beside_itself(
+    make_point: Callable[..., SweepPoint], drawn: list[Figure]
+) -> None:
+    points = [make_point(3.0, epsilon, rank=rank) for epsilon in (2.0, 8.0) for rank in (4, 8)]
+    part = make_point(4.0, 5.0, rank=16, ended=False)  # has spent 5 of its 8 so far
+    points.append(replace(part, settings={"federation.epsilon": 8.0, "rank": 16}))
+    draw_surface(Surface.of(points), Path("surface.png"))
+    _, labels = drawn[0].axes[0].get_legend_handles_labels()
+    assert [one for one in labels if "=" in one] == ["rank = 4", "rank = 8", "rank = 16"]
 
 
 @pytest.mark.parametrize("epsilons", [(None,), (0.0, None), (2.0,), tuple(range(1, 20))])
