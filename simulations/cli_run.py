@@ -320,11 +320,15 @@ def _run_all(
     from quant.quiet import quiet_libraries
     from simulations.lab.display import RunDisplay, SeriesPace
     from simulations.lab.run import run as run_one
+    from simulations.lab.series import check
 
     quiet_libraries()
     pace = SeriesPace(members, ended=[_has_ended(root / member.folder) for member in members])
     engine = wishes.engine(experiment)
+    todo = [member for member in members if not _has_ended(root / member.folder)]
     try:
+        if len(todo) > 1:
+            check(todo, engine)
         for number, member in enumerate(members, start=1):
             title = member.label
             if len(members) > 1:

@@ -34,7 +34,7 @@ _REMARKS: Final = (
         "bytes: bodies of messages, up and down, per agent; of masked rounds those of the masked "
         "vectors, without the messages of keys and shares"
     ),
-    "ε: spent by the agent that took part most often, the largest of all seeds",
+    "ε: the largest that any agent has spent, in any seed",
 )
 
 
@@ -64,6 +64,9 @@ class SurfaceRow:
         profile: What ε is of: P1, P2, P3; P0: nothing is promised.
         guarantee: The same in words, of the first seed.
         n_bytes_per_agent: Up and down, a mean over clients and seeds; None: no round noted it.
+        attacked: In how many rounds attackers sent something made up, and of how many rounds; all
+            seeds together. In the others they were too few for their attack, or not selected. None:
+            nobody attacks.
         n_unfinished: Runs that are not finished. Such a row stands on no front.
         on_front: By measure, whether no other row is at least as good in utility, ε and bytes, and
             better in one of them.
@@ -76,6 +79,7 @@ class SurfaceRow:
     profile: str
     guarantee: str
     n_bytes_per_agent: float | None
+    attacked: tuple[int, int] | None
     n_unfinished: int
     on_front: Mapping[Measure, bool]
 
@@ -181,6 +185,8 @@ class Surface:
                     "profile": row.profile,
                     "guarantee": row.guarantee,
                     "bytes_per_agent": row.n_bytes_per_agent,
+                    "rounds_attacked": None if row.attacked is None else row.attacked[0],
+                    "rounds": None if row.attacked is None else row.attacked[1],
                     "unfinished": row.n_unfinished,
                     "on_front": {one.value: found for one, found in row.on_front.items()},
                 }
@@ -239,6 +245,9 @@ class Surface:
         tails = [name.rpartition(".")[2] for name in axes]
         heads = [*(tails if len(set(tails)) == len(tails) else axes), "seeds", *names]
         heads += ["ε", "profile", "bytes"]
+        under_attack = any(row.attacked is not None for row in self.rows)
+        if under_attack:
+            heads.append("rounds attacked")
         rows = []
         for row in self.rows:
             seeds = str(len(row.seeds))
@@ -255,6 +264,10 @@ class Surface:
                     sent,
                 ]
             )
+            if under_attack:
+                rows[-1].append(
+                    "–" if row.attacked is None else f"{row.attacked[0]} of {row.attacked[1]}"
+                )
         return heads, rows
 
 
@@ -331,9 +344,15 @@ def _row(point: SweepPoint) -> SurfaceRow:
         profile=plain(profile),
         guarantee=plain(runs[0].card.guarantee),
         n_bytes_per_agent=sum(sent) / len(sent) if sent else None,
+        attacked=_attacked(runs),
         n_unfinished=sum(history.end is None for history in runs),
         on_front={},
     )
+
+
+def _attacked(runs: Sequence[History]) -> tuple[int, int] | None:
+    crafted = [note.n_crafted for run in runs for note in run.rounds if note.n_crafted is not None]
+    return (sum(n > 0 for n in crafted), len(crafted)) if crafted else None
 
 
 def _front(rows: Sequence[SurfaceRow], measure: Measure) -> list[bool]:

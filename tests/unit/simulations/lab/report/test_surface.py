@@ -75,12 +75,14 @@ def make_point(
         profile: str = "P1",
         ended: bool = True,
         guarantee: str = "no formal guarantee (profile P0): ε = ∞",
+        n_crafted: int | None = None,
         **settings: Any,
     ) -> SweepPoint:
         roots = {}
         for seed, shift in ((1, -0.1), (2, 0.1)):
             notes = [
-                make_round(1, bytes_up=n_bytes, bytes_down=0, epsilon=epsilon),
+                make_round(1, bytes_up=n_bytes, bytes_down=0, epsilon=epsilon, n_crafted=n_crafted),
+                *([] if n_crafted is None else [make_round(2, n_crafted=0)]),
                 *make_scores(1, {"a": loss + shift - 1.0, "b": loss + shift + 1.0}),
                 *make_scores(1, {"a": 0.2, "b": 0.4}, Measure.EXACT_MATCH),
                 *([EndNote(wall_s=1.0)] if ended else []),
@@ -105,6 +107,24 @@ def surface(make_point: Callable[..., SweepPoint]) -> Surface:
             make_point(2.0, None, rank=16, n_bytes=8000),
         ]
     )
+
+
+def test_a_row_tells_in_how_many_rounds_it_was_attacked(
+    make_point: Callable[..., SweepPoint],
+) -> None:
+    calm, attacked = (
+        make_point(3.0, 1.0, attack="none"),
+        make_point(3.5, 1.0, attack="alie", n_crafted=2),
+    )
+    found = Surface.of([calm, attacked])
+    assert [row.attacked for row in found.rows] == [None, (2, 4)]  # two seeds of two rounds
+    head, _, first, second, *_ = found.markdown().splitlines()
+    assert head.rstrip(" |").endswith("rounds attacked")
+    assert first.rstrip(" |").endswith("–")
+    assert second.rstrip(" |").endswith("2 of 4")
+    row = json.loads(json.dumps(found.as_json()))["rows"][1]
+    assert (row["rounds_attacked"], row["rounds"]) == (2, 4)
+    assert "attacked" not in Surface.of([calm]).markdown()
 
 
 def test_rows_tell_utility_privacy_and_bytes(surface: Surface) -> None:
