@@ -397,7 +397,7 @@ def _refuse_series(folder: Path) -> None:
     if runs and not RunFolder(folder).is_begun:
         more = f" and {len(runs) - 5} more" if len(runs) > 5 else ""
         msg = (
-            f"{folder} holds a series of {len(runs)} runs, each with a report of its own "
+            f"{folder} holds a series of {len(runs)} runs "
             f"({', '.join(runs[:5])}{more}); name one of them, or give the series' command again, "
             "which writes its table anew"
         )
