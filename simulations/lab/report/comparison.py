@@ -34,7 +34,8 @@ _PAPER: Final = (
 )
 _RELATIVE: Final = (
     "÷ centralised: score ÷ centralised’s, for losses centralised’s ÷ the model’s, paired by seed; "
-    "1 is as good as all data in one place, higher is better; –: not in every seed is there a ratio"
+    "1 is as good as all data in one place, higher is better; –: not in every seed that has both "
+    "is there a ratio"
 )
 _ORDER: Final = (Arm.BASE, Arm.LOCAL, Arm.FEDERATED, Arm.CENTRALISED)
 
@@ -127,7 +128,10 @@ class Comparison:
             },
             relative={
                 name: {
-                    one: _scores(groups[name], one, _held_against(yardsticks)) for one in measures
+                    one: _scores(
+                        _paired(groups[name], yardsticks, one), one, _held_against(yardsticks)
+                    )
+                    for one in measures
                 }
                 for name in ordered
             }
@@ -289,12 +293,21 @@ def _as_it_is(_seed: int, _measure: Measure, _category: str | None, score: float
     return score
 
 
+def _paired(
+    group: Mapping[int, History], yardsticks: Mapping[int, History], measure: Measure
+) -> dict[int, History]:
+    """The runs of seeds that have a centralised one: a series that ended early lacks its last."""
+    return {
+        seed: history
+        for seed, history in group.items()
+        if seed in yardsticks and yardsticks[seed].last(measure) is not None
+    }
+
+
 def _held_against(yardsticks: Mapping[int, History]) -> _Transform:
     def relative(seed: int, measure: Measure, category: str | None, score: float) -> float | None:
-        if seed not in yardsticks:
-            return None
         last = yardsticks[seed].last(measure)
-        if last is None:
+        if last is None:  # cannot be: the seeds are paired
             return None
         if category is None:
             yardstick = yardsticks[seed].average(measure, last)
