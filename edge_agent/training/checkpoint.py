@@ -21,6 +21,29 @@ _METADATA_KEY = "sheepfold"
 
 
 @dataclass(frozen=True, kw_only=True)
+class Tally:
+    """What the steps so far amount to, for whoever watches; it changes no step."""
+
+    n_tokens: int = 0
+    """Useful tokens of all batches."""
+    first_loss: float | None = None
+    """Of the first batch that was of anybody, nats a token; it may be NaN or infinite."""
+    last_loss: float | None = None
+
+    def after(self, loss: float | None, *, n_tokens: int) -> "Tally":
+        """With one more step.
+
+        Args:
+            loss: Of its batch; None: a batch of nobody has none.
+            n_tokens: Of its batch.
+        """
+        if loss is None:
+            return self
+        first = loss if self.first_loss is None else self.first_loss
+        return Tally(n_tokens=self.n_tokens + n_tokens, first_loss=first, last_loss=loss)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Progress:
     """Where a run stands, apart from its tensors."""
 
@@ -30,6 +53,7 @@ class Progress:
     """Optimiser steps done."""
     settings: StepSettings
     loss_scale: float
+    tally: Tally
 
 
 def save_state(path: Path, progress: Progress, tensors: dict[str, torch.Tensor]) -> None:
@@ -69,7 +93,11 @@ def load_state(path: Path, *, run: str) -> tuple[Progress, dict[str, torch.Tenso
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             kept = json.loads(file.metadata()[_METADATA_KEY])
-            progress = Progress(**{**kept, "settings": StepSettings(**kept["settings"])})
+            parts = {
+                "settings": StepSettings(**kept["settings"]),
+                "tally": Tally(**kept["tally"]),
+            }
+            progress = Progress(**{**kept, **parts})
             if progress.run != run:
                 return None
             return progress, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping

@@ -23,7 +23,7 @@ import torch
 
 from edge_agent.data.tokens import Example
 from edge_agent.errors import OutOfMemoryError, TrainingError, TrainingStoppedError
-from edge_agent.training.checkpoint import Progress, load_state, save_state
+from edge_agent.training.checkpoint import Progress, Tally, load_state, save_state
 from edge_agent.training.control import Control, Unattended, Wish
 from edge_agent.training.control_variates import ControlVariates
 from edge_agent.training.gradients import (
@@ -124,8 +124,11 @@ class TrainingResult:
     update: PlainUpdate
     n_steps: int
     n_examples: int
+    n_tokens: int
+    """Useful tokens of all steps, those of earlier starts too."""
     first_loss: float
     last_loss: float
+    """NaN where no batch was of anybody."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,6 +226,7 @@ class LocalTrainer:
         self._weights = torch.nn.Parameter(torch.empty(0))
         self._start = torch.empty(0)
         self._anchor: torch.Tensor | None = None
+        self._tally = Tally()
         fp16 = adapted.base.compute_dtype is torch.float16
         self._loss_scale = _FIRST_FP16_LOSS_SCALE if fp16 else 1.0
 
@@ -303,14 +307,10 @@ class LocalTrainer:
         done = self._resume(run, optimizer)
         if done == 0:
             self._save(run, optimizer, 0)  # the settings too: another choice rounds differently
-        first_loss = last_loss = math.nan
         if not self._adapted.model.training:  # it goes through every module
             self._adapted.model.train()
         for step in range(done, n_steps):
-            loss = yield from self._step(optimizer, step, n_steps, run)
-            if not math.isnan(loss):  # a batch of nobody has none
-                first_loss = loss if math.isnan(first_loss) else first_loss
-                last_loss = loss
+            yield from self._step(optimizer, step, n_steps, run)
             if (step + 1) % self._options.save_every_steps == 0:
                 self._save(run, optimizer, step + 1)
         update = self._update(weight)
@@ -318,13 +318,14 @@ class LocalTrainer:
             update=update,
             n_steps=n_steps,
             n_examples=len(self._examples),
-            first_loss=first_loss,
-            last_loss=last_loss,
+            n_tokens=self._tally.n_tokens,
+            first_loss=math.nan if self._tally.first_loss is None else self._tally.first_loss,
+            last_loss=math.nan if self._tally.last_loss is None else self._tally.last_loss,
         )
 
     def _step(
         self, optimizer: torch.optim.AdamW, step: int, n_steps: int, run: str
-    ) -> Generator[Wanted, Given | None, float]:
+    ) -> Generator[Wanted, Given | None, None]:
         batch = [
             _Drawn(
                 example=self._examples[int(index)], seed=_mix(self._recipe.seed, step, int(index))
@@ -357,16 +358,17 @@ class LocalTrainer:
         learning_rate = self._recipe.learning_rate(step, n_steps)
         self._apply(optimizer, gradient.vector, learning_rate)
         loss = loss_sum / len(batch) if batch else math.nan
+        n_tokens = sum(drawn.n_tokens for drawn in batch)
+        self._tally = self._tally.after(loss if batch else None, n_tokens=n_tokens)
         if self._options.on_progress is not None:
             event = TrainingProgress(
                 step=step + 1,
                 n_steps=n_steps,
                 loss=loss,
                 learning_rate=learning_rate,
-                n_tokens=sum(drawn.n_tokens for drawn in batch),
+                n_tokens=n_tokens,
             )
             self._options.on_progress(event)
-        return loss
 
     def _pull_back(self, gradient: torch.Tensor) -> None:
         """Add the gradient of μ/2 · ‖w − w₀‖², after clipping and noise: it tells nothing new."""
@@ -479,6 +481,7 @@ class LocalTrainer:
 
     def _resume(self, run: str, optimizer: torch.optim.AdamW) -> int:
         self._use(self._options.settings)
+        self._tally = Tally()
         found = (
             None
             if self._options.state_path is None
@@ -488,7 +491,7 @@ class LocalTrainer:
             return 0
         progress, tensors = found
         self._use(progress.settings)
-        self._loss_scale = progress.loss_scale
+        self._loss_scale, self._tally = progress.loss_scale, progress.tally
         if progress.step == 0:
             return 0
         moments = {
@@ -518,6 +521,7 @@ class LocalTrainer:
             step=step,
             settings=self._settings,
             loss_scale=self._loss_scale,
+            tally=self._tally,
         )
         save_state(self._options.state_path, progress, tensors)
 

@@ -33,7 +33,6 @@ from edge_agent.training.trainer import (
     LocalTrainer,
     RoundRecipe,
     TrainerOptions,
-    TrainingProgress,
     TrainingResult,
     is_out_of_memory,
 )
@@ -154,16 +153,6 @@ class Question:
     max_new_tokens: int = 128
 
 
-class _TokenCount:
-    """Adds up a training's useful tokens, and tells a listener."""
-
-    def __init__(self) -> None:
-        self.n_tokens = 0
-
-    def __call__(self, progress: TrainingProgress) -> None:
-        self.n_tokens += progress.n_tokens
-
-
 @dataclass(kw_only=True)
 class _Prepared:
     """A visit that is ready to be trained."""
@@ -172,7 +161,6 @@ class _Prepared:
     trainer: LocalTrainer
     n_examples: int
     weight: int
-    counted: _TokenCount
 
 
 class LabWorker:
@@ -332,7 +320,6 @@ class LabWorker:
                 n_examples=len(examples), probability=terms.sampling_probability, secret=secret
             )
             rule = PrivateGradient(mechanism=terms.mechanism, secret=secret)
-        counted = _TokenCount()
         n_rounds = manifest.rounds.n_rounds
         trainer = LocalTrainer(
             adapter,
@@ -347,7 +334,6 @@ class LabWorker:
             clock=SystemClock(),
             options=TrainerOptions(
                 rule=rule,
-                on_progress=counted,
                 state_path=visit.state_path,
                 settings=StepSettings(micro_tokens=MICRO_TOKENS),
             ),
@@ -358,7 +344,6 @@ class LabWorker:
             trainer=trainer,
             n_examples=len(examples),
             weight=1 if uniform else min(len(examples), manifest.max_weight),
-            counted=counted,
         )
 
     def _examples(self, visit: Visit) -> Sequence[Example]:
@@ -528,7 +513,7 @@ def _result(one: _Prepared, end: TrainingResult | TrainingError, train_s: float)
         vector=None if ended is None else ended.update.vector,
         weight=one.weight,
         n_examples=one.n_examples,
-        n_tokens=one.counted.n_tokens,
+        n_tokens=0 if ended is None else ended.n_tokens,
         n_steps=0 if ended is None else ended.n_steps,
         first_loss=None if ended is None else _finite(ended.first_loss),
         last_loss=None if ended is None else _finite(ended.last_loss),

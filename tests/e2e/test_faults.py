@@ -292,6 +292,7 @@ class FakeTrainer:
             update=PlainUpdate(vector=vector, weight=weight),
             n_steps=1,
             n_examples=1,
+            n_tokens=1,
             first_loss=1.0,
             last_loss=1.0,
         )

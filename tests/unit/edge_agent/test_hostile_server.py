@@ -113,6 +113,7 @@ class FakeTrainer:
             update=PlainUpdate(vector=self.world.vector, weight=weight),
             n_steps=1,
             n_examples=WEIGHT,
+            n_tokens=1,
             first_loss=1.0,
             last_loss=1.0,
         )

@@ -1,7 +1,9 @@
 """The trainer's state file."""
 
 import json
+import math
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,7 @@ import safetensors.torch
 import torch
 
 from edge_agent.errors import CheckpointError
-from edge_agent.training.checkpoint import Progress, load_state, save_state
+from edge_agent.training.checkpoint import Progress, Tally, load_state, save_state
 from quant.memory import StepSettings
 
 PROGRESS = Progress(
@@ -17,6 +19,7 @@ PROGRESS = Progress(
     step=3,
     settings=StepSettings(micro_tokens=64, n_checkpointed_layers=2),
     loss_scale=2.0,
+    tally=Tally(n_tokens=70, first_loss=3.5, last_loss=math.inf),
 )
 TENSORS = {"factor/a": torch.arange(6.0).reshape(2, 3), "step": torch.tensor(3.0)}
 
@@ -89,7 +92,7 @@ def test_a_kill_while_saving_leaves_the_old_state(
 
     save_state(path, PROGRESS, TENSORS)
     monkeypatch.setattr(os, "fsync", kill)
-    later = Progress(run="ab", step=4, settings=StepSettings(micro_tokens=1), loss_scale=1.0)
+    later = replace(PROGRESS, step=4)
     with pytest.raises(KillError):
         save_state(path, later, TENSORS)
     found = load_state(path, run="ab")
@@ -114,3 +117,10 @@ def test_a_full_disk_is_told_and_leaves_the_old_state(
 def test_a_missing_folder_is_told(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="cannot save"):
         save_state(tmp_path / "no" / "state", PROGRESS, TENSORS)
+
+
+def test_a_tally_adds_up_the_batches_that_were_of_anybody() -> None:
+    found = Tally()
+    for loss, n_tokens in ((None, 0), (3.0, 10), (None, 0), (2.0, 5)):
+        found = found.after(loss, n_tokens=n_tokens)
+    assert found == Tally(n_tokens=15, first_loss=3.0, last_loss=2.0)

@@ -17,6 +17,7 @@ from edge_agent.training.trainer import (
     RoundRecipe,
     TrainerOptions,
     TrainingProgress,
+    TrainingResult,
     Wish,
 )
 from protocol.blocks import Factor, LoraBlock, Schedule, TrainingBlock
@@ -103,9 +104,12 @@ class Bench:
             options=options,
         )
 
-    def update(self, options: TrainerOptions | None = None, **kwargs: object) -> np.ndarray:
+    def result(self, options: TrainerOptions | None = None, **kwargs: object) -> TrainingResult:
         trainer = self.trainer(options, **kwargs)  # type: ignore[arg-type]
-        return trainer.run(self.start, self.layout, weight=1).update.vector
+        return trainer.run(self.start, self.layout, weight=1)
+
+    def update(self, options: TrainerOptions | None = None, **kwargs: object) -> np.ndarray:
+        return self.result(options, **kwargs).update.vector
 
 
 class KillError(Exception):
@@ -154,7 +158,7 @@ def test_guarantee_1_a_killed_run_that_starts_again_equals_an_uninterrupted_one(
     random_base: LoadedBase, tmp_path: Path
 ) -> None:
     bench = Bench(random_base, make_lora(dropout=0.1))
-    whole = bench.update()
+    whole = bench.result()
 
     def kill_after(step: int):
         def on_progress(progress: TrainingProgress) -> None:
@@ -171,7 +175,7 @@ def test_guarantee_1_a_killed_run_that_starts_again_equals_an_uninterrupted_one(
             bench.update(options)
         bench.adapted.load(bench.start)  # another process begins with nothing
     steps: list[int] = []
-    resumed = bench.update(
+    resumed = bench.result(
         TrainerOptions(
             state_path=tmp_path / "state",
             save_every_steps=2,
@@ -179,7 +183,9 @@ def test_guarantee_1_a_killed_run_that_starts_again_equals_an_uninterrupted_one(
         )
     )
     assert steps == [5, 6]
-    np.testing.assert_array_equal(resumed, whole)
+    np.testing.assert_array_equal(resumed.update.vector, whole.update.vector)
+    assert resumed.n_tokens == whole.n_tokens > 0
+    assert (resumed.first_loss, resumed.last_loss) == (whole.first_loss, whole.last_loss)
 
 
 def test_a_state_of_other_data_is_not_resumed(random_base: LoadedBase, tmp_path: Path) -> None:
