@@ -36,6 +36,7 @@ from simulations.lab.records import (
 )
 from simulations.lab.run import Request, run
 from simulations.lab.terms import make_terms
+from simulations.lab.visits import Setup
 from simulations.masked_cells import Stage
 
 MASKED: dict[str, object] = {
@@ -218,6 +219,31 @@ def test_the_card_says_what_the_run_is(whole: Path, small: Experiment, base: Loa
     assert (card.profile, card.cryptography) == ("P0", None)
     assert "ε = ∞" in card.guarantee
     assert {"torch", "peft", "bitsandbytes"} <= set(card.versions)
+
+
+def test_workers_are_told_whose_run_it_is(
+    go: Callable[..., Any], fake: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Runs that differ in records alone have one manifest; their records must not be mixed up."""
+    told: list[set[str]] = []
+    real = fake.ask
+
+    def ask(setup: Setup, call: Callable[[Any], Any]) -> Any:
+        if setup.manifest is not None:
+            told[-1].add(setup.run)
+        return real(setup, call)
+
+    monkeypatch.setattr(fake, "ask", ask)
+    for values in (
+        {},
+        {"data__per_category": 13},
+        {"arm": Arm.CENTRALISED},
+        {"arm": Arm.LOCAL, "client": 0},
+    ):
+        told.append(set())
+        go(**values)
+    assert [len(runs) for runs in told] == [1] * 4
+    assert len(set.union(*told)) == 4
 
 
 # Masks
