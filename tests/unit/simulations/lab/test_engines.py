@@ -179,11 +179,15 @@ def test_all_workers_load_the_base_and_one_describes_it(base: LoadedBase) -> Non
     assert asked == [SETUP] * 3
 
 
-@pytest.mark.parametrize(("kind", "wanted"), [("here", Here), ("processes", Processes)])
-def test_the_engine_is_the_one_that_was_asked_for(kind: str, wanted: type[Any]) -> None:
-    engine = make_engine(EngineSection(kind=kind, workers=2))  # type: ignore[arg-type]
+@pytest.mark.parametrize(
+    ("kind", "n_workers", "wanted"), [("here", 1, Here), ("processes", 2, Processes)]
+)
+def test_the_engine_is_the_one_that_was_asked_for(
+    kind: str, n_workers: int, wanted: type[Any]
+) -> None:
+    engine = make_engine(EngineSection(kind=kind, workers=n_workers))  # type: ignore[arg-type]
     assert isinstance(engine, wanted)
-    assert engine.n_workers == (1 if kind == "here" else 2)
+    assert engine.n_workers == n_workers
     engine.close()
 
 

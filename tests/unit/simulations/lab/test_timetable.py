@@ -144,5 +144,5 @@ def test_more_agents_than_there_are_clients_are_refused() -> None:
 
 def test_a_baseline_has_one_round_of_one_client() -> None:
     [only] = alone(4)
-    assert only == PlannedRound(number=1, fates={4: Fate.COUNTED})
+    assert only == PlannedRound(number=1, fates={4: Fate.COUNTED}, n_fetched=1)
     assert only.cohort == (4,)
