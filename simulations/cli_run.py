@@ -323,9 +323,10 @@ def _run_all(
     from simulations.lab.series import check
 
     quiet_libraries()
-    pace = SeriesPace(members, ended=[_has_ended(root / member.folder) for member in members])
+    ended = [_has_ended(root / member.folder) for member in members]
+    pace = SeriesPace(members, ended=ended)
+    todo = [member for member, is_over in zip(members, ended, strict=True) if not is_over]
     engine = wishes.engine(experiment)
-    todo = [member for member in members if not _has_ended(root / member.folder)]
     try:
         if len(todo) > 1:
             check(todo, engine)

@@ -318,7 +318,8 @@ def _round(
         int(agent): Fate.DROPPED if gone else Fate.ACCEPTED if came else Fate.LATE
         for agent, came, gone in zip(selected, accepted, dropped, strict=True)
     }
-    sent = np.clip((closed - trained) * up_rate, 0.0, workload.up_n_bytes)
+    part = np.clip((closed - trained) * up_rate, 0.0, workload.up_n_bytes)
+    sent = np.where(finished <= closed, workload.up_n_bytes, part)
     return SimulatedRound(
         number=number,
         waited_s=opened - ready,

@@ -4,10 +4,12 @@ The journal is the truth. Tables, curves and the report are made of it.
 """
 
 from enum import StrEnum
-from typing import Annotated, Final, Literal
+from typing import Annotated, Any, Final, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field
 
+Setting: TypeAlias = str | float | int | list[Any] | None
+"""What a key of an experiment may be set to in a series; None: it has no value."""
 FORMAT: Final = 1
 """Of journals and cards; raised where a field changes its meaning."""
 
@@ -68,7 +70,7 @@ class VisitNote(Note):
         round: From 1.
         agent: The client's number, from 0.
         n_examples: That it has.
-        n_tokens: Useful tokens that it trained on.
+        n_tokens: Useful tokens that it trained on; 0 where there is no update.
         n_steps: Of the optimiser.
         first_loss: Of its first batch, nats a token.
         last_loss: Of its last.

@@ -195,8 +195,7 @@ class _Sitting:
             msg = (
                 f"{self._folder.root} holds another run, which is over: {card.experiment}, "
                 f"{card.arm.value}, seed {card.seed}, other values of the experiment perhaps, or "
-                "other records; "
-                "choose another --out, or remove it"
+                "other records; choose another --out, or remove it"
             )
             raise OutputError(msg)
         return card

@@ -18,12 +18,10 @@ from simulations.lab import engines
 from simulations.lab.data import prepare_data
 from simulations.lab.engines import Engine
 from simulations.lab.experiment import DataSection, Experiment
-from simulations.lab.records import Arm
+from simulations.lab.records import Arm, Setting
 from simulations.lab.run import Request
 from simulations.lab.terms import make_terms
 from simulations.lab.visits import Setup
-
-Setting = str | float | int | None
 
 
 @dataclass(frozen=True, kw_only=True)

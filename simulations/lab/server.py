@@ -147,7 +147,7 @@ class VirtualServer:
         *,
         with_gap: bool = True,
     ) -> Closed:
-        """Make a release of the updates that came in.
+        """Make a release of the updates that came in, or none where they are too few.
 
         Args:
             number: Of the round, from 1.

@@ -118,7 +118,5 @@ def timetable(
             duration_s=one.duration_s if known else None,
             failure=one.failure,
             n_fetched=one.down_n_bytes // down_n_bytes,
-            late_n_bytes=max(0, one.up_n_bytes - one.n(population.Fate.ACCEPTED) * up_n_bytes)
-            if known
-            else one.n(population.Fate.LATE) * up_n_bytes,  # in no time, all of it
+            late_n_bytes=one.up_n_bytes - one.n(population.Fate.ACCEPTED) * up_n_bytes,
         )

@@ -14,7 +14,7 @@ from rich.table import Table
 from edge_agent.plain_text import escaped, plain
 from simulations.errors import OutputError
 from simulations.lab.folder import RunFolder
-from simulations.lab.records import Measure
+from simulations.lab.records import Measure, Setting
 from simulations.lab.report.drawing import bytes_text
 from simulations.lab.report.history import History
 from simulations.lab.report.spread import Spread, markdown_table, measure_heading, spread_text
@@ -23,7 +23,6 @@ from simulations.lab.report.tables import write_table
 if TYPE_CHECKING:
     import pyarrow as pa
 
-Setting = str | float | int | list[Any] | None
 UNPROTECTED: Final = "P0"
 _TABLE: Final = "surface"
 _MARK: Final = "◆"
