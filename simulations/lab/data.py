@@ -59,6 +59,16 @@ class LabData:
         """All clients' records, client by client."""
         return tuple(record for client in self.clients for record in client)
 
+    @property
+    def n_repeated(self) -> int:
+        """How many held-out records ask what a client's record asks, in the same context.
+
+        White space and capitals make no difference. Datasets repeat themselves; a model may know
+        such a record by heart.
+        """
+        trained = {_asked(record) for record in self.everything}
+        return sum(_asked(record) in trained for record in self.held_out)
+
     def client_named(self, name: str) -> int:
         """The client of a number, or that of the smallest, median or largest number of records.
 
@@ -164,6 +174,14 @@ def _capped(partition: Partition, most: int | None, chance: RunChance) -> tuple[
         count = max(1, round(share * indices.size))
         kept.append(np.sort(rng.choice(indices, count, replace=False)))
     return tuple(kept)
+
+
+def _asked(record: Record) -> tuple[str, ...]:
+    """What a record asks, without what is chance in it."""
+    turns = () if record.messages is None else (turn.content for turn in record.messages[:-1])
+    return tuple(
+        " ".join(text.casefold().split()) for text in (record.instruction, record.context, *turns)
+    )
 
 
 def _local(name: str) -> list[Path]:

@@ -234,6 +234,8 @@ class _Sitting:
             data_sha256=self._data.sha256,
             population_sha256=self._population_sha256(),
             n_clients=len(self._data.clients),
+            n_held_out=len(self._data.held_out),
+            n_repeated=self._data.n_repeated,
             n_values=terms.tensors.n_values,
             cohort=rounds.cohort_target,
             n_rounds=0 if self._request.arm is Arm.BASE else rounds.n_rounds,

@@ -139,6 +139,7 @@ def _facts(history: History) -> list[tuple[str, str]]:
         ("arm", _ARMS[card.arm] + (f" ({card.client})" if card.client is not None else "")),
         ("seed", str(card.seed)),
         ("clients", f"{card.n_clients:,}"),
+        ("held-out records", _held_out(card)),
         ("simulated cohort", f"{card.cohort:,} in a round"),
         ("rounds planned", str(card.n_rounds)),
         ("values in an update", f"{card.n_values:,}"),
@@ -151,6 +152,12 @@ def _facts(history: History) -> list[tuple[str, str]]:
         ("versions", versions),
     ]
     return [(name, plain(value)) for name, value in facts]
+
+
+def _held_out(card: RunCard) -> str:
+    if not card.n_repeated:
+        return f"{card.n_held_out:,}, none of which a client's record repeats"
+    return f"{card.n_held_out:,}, of which clients' records repeat {card.n_repeated:,}"
 
 
 def _command(card: RunCard) -> str:

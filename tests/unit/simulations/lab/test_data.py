@@ -196,3 +196,24 @@ def test_what_cannot_be_read_or_split_is_said(tmp_path: Path, jsonl: Path) -> No
         prepare_data(section_of(tmp_path / "gone.jsonl"), seed=1)
     with pytest.raises(PartitionError):
         prepare_data(section_of(jsonl, n_clients=100, min_records=40), seed=1)
+
+
+def test_held_out_records_that_a_client_s_record_repeats_are_counted(
+    world: LabData, tmp_path: Path, jsonl: Path
+) -> None:
+    assert world.n_repeated == 0
+    assert prepare_data(section_of(jsonl), seed=1).n_repeated == 0
+
+    twice = tmp_path / "twice.jsonl"
+    rows = [json.loads(line) for line in jsonl.read_text().splitlines()]
+    again = [
+        row | {"instruction": f" {row['instruction'].upper()}  ", "response": "Another answer."}
+        for row in rows[:120]
+    ]
+    elsewhere = [row | {"context": "Somewhere else."} for row in rows[120:]]
+    twice.write_text("".join(json.dumps(row) + "\n" for row in [*rows, *again, *elsewhere]))
+    data = prepare_data(section_of(twice, held_out=10), seed=1)
+    trained = {" ".join(one.instruction.lower().split()) for one in data.everything}
+    numbers = [int(re.findall(r"\d+", one.instruction)[0]) for one in data.held_out]
+    expected = sum(n < 120 and f"question {n}?" in trained for n in numbers)
+    assert data.n_repeated == expected > 0

@@ -25,6 +25,8 @@ def make_card(**changes: Any) -> RunCard:
         "base_fingerprint": "33" * 32,
         "data_sha256": "44" * 32,
         "n_clients": 6,
+        "n_held_out": 40,
+        "n_repeated": 0,
         "n_values": 100,
         "cohort": 3,
         "n_rounds": 2,

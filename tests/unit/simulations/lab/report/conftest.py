@@ -36,6 +36,8 @@ def a_card(**changes: Any) -> RunCard:
         "base_fingerprint": "33" * 32,
         "data_sha256": "44" * 32,
         "n_clients": 4,
+        "n_held_out": 400,
+        "n_repeated": 2,
         "n_values": 1000,
         "cohort": 2,
         "n_rounds": 3,

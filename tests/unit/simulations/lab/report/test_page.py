@@ -123,6 +123,8 @@ def test_what_was_run_is_said(page: Page) -> None:
         assert fact in page.text
     place = page.cells.index("simulated cohort")
     assert page.cells[place + 1] == "2 in a round"
+    place = page.cells.index("held-out records")
+    assert page.cells[place + 1] == "400, of which clients' records repeat 2"
     assert "no formal guarantee (profile P0): ε = ∞" in page.text
     assert "Finished." in page.text
     assert "unfinished" not in page.text.lower()
