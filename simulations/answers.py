@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Final
 
 from edge_agent.answering import Answerer, Sampling, load_base_of, single_question, template_of
+from protocol.blocks import Template
 from quant.base_model import parse_device
-from quant.peft_folder import read_finished
+from quant.peft_folder import FinishedAdapter, read_finished
 from simulations.errors import OutputError
 from simulations.judging import read_answers, read_questions
+from simulations.lab.folder import RunFolder, read_manifest
 
 _BEGIN: Final = b'{"question_id": '
 
@@ -55,7 +57,7 @@ def answer_questions(
     if not missing:
         return 0
     finished = read_finished(adapter)
-    template, _ = template_of(finished)
+    template = template_of_folder(finished, adapter)
     place = None if device is None else parse_device(device)
     answerer = Answerer(load_base_of(finished, base, device=place), finished, template)
     sampling = Sampling(temperature=0.0, max_new_tokens=max_new_tokens, seed=0)
@@ -71,6 +73,23 @@ def answer_questions(
         msg = f"cannot write {out}: {error.strerror}"
         raise OutputError(msg) from error
     return len(missing)
+
+
+def template_of_folder(finished: FinishedAdapter, folder: Path) -> Template:
+    """The template that an adapter was trained with: its provenance says it, or its run's manifest.
+
+    Args:
+        finished: The adapter.
+        folder: Where it lies; of a run: within the run's folder.
+
+    Raises:
+        OutputError: The run has no manifest, or it cannot be read.
+    """
+    template, is_known = template_of(finished)
+    run = folder.resolve().parent
+    if not is_known and RunFolder(run).is_begun:
+        return read_manifest(run).training.template
+    return template
 
 
 def _mend_last_line(path: Path) -> None:

@@ -92,6 +92,7 @@ class _Wishes:
         """The experiment with what was asked for."""
         from simulations.lab.experiment import EngineKind, load_experiment
 
+        found = load_experiment(_path_of(name))
         values: dict[str, object] = dict(map(_pair, self.pairs or ()))
         if self.model is not None:
             values["base.model"] = self.model
@@ -100,7 +101,8 @@ class _Wishes:
         if self.ray is not None:
             values["engine.kind"] = EngineKind.RAY.value
         elif self.workers is not None and self.workers > 1:
-            values["engine.kind"] = EngineKind.PROCESSES.value
+            kind = values.get("engine.kind", found.engine.kind)
+            values["engine.kind"] = EngineKind.PROCESSES.value if kind == EngineKind.HERE else kind
         if self.workers is not None:
             values["engine.workers"] = self.workers
         if self.group is not None:
@@ -109,7 +111,7 @@ class _Wishes:
             values["engine.device"] = self.device
         if self.real:
             values["engine.cryptography"] = "real"
-        return load_experiment(_path_of(name)).with_values(values)
+        return found.with_values(values)
 
     def engine(self, experiment: "Experiment") -> "Engine":
         """Where it runs."""
@@ -323,7 +325,7 @@ def _run_all(
     from simulations.lab.series import check
 
     quiet_libraries()
-    ended = [_has_ended(root / member.folder) for member in members]
+    ended = [_has_ended(root / member.folder, member) for member in members]
     pace = SeriesPace(members, ended=ended)
     todo = [member for member, is_over in zip(members, ended, strict=True) if not is_over]
     engine = wishes.engine(experiment)
@@ -379,15 +381,13 @@ def _is_measured(root: Path, member: "Member") -> bool:
     """Whether a member's folder holds that very run, and it has anything to show."""
     from simulations.lab.folder import RunFolder
     from simulations.lab.report.history import History
+    from simulations.lab.run import is_of
 
-    folder, request = root / member.folder, member.request
+    folder = root / member.folder
     if not RunFolder(folder).is_begun:
         return False
     history = History.read(folder)
-    card = history.card
-    found = (card.experiment_sha256, card.arm, card.client, card.seed)
-    wanted = (request.experiment.digest(), request.arm, request.client, request.seed)
-    return found == wanted and bool(history.measures)
+    return bool(history.measures) and is_of(history.card, member.request)
 
 
 def _refuse_series(folder: Path) -> None:
@@ -405,11 +405,29 @@ def _refuse_series(folder: Path) -> None:
         raise OutputError(msg)
 
 
-def _has_ended(folder: Path) -> bool:
+def _has_ended(folder: Path, member: "Member") -> bool:
+    """Whether a member's run is over.
+
+    Raises:
+        OutputError: The folder holds another run; better now than after hours of the others.
+    """
     from simulations.lab.folder import RunFolder
     from simulations.lab.report.history import History
+    from simulations.lab.run import holds_another, is_of
 
-    return RunFolder(folder).is_begun and History.read(folder).end is not None
+    if not RunFolder(folder).is_begun:
+        return False
+    history = History.read(folder)
+    if not is_of(history.card, member.request):
+        raise holds_another(folder, history.card)
+    return history.end is not None
+
+
+def _write_text(path: Path, text: str) -> None:
+    from simulations.files import appearing
+
+    with appearing(path) as file:
+        file.write(text.encode())
 
 
 def _write_report(folder: Path) -> None:
@@ -446,7 +464,7 @@ def _comparison(root: Path, members: "Sequence[Member]", *, json_path: str | Non
     )
     shown = console if json_path == "-" else Console()
     shown.print(found.table())
-    (root / "comparison.md").write_text(found.markdown(), encoding="utf-8")
+    _write_text(root / "comparison.md", found.markdown())
     write_json(found.as_json(), str(root / "comparison.json"))
     if json_path is not None:
         write_json(found.as_json(), json_path)
@@ -468,7 +486,7 @@ def _surface(root: Path, members: "Sequence[Member]", *, json_path: str | None) 
     shown = console if json_path == "-" else Console()
     shown.print(found.table())
     found.write(root)
-    (root / "surface.md").write_text(found.markdown(), encoding="utf-8")
+    _write_text(root / "surface.md", found.markdown())
     told: dict[str, Any] = found.as_json()
     write_json(told, str(root / "surface.json"))
     if json_path is not None:

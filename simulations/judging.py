@@ -260,7 +260,7 @@ def compare(ratings: Sequence[Rating], *, seed: int = 0) -> Comparison:
         n_wins=int((ahead > 0).sum()),
         n_ties=int((ahead == 0).sum()),
         n_losses=int((ahead < 0).sum()),
-        position_bias=float(np.mean([rating.first - rating.second for rating in ratings])),
+        position_bias=float(np.mean([_bias_of(orders) for orders in by_question.values()])),
     )
 
 
@@ -270,6 +270,15 @@ def _mean_of(orders: Mapping[bool, Sequence[Rating]], *, own: bool) -> float:
         for ratings in orders.values()
     ]
     return sum(means) / len(means)
+
+
+def _bias_of(orders: Mapping[bool, Sequence[Rating]]) -> float:
+    """What the first place is worth in a question; how much better an answer is cancels out."""
+    leads = [
+        float(np.mean([rating.first - rating.second for rating in ratings]))
+        for ratings in orders.values()
+    ]
+    return sum(leads) / len(leads)
 
 
 def read_questions(path: Path) -> list[Question]:

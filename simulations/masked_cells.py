@@ -157,21 +157,25 @@ def n_uploads(found: CellOutcome, n_members: int, vanishings: Mapping[int, Stage
 
 
 def left_to_try(
-    found: LostCell, n_members: int, vanishings: Mapping[int, Stage]
+    found: LostCell, n_members: int, vanishings: Mapping[int, Stage], *, with_noise: bool
 ) -> tuple[int, ...]:
     """Places of those who may be in a second cell after the loss of their first one.
 
     They are still there, and have not confirmed: after that an update must be in no other sum
-    (PROTOCOL, "Failure").
+    (PROTOCOL, "Failure"). Nor may a noisy one have been sent: two sums would average its noise out.
 
     Args:
         found: The loss.
         n_members: m.
         vanishings: Who left it, and before what.
+        with_noise: Whether members' noise is in their updates (profile P2).
     """
-    lost_at = next(stage for stage, reason in _REASONS.items() if reason is found.reason)
-    if lost_at >= Stage.BEFORE_CONFIRM:
-        return ()  # whoever is still there has confirmed
+    lost_at = next((stage for stage, reason in _REASONS.items() if reason is found.reason), None)
+    # Whoever is still there has uploaded if it was lost later than before shares; confirmed, if
+    # later than before the upload; all the more where all came and the sum was bad.
+    last = Stage.BEFORE_SHARES if with_noise else Stage.BEFORE_UPLOAD
+    if lost_at is None or lost_at > last:
+        return ()
     return tuple(
         place
         for place in range(n_members)

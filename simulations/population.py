@@ -80,6 +80,15 @@ class PopulationFile(BaseModel):
     """Agents are spread evenly over so many neighbouring hours of the day."""
     device: tuple[DeviceClass, ...] = Field(min_length=1)
 
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        names = [one.name for one in self.device]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            msg = f"two devices are called {twice!r}; give each a name of its own"
+            raise ValueError(msg)
+        return self
+
     def digest(self) -> str:
         """SHA-256 of what it says, hexadecimal."""
         return hashlib.sha256(self.model_dump_json().encode()).hexdigest()

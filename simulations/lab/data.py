@@ -115,19 +115,12 @@ def prepare_data(section: DataSection, *, seed: int) -> LabData:
     )
     manifest: PartitionManifest | None = None
     if section.source == (WORLD,):
-        records, held_out = (
-            _world(count, split, chance)
-            for count, split in (
-                (section.per_category, Split.TRAIN),
-                (section.held_out, Split.TEST),
-            )
-        )
+        records, held_out = _world(section, chance)
         column = tuple(record.category or UNCATEGORIZED for record in records)
         partition = make_partition(column, recipe)
         sha256 = _digest([*records, *held_out])
     else:
-        paths = [path for name in section.source for path in _local(name)]
-        source = read_source(*paths, by=section.by)
+        source = _read(section)
         records, column = list(source.records), source.column
         partition = make_partition(column, recipe)
         places = partition.held_out.tolist()
@@ -149,7 +142,36 @@ def prepare_data(section: DataSection, *, seed: int) -> LabData:
     )
 
 
-def _world(n_per_category: int, split: Split, chance: RunChance) -> list[Record]:
+def data_sha256(section: DataSection, *, seed: int) -> str:
+    """The digest that `prepare_data` would give, without the split.
+
+    Args:
+        section: Of the experiment.
+        seed: Of the run.
+
+    Raises:
+        DataError: Records that cannot be read.
+    """
+    if section.source == (WORLD,):
+        records, held_out = _world(section, RunChance(seed))
+        return _digest([*records, *held_out])
+    return _digest_of_files(_read(section))
+
+
+def _read(section: DataSection) -> SourceData:
+    paths = [path for name in section.source for path in _local(name)]
+    return read_source(*paths, by=section.by)
+
+
+def _world(section: DataSection, chance: RunChance) -> tuple[list[Record], list[Record]]:
+    """Records to train on, and those to hold out."""
+    return (
+        _of_world(section.per_category, Split.TRAIN, chance),
+        _of_world(section.held_out, Split.TEST, chance),
+    )
+
+
+def _of_world(n_per_category: int, split: Split, chance: RunChance) -> list[Record]:
     rows = make_records(
         make_world(),
         n_per_category=n_per_category,

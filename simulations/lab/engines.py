@@ -8,7 +8,6 @@ worker has one thread and every group of agents is one question.
 import functools
 import math
 import multiprocessing
-import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import (
     FIRST_COMPLETED,
@@ -274,7 +273,7 @@ class Processes:
         self.name = f"{n_workers} processes" if n_workers > 1 else "1 process"
         # Not a fork: this process may have threads, which a fork would leave half-way.
         context = multiprocessing.get_context("spawn")
-        self._pool = ProcessPoolExecutor(n_workers, mp_context=context, initializer=_begin_process)
+        self._pool = ProcessPoolExecutor(n_workers, mp_context=context)
 
     def ask(self, setup: Setup, call: Callable[[LabWorker], Answer]) -> "Future[Answer]":
         """Let the next free process do it."""
@@ -290,10 +289,6 @@ class Processes:
 
 _BENCH: Bench | None = None
 """Of a process of the pool."""
-
-
-def _begin_process() -> None:
-    os.environ["OMP_NUM_THREADS"] = "1"
 
 
 def _in_process(setup: Setup, call: Callable[[LabWorker], Any]) -> Any:  # noqa: ANN401 - whatever it gives

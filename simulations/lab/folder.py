@@ -1,7 +1,8 @@
 """The folder of a run: everything that it was made from and everything that came out.
 
-    experiment.toml   the experiment with every default written out
+    experiment.toml   the experiment; a key that is left out follows from others, as in `init`
     run.json          what the run is (`RunCard`)
+    manifest.json     the federation manifest that follows: every setting in force
     partition.json    which record is whose (embedded worlds: none, the seed says it)
     kept.json         of these, the indices that `max_records` left each client
     journal.jsonl     every visit, round and score, one line each, in the order that they ended
@@ -27,13 +28,18 @@ from filelock import FileLock, Timeout
 from pydantic import TypeAdapter, ValidationError
 
 from privacy.updates import Float32Array
-from protocol.wire import explain
+from protocol.errors import ProtocolError
+from protocol.manifest import FederationManifest
+from protocol.wire import explain, parse
 from simulations.errors import OutputError
 from simulations.files import PART, appearing
 from simulations.lab.records import AnyNote, Note, RunCard
 
 _CARD: Final = "run.json"
 _JOURNAL: Final = "journal.jsonl"
+_MANIFEST: Final = "manifest.json"
+_FREE: Final = frozenset({"engine", "n_held_out", "n_repeated"})
+"""Of a card: what may change while a run goes on, and what follows from the rest."""
 _NOTES: Final[TypeAdapter[AnyNote]] = TypeAdapter(AnyNote)
 
 
@@ -59,6 +65,11 @@ class RunFolder:
     def experiment(self) -> Path:
         """The resolved experiment."""
         return self.root / "experiment.toml"
+
+    @property
+    def manifest(self) -> Path:
+        """The federation manifest, for machines and for people."""
+        return self.root / _MANIFEST
 
     @property
     def partition(self) -> Path:
@@ -171,7 +182,7 @@ class RunFolder:
             differing = [
                 name
                 for name in type(card).model_fields
-                if name != "engine" and getattr(found, name) != getattr(card, name)
+                if name not in _FREE and getattr(found, name) != getattr(card, name)
             ]
             if differing:
                 name = differing[0]
@@ -246,7 +257,7 @@ class RunFolder:
             np.save(file, vector, allow_pickle=False)
 
     def tidy(self, round_number: int, release: int) -> None:
-        """Delete what no later sitting needs: a closed round's updates, older releases.
+        """Delete what no later sitting needs: a closed round's training, older releases.
 
         Args:
             round_number: Of the closed round.
@@ -255,6 +266,7 @@ class RunFolder:
                 a round know what the last one changed.
         """
         shutil.rmtree(self.update(round_number, 0).parent, ignore_errors=True)
+        self.training_state.unlink(missing_ok=True)
         if release > 3:
             self.release(release - 3).unlink(missing_ok=True)
         self.optimizer(release - 2).unlink(missing_ok=True)
@@ -299,6 +311,23 @@ def read_card(root: Path) -> RunCard:
         raise OutputError(msg) from error
     except ValidationError as error:
         msg = f"{path} is no card of a run that this version knows: {explain('run.json', error)}"
+        raise OutputError(msg) from error
+
+
+def read_manifest(root: Path) -> FederationManifest:
+    """The federation manifest of the run in a folder.
+
+    Args:
+        root: The folder.
+
+    Raises:
+        OutputError: There is none, or it cannot be read.
+    """
+    path = root / _MANIFEST
+    try:
+        return parse(FederationManifest, path.read_bytes())
+    except (OSError, ProtocolError) as error:
+        msg = f"cannot read {path}: {error}; run the experiment again"
         raise OutputError(msg) from error
 
 

@@ -217,7 +217,7 @@ class RunCard(Note):
         data_sha256: Of the data files, unpacked.
         population_sha256: Of the population's file; None: there is none.
         n_clients: In the partition.
-        n_held_out: Records that nobody trains on.
+        n_held_out: Records that nobody trains on; None: of a run that did not count them.
         n_repeated: Of these, asked word for word in a client's records too.
         n_values: Of an update.
         cohort: Agents that a round aims at; what an ε of profiles P2 and P3 is for.
@@ -243,8 +243,8 @@ class RunCard(Note):
     data_sha256: str
     population_sha256: str | None = None
     n_clients: int
-    n_held_out: int
-    n_repeated: int
+    n_held_out: int | None = None
+    n_repeated: int | None = None
     n_values: int
     cohort: int
     n_rounds: int

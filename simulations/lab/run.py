@@ -33,7 +33,7 @@ from simulations.errors import ExperimentError, OutputError
 from simulations.lab import engines
 from simulations.lab.attackers import Attackers
 from simulations.lab.chance import RunChance
-from simulations.lab.data import prepare_data
+from simulations.lab.data import data_sha256, prepare_data
 from simulations.lab.engines import Engine
 from simulations.lab.experiment import Experiment
 from simulations.lab.folder import RunFolder, read_card, read_vector
@@ -113,6 +113,44 @@ def run(root: Path, request: Request, engine: Engine, listener: Listener | None 
         return _Sitting(folder, request, engine, told).go()
 
 
+def is_of(card: RunCard, request: Request) -> bool:
+    """Whether a card is of this very run: its experiment, population, records, arm, client, seed.
+
+    Args:
+        card: Of a folder.
+        request: What is to be run.
+
+    Raises:
+        DataError: The records cannot be read.
+        SimulationError: The population cannot be read.
+    """
+    experiment = request.experiment
+    return (
+        (card.experiment_sha256, card.arm, card.client, card.seed)
+        == (experiment.digest(), request.arm, request.client, request.seed)
+        and card.population_sha256 == _population_sha256(experiment)
+        and card.data_sha256 == data_sha256(experiment.data, seed=request.seed)
+    )
+
+
+def holds_another(root: Path, card: RunCard) -> OutputError:
+    """What to tell of a folder that is taken.
+
+    Args:
+        root: The folder.
+        card: Of the run in it.
+    """
+    return OutputError(
+        f"{root} holds another run: {card.experiment}, {card.arm.value}, seed {card.seed}, other "
+        "values of the experiment perhaps, or other records; choose another --out, or remove it"
+    )
+
+
+def _population_sha256(experiment: Experiment) -> str | None:
+    file = experiment.population.file
+    return None if file is None else read_population(Path(file)).digest()
+
+
 class _Sitting:
     """One process's work on a run."""
 
@@ -179,25 +217,9 @@ class _Sitting:
 
     def _ended_card(self) -> RunCard:
         """Of a run that is over, if it is the one that is asked for; no base is loaded for it."""
-        card, request = read_card(self._folder.root), self._request
-        found = (card.experiment_sha256, card.population_sha256, card.arm, card.client, card.seed)
-        if (
-            found
-            != (
-                self._experiment.digest(),
-                self._population_sha256(),
-                request.arm,
-                request.client,
-                request.seed,
-            )
-            or card.data_sha256 != prepare_data(self._experiment.data, seed=request.seed).sha256
-        ):
-            msg = (
-                f"{self._folder.root} holds another run, which is over: {card.experiment}, "
-                f"{card.arm.value}, seed {card.seed}, other values of the experiment perhaps, or "
-                "other records; choose another --out, or remove it"
-            )
-            raise OutputError(msg)
+        card = read_card(self._folder.root)
+        if not is_of(card, self._request):
+            raise holds_another(self._folder.root, card)
         return card
 
     def _open(self, first: Float32Array) -> RunCard:
@@ -232,7 +254,7 @@ class _Sitting:
             manifest_sha256=terms.manifest.digest().hex(),
             base_fingerprint=terms.manifest.base.fingerprint.hex(),
             data_sha256=self._data.sha256,
-            population_sha256=self._population_sha256(),
+            population_sha256=_population_sha256(experiment),
             n_clients=len(self._data.clients),
             n_held_out=len(self._data.held_out),
             n_repeated=self._data.n_repeated,
@@ -249,16 +271,15 @@ class _Sitting:
             began_at=time.time() if earlier is None else earlier.began_at,
         )
         self._folder.open_card(card, experiment=experiment.as_toml())
+        if not self._folder.manifest.exists():
+            text = json.dumps(terms.manifest.as_json(), indent=2, ensure_ascii=False)
+            self._folder.write(self._folder.manifest, text.encode() + b"\n")
         if self._data.manifest is not None and not self._folder.partition.exists():
             self._data.manifest.save(self._folder.partition)
         if self._data.kept is not None and not self._folder.kept.exists():
             kept = [share.tolist() for share in self._data.kept]
             self._folder.write(self._folder.kept, json.dumps(kept).encode() + b"\n")
         return card
-
-    def _population_sha256(self) -> str | None:
-        file = self._experiment.population.file
-        return None if file is None else read_population(Path(file)).digest()
 
     def _read_notes(self) -> None:
         rounds: dict[int, RoundNote] = {}

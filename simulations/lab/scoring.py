@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from edge_agent.data.records import UNCATEGORIZED, Record
+from edge_agent.errors import EvaluationError
 from simulations.lab import engines
 from simulations.lab.engines import Engine
 from simulations.lab.experiment import EvaluationSection
@@ -80,7 +81,7 @@ class Scorer:
 
         Raises:
             EngineError: A worker died.
-            EvaluationError: A loss is not finite.
+            EvaluationError: A loss is not finite, or no record can be used.
         """
         number, in_full = release.number, self._is_end(release.number)
         if not self.is_due(number) or self._wanted(in_full=in_full) <= self._found.get(
@@ -99,6 +100,12 @@ class Scorer:
                     )
                 )
         notes = engines.measure(self._engine, setup, release.vector, questions)
+        if not any(isinstance(note, ScoreNote) for note in notes):
+            msg = (
+                f"none of the {sum(map(len, self._by_category.values()))} held-out records fits "
+                "the template and max_length; raise federation.max_length, or give other records"
+            )
+            raise EvaluationError(msg)
         self._folder.append(notes)
         scores = [note for note in notes if isinstance(note, ScoreNote)]
         for note in scores:

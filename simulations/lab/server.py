@@ -316,7 +316,10 @@ class VirtualServer:
                     )
                     continue
                 fates |= dict.fromkeys(agents, Fate.CELL_LOST)
-                left = tuple(agents[place] for place in left_to_try(found, len(agents), vanishings))
+                places = left_to_try(
+                    found, len(agents), vanishings, with_noise=plan.noise is not None
+                )
+                left = tuple(agents[place] for place in places)
                 if wave == _FIRST_WAVE and len(left) >= masking.min_cell:
                     waves.append(left)
         return cells, n_bodies

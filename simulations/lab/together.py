@@ -11,7 +11,7 @@ from typing import cast
 import torch
 
 from edge_agent.data.batches import collate
-from edge_agent.errors import CheckpointError, TrainingError
+from edge_agent.errors import AgentError, CheckpointError, DataError, TrainingError
 from edge_agent.training.gradients import Given, Wanted
 from edge_agent.training.trainer import Session, TrainingResult, is_out_of_memory
 from quant.lora_stack import StackedModel
@@ -20,12 +20,12 @@ from quant.loss import example_losses
 
 def train_together(
     stack: StackedModel, sessions: Sequence[Session]
-) -> list[TrainingResult | TrainingError]:
+) -> list[TrainingResult | AgentError]:
     """Drive trainings to their ends, a micro-batch of each at a time.
 
     Guarantees:
         1. Each result equals that of the training by itself, within float32 rounding.
-        2. One that fails ends alone; the others go on.
+        2. One that fails, for its records too, ends alone; the others go on.
 
     Args:
         stack: Session k trains its slot k.
@@ -37,7 +37,7 @@ def train_together(
     Raises:
         CheckpointError: The state of a training cannot be written.
     """
-    ended: dict[int, TrainingResult | TrainingError] = {}
+    ended: dict[int, TrainingResult | AgentError] = {}
     wanted: dict[int, Wanted] = {}
     answers: dict[int, Given | None] = dict.fromkeys(range(len(sessions)))
     n_fitting = len(sessions)
@@ -50,7 +50,7 @@ def train_together(
                 ended[slot] = cast("TrainingResult", end.value)
             except CheckpointError:  # of the folder, not of the training: it can go on
                 raise
-            except TrainingError as error:
+            except (DataError, TrainingError) as error:
                 ended[slot] = error
         answers = {}
         slots = sorted(wanted)

@@ -368,30 +368,35 @@ class LabWorker:
         return self._terms[n_examples]
 
     def count_tokens(self, clients: Sequence[tuple[Record, ...]]) -> list[int]:
-        """How many tokens each client's examples have.
+        """How many tokens each client's examples have; 0 where no record can be used.
 
         Args:
             clients: Records of each.
         """
         block = self.manifest.training
-        return [
-            sum(
-                len(example.input_ids)
-                for example in tokenize(
-                    records,
-                    self.base.tokenizer,
-                    template=block.template,
-                    loss_on=block.loss_on,
-                    max_length=block.max_length,
-                ).examples
-            )
-            for records in clients
-        ]
+        counts = []
+        for records in clients:
+            examples = self._usable(records, loss_on=block.loss_on)
+            counts.append(sum(len(example.input_ids) for example in examples))
+        return counts
+
+    def _usable(self, records: Sequence[Record], *, loss_on: LossOn) -> Sequence[Example]:
+        block = self.manifest.training
+        try:
+            return tokenize(
+                records,
+                self.base.tokenizer,
+                template=block.template,
+                loss_on=loss_on,
+                max_length=block.max_length,
+            ).examples
+        except DataError:
+            return ()
 
     # Measuring
 
     def measure(self, release: Float32Array, question: Question) -> list[ScoreNote | AnswerNote]:
-        """Score a release on held-out records.
+        """Score a release on held-out records; what none of them can be used for has no score.
 
         Args:
             release: The whole adapter, [n_whole] float32.
@@ -401,17 +406,11 @@ class LabWorker:
         adapted.load_vector(release, self._whole)
         block = self.manifest.training
         notes: list[ScoreNote | AnswerNote] = []
-        if question.loss:
-            data = tokenize(
-                question.loss,
-                self.base.tokenizer,
-                template=block.template,
-                # Of the response alone, whatever is trained: on all tokens those of the template,
-                # which any adapter learns in a few steps, would decide.
-                loss_on=LossOn.RESPONSE,
-                max_length=block.max_length,
-            )
-            scores = held_out_loss(adapted.model, data.examples, pad_id=self.base.pad_id)
+        # Of the response alone, whatever is trained: on all tokens those of the template, which any
+        # adapter learns in a few steps, would decide.
+        examples = self._usable(question.loss, loss_on=LossOn.RESPONSE)
+        if examples:
+            scores = held_out_loss(adapted.model, examples, pad_id=self.base.pad_id)
             notes += _score_notes(question.release, Measure.LOSS, scores)
         answerable = self._answerable(question)
         if answerable:
@@ -493,7 +492,7 @@ def load_lab_base(setup: Setup) -> LoadedBase:
 
 def _driven(
     prepared: Sequence[_Prepared], stack: StackedModel | None, layout: VectorLayout
-) -> list[TrainingResult | TrainingError]:
+) -> list[TrainingResult | AgentError]:
     if stack is not None:
         sessions = [one.trainer.session(None, layout, weight=one.weight) for one in prepared]
         return train_together(stack, sessions)
@@ -502,11 +501,11 @@ def _driven(
         return [one.trainer.run(None, layout, weight=one.weight)]
     except CheckpointError:  # of the folder, not of the training: it can go on
         raise
-    except TrainingError as error:
+    except (DataError, TrainingError) as error:
         return [error]
 
 
-def _result(one: _Prepared, end: TrainingResult | TrainingError, train_s: float) -> VisitResult:
+def _result(one: _Prepared, end: TrainingResult | AgentError, train_s: float) -> VisitResult:
     ended = end if isinstance(end, TrainingResult) else None
     return VisitResult(
         agent=one.visit.agent,

@@ -2,9 +2,9 @@
 
 A relative score holds a model against the one that was trained on all records in one place,
 seed by seed: score ÷ centralised's score, and for losses centralised's loss ÷ loss. So 1 is as good
-as all data in one place, and higher is better, whatever the measure. It is over the very seeds that
-the score is over, or there is none: a mean without the seeds in which centralised scores 0 would be
-of those that happened to be in the model's favour.
+as all data in one place, and higher is better, whatever the measure. It is over all seeds
+that have both models, or there is none: a mean without the seeds in which centralised scores 0
+would be of those that happened to be in the model's favour.
 
 Source: arXiv 2305.05644, section 4.2. Its relative scores are of GPT-4's marks, ours of loss, exact
 match and ROUGE-L; the kinds of numbers differ and do not compare.
@@ -72,8 +72,8 @@ class Comparison:
         labels: Of the groups, base first and centralised last.
         measures: Those that any run has.
         scores: Of the newest release that each run measured, by label.
-        relative: To the centralised run of the same seed, by label, of the seeds of `scores` or
-            None; without any centralised run: nothing.
+        relative: To the centralised run of the same seed, by label, of all seeds that have both
+            or None; without any centralised run: nothing.
         reference: The label of the centralised runs; None: there are none.
         arms: By label.
         learning_rates: Of a run's first step, by label; of those that have closed a round.
@@ -237,9 +237,17 @@ class Comparison:
             for measure in self.measures:
                 row.append(spread_text(self.scores[name][measure].average, measure))
                 if self.relative:
-                    row.append(spread_text(self.relative[name][measure].average, None))
+                    row.append(self._ratio_text(name, measure))
             rows.append(row)
         return heads, rows
+
+    def _ratio_text(self, name: str, measure: Measure) -> str:
+        """With its seeds, where these are not the row's."""
+        score, ratio = (found[name][measure].average for found in (self.scores, self.relative))
+        text = spread_text(ratio, None)
+        if score is None or ratio is None or set(ratio.by_seed) == set(score.by_seed):
+            return text
+        return f"{text} (seeds {', '.join(map(str, sorted(ratio.by_seed)))})"
 
     def _by_category(
         self, measure: Measure, found: Mapping[str, Mapping[Measure, Scores]], *, relative: bool

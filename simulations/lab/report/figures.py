@@ -57,8 +57,8 @@ _TEXTS: Final = {
     "epsilon": (
         "Privacy spent",
         (
-            "What the agent that took part most often has spent by the end of each round. Promised "
-            "is: {guarantee}"
+            "The largest ε that any agent has spent by the end of each round. Promised is: "
+            "{guarantee}"
         ),
     ),
     "participation": (
@@ -367,7 +367,7 @@ def draw_epsilon(history: History) -> "Figure | None":
         fontsize=8,
     )
     axes.set_ylim(0, 1.15 * max(values) or 1.0)
-    axes.set_ylabel("ε of the agent that took part most", fontsize=9)
+    axes.set_ylabel("largest ε of any agent", fontsize=9)
     axes.set_title(_wrapped(history.card.guarantee, 100), fontsize=8)
     _finish_rounds(axes, legend=False)
     return figure

@@ -155,6 +155,8 @@ def _facts(history: History) -> list[tuple[str, str]]:
 
 
 def _held_out(card: RunCard) -> str:
+    if card.n_held_out is None:
+        return "not counted"
     if not card.n_repeated:
         return f"{card.n_held_out:,}, none of which a client's record repeats"
     return f"{card.n_held_out:,}, of which clients' records repeat {card.n_repeated:,}"
@@ -210,7 +212,7 @@ def _headline(history: History) -> list[Mapping[str, str]]:
     if history.epsilon is not None:
         found.append(
             {
-                "what": "ε spent by the agent that took part most often",
+                "what": "the largest ε that any agent has spent",
                 "value": f"{history.epsilon:.3g}",
                 "more": (
                     f"profile {plain(history.card.profile)}, simulated cohort: "

@@ -25,7 +25,7 @@ class FakeAnswerer:
 def answer_all(tmp_path: Path, monkeypatch) -> Callable[[Path], int]:
     """Answers questions 1, 2 and 3, without a model."""
     monkeypatch.setattr(answers, "read_finished", lambda _path: None)
-    monkeypatch.setattr(answers, "template_of", lambda _finished: (None, None))
+    monkeypatch.setattr(answers, "template_of_folder", lambda _finished, _folder: None)
     monkeypatch.setattr(answers, "load_base_of", lambda *_, **__: None)
     monkeypatch.setattr(answers, "Answerer", FakeAnswerer)
     questions = tmp_path / "questions.jsonl"

@@ -418,10 +418,17 @@ def test_both_orders_count_alike_and_questions_once() -> None:
     assert found.relative == pytest.approx(14.5 / 15.5)
     assert (found.n_wins, found.n_ties, found.n_losses) == (1, 1, 1)
     assert (found.n_questions, found.n_ratings) == (3, 7)
-    assert found.position_bias == pytest.approx((2 + 2 + 0 + 0 + 0 - 2 + 2) / 7)
+    assert found.position_bias == pytest.approx((((2 + 2) / 2 + 0) / 2 + 0 + (-2 + 2) / 2) / 3)
     assert compare(ratings) == found
     assert found.std_error > 0
     assert math.isnan(compare(ratings[:3]).std_error)
+
+
+def test_a_better_answer_is_no_bias_for_a_place() -> None:
+    """Also where a review of one order is missing."""
+    straight = [Rating(question="1", swapped=False, first=8, second=6)] * 3
+    swapped = [Rating(question="1", swapped=True, first=6, second=8)] * 2
+    assert compare([*straight, *swapped]).position_bias == 0.0
 
 
 def test_the_place_of_an_answer_cancels(endpoint: FakeEndpoint) -> None:

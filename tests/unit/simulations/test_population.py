@@ -224,3 +224,10 @@ def test_the_command_tells_times_bytes_and_who_takes_part(tmp_path: Path, monkey
         1.0
     )
     assert "minutes of a round" in result.output
+
+
+def test_two_devices_of_one_name_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "volunteers.toml"
+    path.write_text(TOML.replace('"slow"', '"fast"'))
+    with pytest.raises(PopulationError, match="two devices are called 'fast'"):
+        read_population(path)

@@ -1,18 +1,21 @@
 """The laboratory's commands, on runs that train no model."""
 
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import Result
 from typer.testing import CliRunner
 
 from simulations.cli import app
+from simulations.cli_run import _Wishes
 from simulations.errors import EngineError, ExperimentError, OutputError
 from simulations.lab import run as lab_run
 from simulations.lab.engines import Engine
-from simulations.lab.experiment import Experiment
+from simulations.lab.experiment import EngineKind, Experiment
 from simulations.lab.listening import Listener, Silent
 from simulations.lab.records import RunCard, ScoreNote
 from simulations.lab.run import Request, run
@@ -109,6 +112,52 @@ def test_runs_of_another_experiment_are_not_shown_as_this_one_s(
     assert isinstance(found.exception, OutputError)
     assert "holds another run" in str(found.exception)
     assert not (tmp_path / "out" / "surface.json").exists()
+
+
+def test_a_folder_of_another_run_is_refused_before_the_first_run(
+    lab: Callable[..., Result], tmp_path: Path
+) -> None:
+    first = tmp_path / "out" / "rank-2" / "seed-1" / "journal.jsonl"
+    assert lab(*SWEEP, "--set", "federation.n_rounds=1").exit_code == 0
+    shutil.rmtree(first.parent)
+    found = lab(*SWEEP)
+    assert isinstance(found.exception, OutputError)
+    assert "rank-2/seed-2 holds another run" in str(found.exception)
+    assert not first.exists()  # it would have been run for hours, and the next one refused
+
+
+def test_runs_of_another_population_are_not_shown_as_this_one_s(
+    lab: Callable[..., Result], tmp_path: Path
+) -> None:
+    file = tmp_path / "volunteers.toml"
+    device = '[[device]]\nname = "a"\nshare = 1\ntokens_per_s = {}\n'
+    rates = "up_bytes_per_s = 1e6\ndown_bytes_per_s = 1e6\n"
+    file.write_text("n_agents = 6\n" + device.format(1000) + rates)
+    words = (*SWEEP, "--set", f"population.file={file}")
+    assert lab(*words).exit_code == 0
+    (tmp_path / "out" / "surface.json").unlink()
+    file.write_text("n_agents = 6\n" + device.format(10) + rates)
+    found = lab(*words)
+    assert "holds another run" in str(found.exception)
+    assert "Ended early" not in found.output
+    assert not (tmp_path / "out" / "surface.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "kind", "workers"),
+    [
+        ({}, EngineKind.HERE, 1),
+        ({"workers": 2}, EngineKind.PROCESSES, 2),
+        ({"workers": 2, "ray": "local"}, EngineKind.RAY, 2),
+        ({"workers": 2, "pairs": ["engine.kind=ray"]}, EngineKind.RAY, 2),
+    ],
+)
+def test_more_workers_are_of_the_kind_that_was_asked_for(
+    words: dict[str, Any], kind: EngineKind, workers: int
+) -> None:
+    nothing = dict.fromkeys(("pairs", "model", "data", "workers", "ray", "group", "device"))
+    found = _Wishes(**{**nothing, **words}, real=False).experiment("fedit").engine
+    assert (found.kind, found.workers) == (kind, workers)
 
 
 def test_a_report_of_a_series_names_its_runs(lab: Callable[..., Result], tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import shutil
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -14,16 +15,18 @@ from safetensors.numpy import load_file
 
 from privacy.errors import UpdateRangeError
 from privacy.fixed_point import encode
-from protocol.blocks import LoraRule, Schedule
+from protocol.blocks import LoraRule, Schedule, Template
 from protocol.privacy import AgentPrivacy, CentralPrivacy, ExamplePrivacy
 from quant.base_model import LoadedBase
+from quant.peft_folder import read_finished
+from simulations.answers import template_of_folder
 from simulations.errors import ExperimentError
 from simulations.lab.attackers import Attackers
 from simulations.lab.chance import RunChance
 from simulations.lab.data import prepare_data
 from simulations.lab.engines import Engine, Processes
 from simulations.lab.experiment import Experiment
-from simulations.lab.folder import read_card, read_vector
+from simulations.lab.folder import read_card, read_manifest, read_vector
 from simulations.lab.records import (
     AnswerNote,
     Arm,
@@ -212,6 +215,8 @@ def test_the_card_says_what_the_run_is(whole: Path, small: Experiment, base: Loa
     card = read_card(whole)
     terms = make_terms(small, base.description, arm=Arm.FEDERATED, seed=1)
     assert card.manifest_sha256 == terms.manifest.digest().hex()
+    assert read_manifest(whole) == terms.manifest
+    assert (card.n_held_out, card.n_repeated) == (16, 0)
     assert card.experiment_sha256 == small.digest()
     assert card.base_fingerprint == base.description.base.fingerprint.hex()
     assert (card.n_clients, card.cohort, card.n_rounds, card.seed) == (6, 3, 2, 1)
@@ -219,6 +224,17 @@ def test_the_card_says_what_the_run_is(whole: Path, small: Experiment, base: Loa
     assert (card.profile, card.cryptography) == ("P0", None)
     assert "ε = ∞" in card.guarantee
     assert {"torch", "peft", "bitsandbytes"} <= set(card.versions)
+
+
+def test_a_run_s_adapter_is_asked_by_the_template_that_it_was_trained_with(
+    go: Callable[..., Any], tmp_path: Path
+) -> None:
+    """It has no provenance, as no federation signed for it."""
+    for template in Template:
+        adapter = go(federation__template=template.value).root / "adapter"
+        assert template_of_folder(read_finished(adapter), adapter) is template
+    foreign = shutil.copytree(adapter, tmp_path / "elsewhere" / "adapter")
+    assert template_of_folder(read_finished(foreign), foreign) is Template.ALPACA
 
 
 def test_workers_are_told_whose_run_it_is(
@@ -726,7 +742,7 @@ def test_a_round_notes_how_many_updates_were_made_up(
     assert {note.n_crafted for note in go().rounds} == {None}
 
 
-def test_a_filter_removes_attackers_and_says_so(go: Callable[..., Any]) -> None:
+def test_a_filter_removes_attackers_and_says_so(go: Callable[..., Any], small: Experiment) -> None:
     found = go(
         attack__name="sign-flip-scaled",
         attack__share=0.2,
@@ -736,11 +752,14 @@ def test_a_filter_removes_attackers_and_says_so(go: Callable[..., Any]) -> None:
         federation__n_rounds=2,
         federation__filter="robust",
     )
-    removed = [
-        {agent for agent, fate in note.fates.items() if fate is Fate.REMOVED}
-        for note in found.rounds
-    ]
-    assert [len(agents) for agents in removed] == [note.n_cells_removed for note in found.rounds]
+    section = small.with_values({"attack.name": "sign-flip-scaled", "attack.share": 0.2}).attack
+    assert section is not None
+    attackers = Attackers(section, n_clients=10, chance=RunChance(1)).clients
+    assert len(attackers) == 2
+    for note in found.rounds:
+        removed = {agent for agent, fate in note.fates.items() if fate is Fate.REMOVED}
+        assert removed == attackers
+        assert note.n_cells_removed == 2
     assert all(note.n_cells == 10 for note in found.rounds)
 
 

@@ -21,6 +21,7 @@ from protocol.blocks import (
     Schedule,
     Weighting,
 )
+from protocol.errors import ManifestError
 from protocol.manifest import FederationManifest
 from protocol.privacy import NoPrivacy
 from protocol.wire import parse
@@ -273,7 +274,7 @@ def test_cells_are_masked_within_what_a_round_can_change(described: BaseDescript
 @pytest.mark.parametrize(
     ("values", "error"),
     [
-        ({"federation.target_modules": ["z_proj"]}, Exception),
+        ({"federation.target_modules": ["z_proj"]}, ManifestError),
         ({"federation.profile": "P2", "federation.epsilon": 8}, ConfigError),
         ({"federation.adaptive_clip": True}, ConfigError),
         ({"federation.max_length": 1}, ConfigError),

@@ -333,6 +333,35 @@ def test_records_that_cannot_be_used_fail_their_agent_alone(
 
 
 @pytest.mark.parametrize("group", [1, 2])
+def test_a_record_that_turns_out_unusable_in_a_step_fails_its_agent_alone(
+    make_worker: Callable[..., LabWorker], data: LabData, group: int
+) -> None:
+    """Examples are made when they are first asked for."""
+    short = replace(data.clients[0][0], instruction="Why?", context="", response="So.")
+    long = replace(short, response="Because of this and that. " * 40)
+    worker = make_worker(
+        group=group, federation__max_length=48, federation__batch_size=2, federation__local_steps=1
+    )
+    release = release_of(worker)
+    unusable = replace(visit_of(data, 2), records=(short, long))
+    good = replace(visit_of(data, 0), records=(short, short))
+    bad, *others = worker.train(release, [unusable, good][:group])
+    assert bad.vector is None
+    assert bad.error is not None
+    assert "max_length = 48 is too small" in bad.error
+    assert all(found.error is None for found in others)
+
+
+def test_what_cannot_be_used_counts_no_token_and_has_no_score(
+    make_worker: Callable[..., LabWorker], data: LabData
+) -> None:
+    worker = make_worker()
+    none, some = worker.count_tokens([(CHAT,), data.clients[0]])
+    assert none == 0 < some
+    assert worker.measure(release_of(worker), Question(release=1, loss=(CHAT,))) == []
+
+
+@pytest.mark.parametrize("group", [1, 2])
 def test_adapters_that_do_not_fit_beside_the_base_are_one_sentence(
     make_worker: Callable[..., LabWorker],
     data: LabData,

@@ -212,6 +212,20 @@ def test_without_a_centralised_run_there_are_no_relative_scores(
         draw_relative_scores(found, tmp_path / "relative.png")
 
 
+def test_a_ratio_of_fewer_seeds_than_its_score_names_them(make_arm: Callable[..., Path]) -> None:
+    found = Comparison.of(
+        [*(make_arm(Arm.FEDERATED, seed) for seed in (1, 2)), make_arm(Arm.CENTRALISED, 2)]
+    )
+    row = next(line for line in found.markdown().splitlines() if line.startswith("| federated |"))
+    assert "0.500 (seeds 2)" in row
+    assert (
+        "(seeds"
+        not in Comparison.of(
+            [make_arm(arm, 3) for arm in (Arm.FEDERATED, Arm.CENTRALISED)]
+        ).markdown()
+    )
+
+
 def test_an_arm_whose_seeds_have_no_counterpart_is_not_related(
     make_arm: Callable[..., Path],
 ) -> None:
