@@ -20,7 +20,7 @@ try:
     import ray
     from ray.exceptions import RayActorError, RayTaskError
 except ImportError as error:  # pragma: no cover - the extra is installed where tests run
-    msg = "Ray is not installed; pip install 'sheepfold[sim-ray]'"
+    msg = "Ray is not installed; pip install '.[sim-ray]' in a clone of Sheepfold"
     raise EngineError(msg) from error
 
 
