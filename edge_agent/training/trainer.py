@@ -32,6 +32,7 @@ from edge_agent.training.gradients import (
     MeanGradient,
     StepGradient,
     Wanted,
+    extremes,
     gradients_of,
     is_finite,
 )
@@ -528,10 +529,11 @@ class LocalTrainer:
     def _update(self, weight: int) -> PlainUpdate:
         # From the model itself: what trains something else must not look as if it had moved it.
         change = torch.sub(self._adapted.weights.cpu(), self._start, out=self._start)
-        if not is_finite(change):
+        ends = extremes(change)
+        if not all(map(math.isfinite, ends)):
             msg = "training diverged: the update has values that are not finite; nothing is sent"
             raise TrainingError(msg)
-        if not change.any():
+        if ends == (0.0, 0.0):
             msg = "training moved no weight: the update is exactly zero; nothing is sent"
             raise TrainingError(msg)
         return PlainUpdate(vector=change.numpy(), weight=weight)
