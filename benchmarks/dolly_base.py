@@ -144,7 +144,11 @@ def ensure_base(recipe: BaseRecipe, text: Path, cache: Path, *, show: Show) -> P
     making = Path(tempfile.mkdtemp(prefix="making-", dir=cache))
     try:
         make_base(recipe, text, making, show=show)
-        making.replace(folder)
+        try:
+            making.replace(folder)
+        except OSError:
+            if not folder.is_dir():  # another process has made it meanwhile
+                raise
     finally:
         shutil.rmtree(making, ignore_errors=True)
     return folder

@@ -6,7 +6,8 @@
 #
 # Needs a Python with the CUDA build of torch and numpy; everything else comes from WHEELS. CUDA=130
 # keeps that build of bitsandbytes' library alone, where the wheels must stay small; FOR=3.12 fetches
-# for another Python than this one. ARGS go to gpu.py.
+# for another Python than this one, SKIP='scipy attrs' leaves out what the machine has. ARGS go to
+# gpu.py.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 WHEELS=${WHEELS:-.gpu-wheels}
@@ -14,10 +15,12 @@ PYTHON=${PYTHON:-python3}
 CUDA=${CUDA:-}
 FOR=${FOR:-}
 ARGS=${ARGS:-}
-NEEDED='accelerate annotated-types anyio bitsandbytes cffi cryptography h11 httpcore2 httpx2
-    huggingface-hub idna markdown-it-py mdurl packaging peft psutil pycparser pydantic pydantic-core
-    pygments pyyaml regex rfc8785 rich safetensors tokenizers tqdm transformers truststore
-    typing-inspection'
+SKIP=${SKIP:-}
+NEEDED='absl-py accelerate annotated-types anyio attrs bitsandbytes cffi cryptography dp-accounting
+    filelock h11 http-message-signatures http-sf httpcore2 httpx2 huggingface-hub idna
+    markdown-it-py mdurl packaging peft psutil pycparser pydantic pydantic-core pygments pyyaml
+    regex rfc8785 rich safetensors scipy sqlalchemy structlog tokenizers tqdm transformers
+    truststore typing-inspection'
 
 if [ "${1:-}" = "--fetch" ]; then
     rm -rf "$WHEELS"
@@ -29,6 +32,7 @@ if [ "${1:-}" = "--fetch" ]; then
         done
     fi
     for name in $NEEDED; do
+        [[ " $SKIP " == *" $name "* ]] && continue
         grep -iE "^$name==" constraints.txt
     done | "$PYTHON" -m pip download --no-deps "${platforms[@]}" --dest "$WHEELS" -r /dev/stdin
     if [ -n "$CUDA" ]; then
@@ -57,8 +61,11 @@ OUT=${1:-gpu-results}
 mkdir -p "$OUT"
 "$PYTHON" -c 'import torch; assert torch.cuda.is_available(), "no CUDA device"'
 export PYTHONPATH=$PWD HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
-if ! "$PYTHON" -c 'import benchmarks.gpu' 2>/dev/null; then
+# All that is imported later too: what is missing must not cost a measurement.
+IMPORTS='import benchmarks.gpu, simulations.lab.run'
+if ! "$PYTHON" -c "$IMPORTS" 2>/dev/null; then
     "$PYTHON" -m pip install --quiet --no-index --no-deps "$WHEELS"/*.whl
+    "$PYTHON" -c "$IMPORTS"
 fi
 # shellcheck disable=SC2086  # ARGS are words
 "$PYTHON" -m benchmarks.gpu --json "$OUT/gpu.json" $ARGS

@@ -29,9 +29,8 @@ What is on the clock:
   `InMemoryGrid.send_and_receive` with the engine's threads, which look for messages and for replies
   every 0.1 s, and, for each client, `RayBackend.process_message`, which takes the message to an
   actor and the reply back; `aggregate_train`. The actors stand, and have torch: warm-up rounds came
-  before. Off the clock, before and after the rounds and in an actor: `bare_s`, the client's step
-  alone, that is `zero_grad`, loss, `backward`, `step` on such tensors, the mean over each of some
-  blocks of steps. A client's overhead is (round - C x median bare / workers) / C.
+  before. Within that clock: `step_s`, a client's `zero_grad`, loss, `backward`, `step`, as the
+  clients clock it, their mean. A client's overhead is (round - C x step / workers) / C.
 - `first-round`: from the start of this process, or from `--began`, to the end of the first round,
   in parts that follow each other: Python and all imports of the server's process; its arrays; the
   rest with the round. Starting Ray is in the rest, and so is `client_imports_s`, what the client
@@ -63,7 +62,7 @@ from types import SimpleNamespace
 from typing import Any, Final
 
 import simulation_job
-from simulation_job import WAIT_S, bare_steps, pss_bytes, since_start, wait_for
+from simulation_job import pss_bytes, since_start, wait_for
 
 JOB: Final = "SIMULATION_FLOWER_JOB"
 """The variable that takes the job, as JSON, to the server app, whoever launches that."""
@@ -147,22 +146,10 @@ def train(message: Any, context: Any) -> Any:
     return Message(RecordDict(content), reply_to=message)
 
 
-def bare(message: Any, _context: Any) -> Any:
-    """Seconds of a client's step without a framework: the mean over each block of steps."""
-    import torch
-    from flwr.app import Message, MetricRecord, RecordDict
-
-    torch.set_num_threads(1)
-    blocks = bare_steps(torch, message.content["config"]["parameters"])
-    metrics = MetricRecord({"bare_s": blocks})
-    return Message(RecordDict({"metrics": metrics}), reply_to=message)
-
-
 def make_client_app() -> Any:
     """Flower's `ClientApp` of the two."""
     client_app = import_flower().clientapp.ClientApp()
     client_app.train()(train)
-    client_app.query("bare")(bare)
     return client_app
 
 
@@ -222,14 +209,12 @@ def run_rounds(flower: SimpleNamespace, grid: Any, job: dict[str, Any]) -> dict[
             target=measure_held, args=(folder, job["workers"], found), daemon=True
         )
         measurer.start()
-    bare_s = ask_for_bare(flower, grid, job) if job["bare"] else []
     result = strategy.start(
         grid,
         arrays,
         num_rounds=job["rounds"],
         train_config=flower.app.ConfigRecord(config),
     )
-    bare_s += ask_for_bare(flower, grid, job) if job["bare"] else []
     if measurer is not None:
         measurer.join()
     expected = 0.0
@@ -240,7 +225,6 @@ def run_rounds(flower: SimpleNamespace, grid: Any, job: dict[str, Any]) -> dict[
         **found,
         "round_s": [after - before for before, after in pairwise(strategy.stamps)],
         "ended_at": strategy.ended_at,
-        "bare_s": bare_s,
         "step_s": [metrics["step_s"] for metrics in strategy.metrics],
         "ready_s": [metrics["ready_s"] for metrics in strategy.metrics],
         "exact": bool(abs(final - expected).max() < 1e-5),
@@ -282,19 +266,6 @@ def make_strategy(flower: SimpleNamespace, *, clients: int, cohort: int) -> Any:
             return metrics
 
     return Stamped()
-
-
-def ask_for_bare(flower: SimpleNamespace, grid: Any, job: dict[str, Any]) -> list[float]:
-    """Have one client run the bare step in its actor."""
-    app = flower.app
-    wait_for(lambda: len(list(grid.get_node_ids())) == job["clients"], "the clients")
-    config = app.ConfigRecord({"parameters": job["parameters"]})
-    node_id = next(iter(grid.get_node_ids()))
-    message = app.Message(
-        content=app.RecordDict({"config": config}), message_type="query.bare", dst_node_id=node_id
-    )
-    (reply,) = grid.send_and_receive([message], timeout=WAIT_S)
-    return list(reply.content["metrics"]["bare_s"])
 
 
 def measure_held(folder: Path, workers: int, found: dict[str, Any]) -> None:
@@ -475,25 +446,20 @@ def measure_overhead(
 ) -> dict[str, Any]:
     """What a client costs beside its own step."""
     job = {"parameters": parameters, "clients": clients, "cohort": cohort, "workers": workers}
-    found = LAUNCHES[launch]({**job, "rounds": warm_up + rounds, "bare": True})
-    bare_s = statistics.median(found["bare_s"])
-    times = found["round_s"]
-    overhead = [time_s / cohort - bare_s / workers for time_s in times[warm_up:]]
+    found = LAUNCHES[launch]({**job, "rounds": warm_up + rounds})
+    times, steps = found["round_s"], found["step_s"]
+    overhead = [
+        time_s / cohort - step_s / workers
+        for time_s, step_s in zip(times[warm_up:], steps[warm_up:], strict=True)
+    ]
     return {
         "warm_up_round_s": times[:warm_up],
         "round_s": times[warm_up:],
-        "bare_s": found["bare_s"],
-        "bare_median_s": bare_s,
-        "step_in_place_s": found["step_s"][warm_up:],
+        "step_s": steps[warm_up:],
         "overhead_per_client_s": overhead,
         "overhead_per_client_median_s": statistics.median(overhead),
         "exact": found["exact"],
         "notes": [
-            "bare_s: each the mean of a block of steps; half of the blocks came before the rounds",
-            (
-                "step_in_place_s: the step within the round as the clients clocked it, their mean; "
-                "caches are colder there than in a loop. Not subtracted"
-            ),
             "the engine looks for messages and for replies every 0.1 s: rounds come in such steps",
         ],
     }
@@ -511,7 +477,7 @@ def measure_first_round(
     """How long until the first round is over."""
     began_at = time.time() - since_start(began)
     job = {"parameters": parameters, "clients": clients, "cohort": cohort, "workers": workers}
-    found = LAUNCHES[launch]({**job, "rounds": 1, "bare": False})
+    found = LAUNCHES[launch]({**job, "rounds": 1})
 
     def parts(found: dict[str, Any], began_at: float) -> dict[str, float]:
         first_round_s = found["ended_at"][0] - began_at
@@ -569,7 +535,6 @@ def hold(*, parameters: int, base_parameters: int, clients: int, workers: int) -
             "workers": workers,
             "rounds": 2,
             "hold_in_round": 2,
-            "bare": False,
         }
     )
     found["clients"] = workers

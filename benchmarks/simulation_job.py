@@ -7,10 +7,8 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
-BARE_BLOCKS: Final = 10
-BARE_STEPS: Final = 50
 WAIT_S: Final = 300.0
 
 
@@ -42,19 +40,3 @@ def pss_bytes(pid: int) -> int:
         if line.startswith("Pss:"):
             return int(line.split()[1]) * 1024
     raise RuntimeError(f"no Pss in /proc/{pid}/smaps_rollup")
-
-
-def bare_steps(torch: Any, parameters: int) -> list[float]:
-    """Seconds of a peer's client's step without a framework: the mean over each block of steps."""
-    adapter = torch.nn.Parameter(torch.zeros(parameters))
-    target = torch.tensor([0.5])
-    optimizer = torch.optim.SGD([adapter], lr=parameters / 4)
-    blocks = []
-    for _ in range(BARE_BLOCKS + 1):
-        began = time.perf_counter()
-        for _ in range(BARE_STEPS):
-            optimizer.zero_grad()
-            ((adapter - target) ** 2).mean().backward()
-            optimizer.step()
-        blocks.append((time.perf_counter() - began) / BARE_STEPS)
-    return blocks[1:]

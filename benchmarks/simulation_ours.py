@@ -10,7 +10,7 @@ Whole rounds, with the folder and the journal, are in `simulation_rounds`. Here:
   adapters were attached, while that many agents train a step at once.
 - `vectorised`, `workers`: rounds of agents that have as many records as a batch has examples, by
   `simulations.lab.engines.train`: per agent a trainer, a batch in each of some steps, an update.
-  Adapters are attached and records are tokens: a round to warm up came before.
+  Adapters are attached and most records are tokens: a round to warm up came before.
 - `pool`: the same with agents of equal records, one at a time on each worker of Ray or a pool.
 """  # noqa: E501 - one command
 
@@ -28,7 +28,15 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from benchmarks.simulation_rounds import EMBEDDED, SEED, first_round, overhead, paper, warm_up
+from benchmarks.simulation_rounds import (
+    EMBEDDED,
+    SEED,
+    first_round,
+    hundred_thousand_lora,
+    overhead,
+    paper,
+    warm_up,
+)
 
 _OF_A_LONG_RUN: Final = 1_000_000
 """Steps: every size may be tried."""
@@ -43,17 +51,17 @@ def memory(job: Mapping[str, Any]) -> dict[str, Any]:
     Args:
         job: `slots`, how many; `batch` examples of each, of `length` tokens, in one micro-batch.
     """
-    from benchmarks import sides
     from benchmarks.resident import ResidentPeak
     from quant.lora_stack import StackedModel
 
+    lora = hundred_thousand_lora()
     with lent_base(EMBEDDED) as base:
-        stack = StackedModel(base, sides.PAPER_LORA, n_slots=1)
+        stack = StackedModel(base, lora, n_slots=1)
         _step_together(stack, batch=1, length=8)
         stack.detach()
         del stack
         watch = ResidentPeak()
-        stack = StackedModel(base, sides.PAPER_LORA, n_slots=job["slots"])
+        stack = StackedModel(base, lora, n_slots=job["slots"])
         _step_together(stack, batch=job["batch"], length=job["length"])
         return {"peak_bytes": watch.above_bytes()}
 
@@ -191,6 +199,7 @@ def vectorised(
     n_agents: int = 8,
     repetitions: int = 3,
     records: Sequence[Any] | None = None,
+    with_probe: bool = True,
 ) -> list[dict[str, Any]]:
     """Agents at once against agents one after the other, interleaved on one base in this process.
 
@@ -202,16 +211,17 @@ def vectorised(
         shape_or_base: A `LoadedBase`; a key of `benchmarks.sides.SHAPES`, for a Llama of random
             numbers; or what `load_base` takes.
         batch_sizes: Examples of an agent's step.
-        groups: Sizes of groups; 1 among them, and all that the probe may choose.
+        groups: Sizes of groups; 1 among them, and all that the probe may choose, if it is asked.
         device: Where a base that is not loaded yet is loaded to.
         n_agents: Of a round.
         repetitions: Rounds of each size, in turns.
         records: Instructions to train on, the largest batch for each agent; None: those of the
             embedded world, of 45 to 120 tokens by its own tokenizer.
+        with_probe: Whether the probe is asked as well.
 
     Returns:
         For each batch size `batch`, `n_steps`, `examples_per_s` by group size, and `chosen`, the
-        group sizes that the probe chose; a figure for each repetition.
+        group sizes that the probe chose; a figure for each repetition. No adapter is left attached.
     """
     from simulations.lab.engines import Here
     from simulations.lab.probe import choose_group
@@ -239,17 +249,18 @@ def vectorised(
                 for group in [*groups[turn:], *groups[:turn]]:
                     crowd.train(engine, group)
                     speeds[group].append(crowd.n_examples / crowd.train(engine, group))
-                clients = [visit.records for visit in crowd.visits]
-                chosen.append(
-                    choose_group(
-                        engine,
-                        crowd.setup,
-                        crowd.release,
-                        clients,
-                        cohort=n_agents,
-                        n_steps=_OF_A_LONG_RUN,
+                if with_probe:
+                    clients = [visit.records for visit in crowd.visits]
+                    chosen.append(
+                        choose_group(
+                            engine,
+                            crowd.setup,
+                            crowd.release,
+                            clients,
+                            cohort=n_agents,
+                            n_steps=_OF_A_LONG_RUN,
+                        )
                     )
-                )
             found.append(
                 {
                     "batch": batch,
@@ -258,7 +269,12 @@ def vectorised(
                     "chosen": chosen,
                 }
             )
+        engine.ask(replace(crowd.setup, run="over"), _nothing)  # another setup: adapters go
     return found
+
+
+def _nothing(_worker: Any) -> None:
+    """To be asked of a worker for its setup alone."""
 
 
 def vectorised_workers(
@@ -281,7 +297,14 @@ def vectorised_workers(
     with lent_base(EMBEDDED) as base:
         for batch in batch_sizes:
             n_steps = max(1, 16 // batch)
-            crowd = Crowd(base, n_agents=n_agents, batch=batch, n_steps=n_steps, records=records)
+            crowd = Crowd(
+                base,
+                n_agents=n_agents,
+                batch=batch,
+                n_steps=n_steps,
+                records=records,
+                device="cpu",
+            )
             speeds: dict[int, list[float]] = {group: [] for group in groups}
             for group, pool in pools.items():
                 warm_up(pool, replace(crowd.setup, group=group))
@@ -312,6 +335,7 @@ def pool(job: Mapping[str, Any]) -> dict[str, Any]:
             batch=job["batch"],
             n_steps=job["n_steps"],
             records=records,
+            device="cpu",
         )
     engine = make_engine(EngineSection(kind=job["kind"], workers=job["workers"]))
     try:

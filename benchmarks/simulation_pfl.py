@@ -21,9 +21,8 @@ without postprocessors over a `FederatedDataset` whose users a `MinimizeReuseUse
   `get_next_central_contexts`; in `async_gather_results` for each client `get_cohort`,
   `simulate_one_user` (`get_parameters`, `do_sgd`, `get_model_difference`, `set_parameters`) and
   `SumAggregator.accumulate`; then `process_aggregated_statistics`, which averages and has the
-  central SGD step. Off it, before and after the rounds and in the same process: `bare_s`, the
-  client's step alone, that is `zero_grad`, loss, `backward`, `step` on such tensors, the mean over
-  each of some blocks of steps. A client's overhead is (round - C x median bare) / C.
+  central SGD step. Within that clock: `step_s`, from the beginning of a client's loss to the end of
+  its optimiser's `step`, the mean over the round's clients. A client's overhead is the rest.
 - `first-round`: from the start of this process, or from `--began`, to the end of the first round,
   in parts that follow each other: Python and all imports; the model; the rest with the round. pfl
   always evaluates in its very first round; what it calls there returns a constant.
@@ -53,7 +52,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Final
 
-from simulation_job import bare_steps, pss_bytes, since_start, wait_for
+from simulation_job import pss_bytes, since_start, wait_for
 
 
 def import_pfl() -> SimpleNamespace:
@@ -82,15 +81,44 @@ def import_pfl() -> SimpleNamespace:
     return pfl
 
 
-def make_model(pfl: SimpleNamespace, *, parameters: int, base_parameters: int = 0) -> Any:
+class StepWatch:
+    """Adds up the time of clients' steps, from the beginning of a loss to the optimiser's end."""
+
+    def __init__(self) -> None:
+        """None so far."""
+        self.seconds = 0.0
+        self._began = 0.0
+
+    def begin(self) -> None:
+        """A loss is about to be made."""
+        self._began = time.perf_counter()
+
+    def end(self) -> None:
+        """The optimiser has stepped."""
+        self.seconds += time.perf_counter() - self._began
+
+
+def make_model(
+    pfl: SimpleNamespace, *, parameters: int, base_parameters: int = 0
+) -> tuple[Any, StepWatch]:
     """The model as pfl wants it: a module with `loss` and `metrics`, and the central optimiser.
 
     Args:
         pfl: From `import_pfl`.
         parameters: Length of the adapter.
         base_parameters: Length of the frozen base, which takes no part; 0: there is none.
+
+    Returns:
+        The model, and the watch of its clients' steps.
     """
     torch = pfl.torch
+    watch = StepWatch()
+
+    class LocalSGD(torch.optim.SGD):  # type: ignore[name-defined,misc]
+        def step(self, closure: Any = None) -> Any:
+            found = super().step(closure)
+            watch.end()
+            return found
 
     class Module(torch.nn.Module):  # type: ignore[name-defined,misc]
         def __init__(self) -> None:
@@ -100,17 +128,19 @@ def make_model(pfl: SimpleNamespace, *, parameters: int, base_parameters: int = 
                 self.base = torch.nn.Parameter(torch.ones(base_parameters), requires_grad=False)
 
         def loss(self, target: Any) -> Any:
+            watch.begin()
             return ((self.adapter - target) ** 2).mean()
 
         def metrics(self, _target: Any) -> dict[str, Any]:
             return {"nothing": pfl.metrics.Weighted(0, 1)}
 
     module = Module()
-    return pfl.model.PyTorchModel(
+    model = pfl.model.PyTorchModel(
         model=module,
-        local_optimizer_create=torch.optim.SGD,
+        local_optimizer_create=LocalSGD,
         central_optimizer=torch.optim.SGD([module.adapter], lr=1.0),
     )
+    return model, watch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,6 +157,7 @@ def simulate(
     model: Any,
     shape: Shape,
     *,
+    after_round: Callable[[], None] = lambda: None,
     after_last: Callable[[], None] = lambda: None,
 ) -> list[float]:
     """Run the rounds.
@@ -135,6 +166,7 @@ def simulate(
         pfl: From `import_pfl`.
         model: From `make_model`.
         shape: The rounds.
+        after_round: Is called at the end of each.
         after_last: Is called at the end of the last of them.
 
     Returns:
@@ -151,6 +183,7 @@ def simulate(
             self, aggregate_metrics: Any, model: Any, *, central_iteration: int
         ) -> tuple[bool, Any]:
             stamps.append(time.perf_counter())
+            after_round()
             if len(stamps) > shape.rounds:
                 after_last()
             stop, metrics = super().after_central_iteration(
@@ -201,24 +234,24 @@ def measure_overhead(
 ) -> dict[str, Any]:
     """What a client costs beside its own step."""
     pfl = import_pfl()
-    model = make_model(pfl, parameters=parameters)
-    bare = bare_steps(pfl.torch, parameters)
+    model, watch = make_model(pfl, parameters=parameters)
     shape = Shape(clients=clients, cohort=cohort, rounds=warm_up + rounds)
-    stamps = simulate(pfl, model, shape)
-    bare += bare_steps(pfl.torch, parameters)
-    bare_s = statistics.median(bare)
+    stepped = [0.0]
+    stamps = simulate(pfl, model, shape, after_round=lambda: stepped.append(watch.seconds))
     times = [after - before for before, after in itertools.pairwise(stamps)]
-    overhead = [time_s / cohort - bare_s for time_s in times[warm_up:]]
+    steps = [(after - before) / cohort for before, after in itertools.pairwise(stepped)]
+    overhead = [
+        time_s / cohort - step_s
+        for time_s, step_s in zip(times[warm_up:], steps[warm_up:], strict=True)
+    ]
     return {
         "warm_up_round_s": times[:warm_up],
         "round_s": times[warm_up:],
-        "bare_s": bare,
-        "bare_median_s": bare_s,
+        "step_s": steps[warm_up:],
         "overhead_per_client_s": overhead,
         "overhead_per_client_median_s": statistics.median(overhead),
         "exact": is_exact(model, shape),
         "notes": [
-            "bare_s: each the mean of a block of steps; half of the blocks came before the rounds",
             "the first round, which pfl evaluates in, is in the warm-up",
         ],
     }
@@ -230,7 +263,7 @@ def measure_first_round(
     """How long until the first round is over."""
     pfl = import_pfl()
     imports_s = since_start(began)
-    model = make_model(pfl, parameters=parameters)
+    model, _ = make_model(pfl, parameters=parameters)
     model_s = since_start(began) - imports_s
     ended: list[float] = []
     shape = Shape(clients=clients, cohort=cohort, rounds=1)
@@ -252,7 +285,7 @@ def measure_first_round(
 def hold(*, parameters: int, base_parameters: int, clients: int, cohort: int, folder: Path) -> None:
     """One process of `memory`: two rounds, then stand until the parent has measured."""
     pfl = import_pfl()
-    model = make_model(pfl, parameters=parameters, base_parameters=base_parameters)
+    model, _ = make_model(pfl, parameters=parameters, base_parameters=base_parameters)
 
     def stand() -> None:
         (folder / f"held-{os.getpid()}").touch()

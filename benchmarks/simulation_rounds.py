@@ -4,15 +4,13 @@ One thread, or one in each worker. The base is the embedded one, the records are
 an agent's training is real. What is on the clock:
 
 - `overhead`: in one process, one agent at a time, each round from the end of one to that of the
-  next: drawing the cohort; for each agent its tokens, trainer, adapter, step, update, file and line
-  of the journal; reading the updates, average, release, journal. Nothing is evaluated between
-  rounds. Within that clock: `gradients_s`, the calls of `gradients_of` (padding, forward,
-  backward), and `optimizer_s`, those of the optimiser's `step`. Off it, after the warm-up and after
-  the rounds: `bare_s`, the very micro-batches of the round before in a loop, `gradients_of` and
-  `step` and nothing else; the mean over them, each with an optimiser of its own as in the round.
+  next: drawing the cohort; for each agent its tokens, trainer, adapter, step, update and line of
+  the journal; average, release, journal. Nothing is evaluated between rounds. Within that clock:
+  `gradients_s`, the calls of `gradients_of` (padding, forward, backward), and `optimizer_s`, those
+  of the optimiser's `step`; a client's overhead is the rest.
 - `first_round`: from `began` to the end of the first round, in parts that follow each other: Python
-  and all imports; the 4-bit base; the rest, which is the records, their partition, the manifest,
-  the trial of group sizes and the round.
+  and all imports; the 4-bit base; the rest, which is the records, their partition, the manifest
+  and the round; the run is too short for a trial of group sizes.
 - `paper`: the default experiment, from the start of the workers to the end of `run`.
 """
 
@@ -22,7 +20,6 @@ import os
 import statistics
 import tempfile
 import time
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from importlib import import_module
@@ -31,17 +28,29 @@ from pathlib import Path
 from typing import Any, Final
 from unittest.mock import patch
 
-from benchmarks.simulation_job import BARE_BLOCKS, since_start
+from benchmarks.simulation_job import since_start
 
 EMBEDDED: Final = "embedded:tiny"
 SEED: Final = 1
-HUNDRED_THOUSAND: Final = {
+HUNDRED_THOUSAND: Final[dict[str, Any]] = {
     # 100,352 values: no choice of modules and rank of the embedded base comes nearer.
     "federation.rank": 14,
     "federation.target_modules": ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"],
 }
 ONE_STEP: Final = {"federation.local_steps": 1, "federation.batch_size": 1}
 NO_EVALUATION: Final = {"evaluation.every": 0, "evaluation.answers": 0, "data.held_out": 1}
+
+
+def hundred_thousand_lora() -> Any:
+    """The block of an adapter of as many values, 100,352 on the embedded base."""
+    from benchmarks.sides import PAPER_LORA
+
+    return PAPER_LORA.model_copy(
+        update={
+            "rank": HUNDRED_THOUSAND["federation.rank"],
+            "target_modules": tuple(HUNDRED_THOUSAND["federation.target_modules"]),
+        }
+    )
 
 
 class EnoughError(Exception):
@@ -129,10 +138,8 @@ def overhead(job: Mapping[str, Any]) -> dict[str, Any]:
     warm_up, rounds, cohort = job["warm_up"], job["rounds"], job["cohort"]
     profiler = cProfile.Profile() if job.get("profile") else None
     gradients, optimizer = Watch(), Watch()
-    asked: deque[tuple[Any, Any]] = deque(maxlen=cohort)
     began: list[tuple[float, float, float]] = []
     ended: list[tuple[float, float, float]] = []
-    bare: list[float] = []
 
     def now() -> tuple[float, float, float]:
         return time.perf_counter(), gradients.seconds, optimizer.seconds
@@ -140,26 +147,18 @@ def overhead(job: Mapping[str, Any]) -> dict[str, Any]:
     def after(number: int) -> None:
         if began:
             ended.append(now())
-        if number in {warm_up, warm_up + rounds}:
-            if profiler is not None:
-                profiler.disable()
-            bare.extend(_bare_steps(list(asked), n_blocks=BARE_BLOCKS // 2))
-            if profiler is not None and number == warm_up:
-                profiler.enable()
+        if profiler is not None and number == warm_up:
+            profiler.enable()
+        if profiler is not None and number == warm_up + rounds:
+            profiler.disable()
         began.append(now())
 
     # torch wraps an optimiser's `step` when the first one is made; ours is to be outside of that.
     torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])
-    timed = gradients.over(trainer.gradients_of)
-
-    def gradients_of(adapted: Any, wanted: Any) -> Any:
-        asked.append((adapted, wanted))
-        return timed(adapted, wanted)
-
-    base = load_lab_base(Setup(model=EMBEDDED))
+    base = load_lab_base(Setup(model=EMBEDDED, device="cpu"))
     stamps = Stamps(after, leave_after=warm_up + rounds)
     with (
-        patch.object(trainer, "gradients_of", gradients_of),
+        patch.object(trainer, "gradients_of", gradients.over(trainer.gradients_of)),
         patch.object(torch.optim.AdamW, "step", optimizer.over(torch.optim.AdamW.step)),
     ):
         _run(
@@ -182,39 +181,15 @@ def overhead(job: Mapping[str, Any]) -> dict[str, Any]:
         tuple(b - a for a, b in zip(begin, end, strict=True))
         for begin, end in zip(began, ended, strict=False)
     ][-rounds:]
-    bare_s = statistics.median(bare)
-    in_place = [(wall - inside - step) / cohort for wall, inside, step in spans]
-    against_bare = [wall / cohort - bare_s for wall, _, _ in spans]
+    overhead_s = [(wall - inside - step) / cohort for wall, inside, step in spans]
     return {
         "n_values": stamps.n_values,
         "round_s": [wall for wall, _, _ in spans],
         "gradients_s": [inside / cohort for _, inside, _ in spans],
         "optimizer_s": [step / cohort for _, _, step in spans],
-        "bare_s": bare,
-        "overhead_per_client_s": in_place,
-        "overhead_per_client_median_s": statistics.median(in_place),
-        "overhead_per_client_mean_s": statistics.fmean(in_place),
-        "overhead_against_bare_median_s": statistics.median(against_bare),
+        "overhead_per_client_s": overhead_s,
+        "overhead_per_client_median_s": statistics.median(overhead_s),
     }
-
-
-def _bare_steps(asked: Sequence[tuple[Any, Any]], *, n_blocks: int) -> list[float]:
-    """Seconds of a step without a simulator: the mean over the micro-batches, for each block."""
-    import torch
-
-    from edge_agent.training.gradients import gradients_of
-
-    blocks = []
-    for _ in range(n_blocks + 1):
-        watch = Watch()
-        for adapted, wanted in asked:
-            given = watch.over(gradients_of)(adapted, wanted)
-            weights = torch.nn.Parameter(torch.zeros_like(adapted.weights))
-            weights.grad = given.gradient
-            optimizer = torch.optim.AdamW([weights])
-            watch.over(optimizer.step)()
-        blocks.append(watch.seconds / len(asked))
-    return blocks[1:]
 
 
 # --- from the command to the end of the first round -----------------------------------------------
@@ -234,7 +209,7 @@ def first_round(job: Mapping[str, Any]) -> dict[str, Any]:
     from simulations.lab.visits import Setup, load_lab_base
 
     imports_s = since_start(began)
-    base = load_lab_base(Setup(model=EMBEDDED))
+    base = load_lab_base(Setup(model=EMBEDDED, device="cpu"))
     model_s = since_start(began) - imports_s
     ended: list[float] = []
     stamps = Stamps(lambda _: ended.append(since_start(began)), leave_after=1)
@@ -242,6 +217,7 @@ def first_round(job: Mapping[str, Any]) -> dict[str, Any]:
         stamps,
         Here(base),
         {
+            **HUNDRED_THOUSAND,
             **ONE_STEP,
             "data.n_clients": job["clients"],
             "federation.cohort": job["cohort"],
@@ -250,6 +226,7 @@ def first_round(job: Mapping[str, Any]) -> dict[str, Any]:
     )
     marks = [*stamps.stages.items(), ("end", time.perf_counter())]
     return {
+        "n_values": stamps.n_values,
         "first_round_s": ended[0],
         "imports_s": imports_s,
         "model_s": model_s,
@@ -313,6 +290,7 @@ def _run(stamps: Stamps, engine: Any, values: Mapping[str, Any]) -> None:
     from simulations.lab.experiment import Experiment
     from simulations.lab.run import Request, run
 
+    values = {"engine.device": "cpu", **values}  # where the peers are
     request = Request(experiment=Experiment(name="benchmark").with_values(values), seed=SEED)
     folder = tempfile.TemporaryDirectory(prefix="sheepfold-benchmark-")
     with folder as name, suppress(EnoughError):
