@@ -12,7 +12,8 @@ from quant.base_model import parse_device
 from quant.peft_folder import FinishedAdapter, read_finished
 from simulations.errors import OutputError
 from simulations.judging import read_answers, read_questions
-from simulations.lab.folder import RunFolder, read_manifest
+from simulations.lab.experiment import load_experiment
+from simulations.lab.folder import RunFolder
 
 _BEGIN: Final = b'{"question_id": '
 
@@ -76,19 +77,19 @@ def answer_questions(
 
 
 def template_of_folder(finished: FinishedAdapter, folder: Path) -> Template:
-    """The template that an adapter was trained with: its provenance says it, or its run's manifest.
+    """The template that an adapter was trained with: its provenance says it, or its run.
 
     Args:
         finished: The adapter.
         folder: Where it lies; of a run: within the run's folder.
 
     Raises:
-        OutputError: The run has no manifest, or it cannot be read.
+        ExperimentError: The run's experiment cannot be read.
     """
     template, is_known = template_of(finished)
-    run = folder.resolve().parent
-    if not is_known and RunFolder(run).is_begun:
-        return read_manifest(run).training.template
+    run = RunFolder(folder.resolve().parent)
+    if not is_known and run.is_begun and run.experiment.exists():
+        return load_experiment(run.experiment).federation.template
     return template
 
 

@@ -154,7 +154,7 @@ def run(
     """
     from simulations.lab.data import prepare_data
     from simulations.lab.run import Request
-    from simulations.lab.series import Member
+    from simulations.lab.series import Member, ended
 
     wishes = _Wishes(model, data, pairs, workers, ray, group, device, real)
     experiment = wishes.experiment(name)
@@ -169,7 +169,7 @@ def run(
     request = Request(experiment=experiment, arm=arm, client=number, seed=used)
     root = _root(out, experiment) if out is not None else _root(out, experiment) / request.name
     member = Member(request=request, folder=Path(), label=request.name, settings={})
-    _run_all(root, [member], wishes, experiment)
+    _run_all(root, [member], wishes, experiment, over=ended(root, [member]))
     _tell(root, json_path)
 
 
@@ -317,26 +317,39 @@ def _root(out: Path | None, experiment: "Experiment") -> Path:
 
 
 def _run_all(
-    root: Path, members: "Sequence[Member]", wishes: _Wishes, experiment: "Experiment"
+    root: Path,
+    members: "Sequence[Member]",
+    wishes: _Wishes,
+    experiment: "Experiment",
+    *,
+    over: Sequence[bool],
 ) -> None:
+    """Run those that are not over, and write what reports are missing."""
     from quant.quiet import quiet_libraries
     from simulations.lab.display import RunDisplay, SeriesPace
+    from simulations.lab.folder import RunFolder
     from simulations.lab.run import run as run_one
     from simulations.lab.series import check
 
     quiet_libraries()
-    ended = [_has_ended(root / member.folder, member) for member in members]
-    pace = SeriesPace(members, ended=ended)
-    todo = [member for member, is_over in zip(members, ended, strict=True) if not is_over]
+    pace = SeriesPace(members, ended=over)
+    todo = [member for member, is_over in zip(members, over, strict=True) if not is_over]
+    if len(todo) < len(members):
+        there = len(members) - len(todo)
+        console.print(f"Already there: {there} of {len(members)} runs.", highlight=False)
     engine = wishes.engine(experiment)
     try:
         if len(todo) > 1:
             check(todo, engine)
-        for number, member in enumerate(members, start=1):
+        for number, (member, is_over) in enumerate(zip(members, over, strict=True), start=1):
+            folder, begun = root / member.folder, time.monotonic()
+            if is_over:
+                if not RunFolder(folder).report.exists():
+                    _write_report(folder)
+                continue
             title = member.label
             if len(members) > 1:
                 title = f"[{number} of {len(members)}] {member.label}, seed {member.request.seed}"
-            folder, begun = root / member.folder, time.monotonic()
             with RunDisplay(
                 console,
                 title,
@@ -364,11 +377,15 @@ def _run_series(
     Raises:
         BaseException: That error, whatever can be shown.
     """
+    from edge_agent.errors import AgentError
+    from simulations.lab.series import ended
+
+    over = ended(root, members)
     try:
-        _run_all(root, members, wishes, experiment)
+        _run_all(root, members, wishes, experiment, over=over)
     except BaseException:  # Ctrl-C is one: hours of runs are worth their table
-        with suppress(SimulationError):  # why the series ended is what must be told
-            there = [member for member in members if _is_measured(root, member)]
+        with suppress(AgentError, SimulationError):  # why the series ended is what must be told
+            there = [member for member in members if _is_measured(root / member.folder)]
             if there:
                 told = f"Ended early: this is of {len(there)} of {len(members)} runs."
                 console.print(told, highlight=False)
@@ -377,17 +394,12 @@ def _run_series(
     show(members)
 
 
-def _is_measured(root: Path, member: "Member") -> bool:
-    """Whether a member's folder holds that very run, and it has anything to show."""
+def _is_measured(folder: Path) -> bool:
+    """Whether a run has anything to show."""
     from simulations.lab.folder import RunFolder
     from simulations.lab.report.history import History
-    from simulations.lab.run import is_of
 
-    folder = root / member.folder
-    if not RunFolder(folder).is_begun:
-        return False
-    history = History.read(folder)
-    return bool(history.measures) and is_of(history.card, member.request)
+    return RunFolder(folder).is_begun and bool(History.read(folder).measures)
 
 
 def _refuse_series(folder: Path) -> None:
@@ -403,24 +415,6 @@ def _refuse_series(folder: Path) -> None:
             "which writes its table anew"
         )
         raise OutputError(msg)
-
-
-def _has_ended(folder: Path, member: "Member") -> bool:
-    """Whether a member's run is over.
-
-    Raises:
-        OutputError: The folder holds another run; better now than after hours of the others.
-    """
-    from simulations.lab.folder import RunFolder
-    from simulations.lab.report.history import History
-    from simulations.lab.run import holds_another, is_of
-
-    if not RunFolder(folder).is_begun:
-        return False
-    history = History.read(folder)
-    if not is_of(history.card, member.request):
-        raise holds_another(folder, history.card)
-    return history.end is not None
 
 
 def _write_text(path: Path, text: str) -> None:

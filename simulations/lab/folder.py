@@ -28,16 +28,13 @@ from filelock import FileLock, Timeout
 from pydantic import TypeAdapter, ValidationError
 
 from privacy.updates import Float32Array
-from protocol.errors import ProtocolError
-from protocol.manifest import FederationManifest
-from protocol.wire import explain, parse
+from protocol.wire import explain
 from simulations.errors import OutputError
 from simulations.files import PART, appearing
 from simulations.lab.records import AnyNote, Note, RunCard
 
 _CARD: Final = "run.json"
 _JOURNAL: Final = "journal.jsonl"
-_MANIFEST: Final = "manifest.json"
 _FREE: Final = frozenset({"engine", "n_held_out", "n_repeated"})
 """Of a card: what may change while a run goes on, and what follows from the rest."""
 _NOTES: Final[TypeAdapter[AnyNote]] = TypeAdapter(AnyNote)
@@ -69,7 +66,7 @@ class RunFolder:
     @property
     def manifest(self) -> Path:
         """The federation manifest, for machines and for people."""
-        return self.root / _MANIFEST
+        return self.root / "manifest.json"
 
     @property
     def partition(self) -> Path:
@@ -311,23 +308,6 @@ def read_card(root: Path) -> RunCard:
         raise OutputError(msg) from error
     except ValidationError as error:
         msg = f"{path} is no card of a run that this version knows: {explain('run.json', error)}"
-        raise OutputError(msg) from error
-
-
-def read_manifest(root: Path) -> FederationManifest:
-    """The federation manifest of the run in a folder.
-
-    Args:
-        root: The folder.
-
-    Raises:
-        OutputError: There is none, or it cannot be read.
-    """
-    path = root / _MANIFEST
-    try:
-        return parse(FederationManifest, path.read_bytes())
-    except (OSError, ProtocolError) as error:
-        msg = f"cannot read {path}: {error}; run the experiment again"
         raise OutputError(msg) from error
 
 

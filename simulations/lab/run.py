@@ -113,23 +113,23 @@ def run(root: Path, request: Request, engine: Engine, listener: Listener | None 
         return _Sitting(folder, request, engine, told).go()
 
 
-def is_of(card: RunCard, request: Request) -> bool:
+def is_of(card: RunCard, request: Request, *, data_sha256: str) -> bool:
     """Whether a card is of this very run: its experiment, population, records, arm, client, seed.
 
     Args:
         card: Of a folder.
         request: What is to be run.
+        data_sha256: `data.data_sha256` of its records.
 
     Raises:
-        DataError: The records cannot be read.
-        SimulationError: The population cannot be read.
+        PopulationError: The population cannot be read.
     """
     experiment = request.experiment
     return (
         (card.experiment_sha256, card.arm, card.client, card.seed)
         == (experiment.digest(), request.arm, request.client, request.seed)
         and card.population_sha256 == _population_sha256(experiment)
-        and card.data_sha256 == data_sha256(experiment.data, seed=request.seed)
+        and card.data_sha256 == data_sha256
     )
 
 
@@ -218,7 +218,8 @@ class _Sitting:
     def _ended_card(self) -> RunCard:
         """Of a run that is over, if it is the one that is asked for; no base is loaded for it."""
         card = read_card(self._folder.root)
-        if not is_of(card, self._request):
+        sha256 = data_sha256(self._experiment.data, seed=self._request.seed)
+        if not is_of(card, self._request, data_sha256=sha256):
             raise holds_another(self._folder.root, card)
         return card
 

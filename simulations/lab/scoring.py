@@ -102,8 +102,9 @@ class Scorer:
         notes = engines.measure(self._engine, setup, release.vector, questions)
         if not any(isinstance(note, ScoreNote) for note in notes):
             msg = (
-                f"none of the {sum(map(len, self._by_category.values()))} held-out records fits "
-                "the template and max_length; raise federation.max_length, or give other records"
+                f"none of the {sum(map(len, self._by_category.values()))} held-out records can be "
+                "used; chats of several turns want federation.template=chat, and long ones a "
+                "larger federation.max_length"
             )
             raise EvaluationError(msg)
         self._folder.append(notes)

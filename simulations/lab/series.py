@@ -15,11 +15,13 @@ from privacy.errors import PrivacyError
 from protocol.errors import ProtocolError
 from simulations.errors import ExperimentError, PartitionError
 from simulations.lab import engines
-from simulations.lab.data import prepare_data
+from simulations.lab.data import data_sha256, prepare_data
 from simulations.lab.engines import Engine
 from simulations.lab.experiment import DataSection, Experiment
+from simulations.lab.folder import RunFolder
 from simulations.lab.records import Arm, Setting
-from simulations.lab.run import Request
+from simulations.lab.report.history import History
+from simulations.lab.run import Request, holds_another, is_of
 from simulations.lab.terms import make_terms
 from simulations.lab.visits import Setup
 
@@ -114,6 +116,35 @@ def attacks(
             for name in names
         ]
     return _members(experiment, points, experiment.seeds)
+
+
+def ended(root: Path, members: Sequence[Member]) -> list[bool]:
+    """Which members' runs are over.
+
+    Args:
+        root: The series' folder.
+        members: In any order.
+
+    Raises:
+        DataError: Records cannot be read.
+        OutputError: A folder holds another run: better told now than after hours of the others.
+        PopulationError: A population cannot be read.
+    """
+    digests: dict[tuple[DataSection, int], str] = {}
+    found = []
+    for member in members:
+        folder, request = root / member.folder, member.request
+        if not RunFolder(folder).is_begun:
+            found.append(False)
+            continue
+        section, seed = request.experiment.data, request.seed
+        if (section, seed) not in digests:
+            digests[section, seed] = data_sha256(section, seed=seed)
+        history = History.read(folder)
+        if not is_of(history.card, request, data_sha256=digests[section, seed]):
+            raise holds_another(folder, history.card)
+        found.append(history.end is not None)
+    return found
 
 
 def check(members: Sequence[Member], engine: Engine) -> None:

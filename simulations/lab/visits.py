@@ -23,6 +23,7 @@ from edge_agent.errors import (
     DataError,
     MalformedRecordError,
     OutOfMemoryError,
+    TemplateError,
     TrainingError,
 )
 from edge_agent.evaluation import Scores, held_out_loss, score_answers
@@ -390,6 +391,8 @@ class LabWorker:
                 loss_on=loss_on,
                 max_length=block.max_length,
             ).examples
+        except TemplateError:  # of the recipe, not of these records
+            raise
         except DataError:
             return ()
 

@@ -247,7 +247,8 @@ class Comparison:
         text = spread_text(ratio, None)
         if score is None or ratio is None or set(ratio.by_seed) == set(score.by_seed):
             return text
-        return f"{text} (seeds {', '.join(map(str, sorted(ratio.by_seed)))})"
+        seeds = ", ".join(map(str, sorted(ratio.by_seed)))
+        return f"{text} (seed{'s' if len(ratio.by_seed) > 1 else ''} {seeds})"
 
     def _by_category(
         self, measure: Measure, found: Mapping[str, Mapping[Measure, Scores]], *, relative: bool
@@ -264,7 +265,12 @@ class Comparison:
             ]
             for name in names
         ]
-        averages = (spread_text(found[one][measure].average, kind) for one in self.labels)
+        averages = (
+            self._ratio_text(one, measure)
+            if relative
+            else spread_text(found[one][measure].average, measure)
+            for one in self.labels
+        )
         rows.append([AVERAGE, *averages])
         return markdown_table(["category", *self.labels], rows)
 

@@ -10,6 +10,7 @@ import pytest
 from click.testing import Result
 from typer.testing import CliRunner
 
+from edge_agent.errors import DataError
 from simulations.cli import app
 from simulations.cli_run import _Wishes
 from simulations.errors import EngineError, ExperimentError, OutputError
@@ -90,6 +91,34 @@ def test_a_comparison_that_is_interrupted_shows_what_there_is(
     assert told["unfinished"] == ["federated, seed 1 (unfinished: 1 of 2 rounds)"]
     assert (tmp_path / "out" / "comparison.md").is_file()
     assert not (tmp_path / "out" / "comparison.png").exists()  # relative to what?
+
+
+def test_what_there_is_is_shown_where_the_records_are_gone(
+    lab: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "records.jsonl"
+    rows = [{"instruction": f"Why {n}?", "response": "So.", "category": "why"} for n in range(120)]
+    lines = [json.dumps(row) + "\n" for row in rows]
+    path.write_text("".join(lines))
+    words = (*SWEEP, "--set", f'data.source=["{path}"]', "--set", "data.scheme=iid")
+    assert lab(*words, error=EngineError("a worker died"), at=3).exit_code == 1
+    (tmp_path / "out" / "surface.json").unlink()
+
+    def vanish(*_: object) -> None:
+        path.unlink()
+
+    with monkeypatch.context() as patched:
+        patched.setattr("simulations.lab.series.check", vanish)
+        gone = lab(*words)
+    assert isinstance(gone.exception, DataError)
+    assert "Already there: 2 of 4 runs." in gone.stderr
+    assert "Ended early: this is of 3 of 4 runs." in gone.stderr
+    assert (tmp_path / "out" / "surface.json").is_file()
+
+    path.write_text("".join(lines[1:]))
+    other = lab(*words)
+    assert "rank-2/seed-1 holds another run" in str(other.exception)
+    assert "Ended early" not in other.output
 
 
 def test_a_series_with_nothing_to_show_ends_with_its_error_alone(

@@ -255,6 +255,7 @@ def test_tidying_leaves_what_a_later_sitting_may_need(tmp_path: Path) -> None:
         folder.write(folder.optimizer(number), b"state")
     folder.write_vector(folder.update(4, 0), vector)
     folder.write_vector(folder.update(5, 0), vector)
+    folder.write(folder.training_state, b"of a baseline, three times its adapter")
     for release in range(1, 5):
         folder.tidy(release, release)
     assert sorted(path.stem for path in (tmp_path / "run" / "releases").iterdir()) == [

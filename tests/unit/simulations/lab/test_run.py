@@ -13,20 +13,24 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from edge_agent.errors import EvaluationError
 from privacy.errors import UpdateRangeError
 from privacy.fixed_point import encode
 from protocol.blocks import LoraRule, Schedule, Template
+from protocol.manifest import FederationManifest
 from protocol.privacy import AgentPrivacy, CentralPrivacy, ExamplePrivacy
+from protocol.wire import parse
 from quant.base_model import LoadedBase
 from quant.peft_folder import read_finished
 from simulations.answers import template_of_folder
 from simulations.errors import ExperimentError
+from simulations.lab import engines
 from simulations.lab.attackers import Attackers
 from simulations.lab.chance import RunChance
 from simulations.lab.data import prepare_data
 from simulations.lab.engines import Engine, Processes
 from simulations.lab.experiment import Experiment
-from simulations.lab.folder import read_card, read_manifest, read_vector
+from simulations.lab.folder import read_card, read_vector
 from simulations.lab.records import (
     AnswerNote,
     Arm,
@@ -215,7 +219,7 @@ def test_the_card_says_what_the_run_is(whole: Path, small: Experiment, base: Loa
     card = read_card(whole)
     terms = make_terms(small, base.description, arm=Arm.FEDERATED, seed=1)
     assert card.manifest_sha256 == terms.manifest.digest().hex()
-    assert read_manifest(whole) == terms.manifest
+    assert parse(FederationManifest, (whole / "manifest.json").read_bytes()) == terms.manifest
     assert (card.n_held_out, card.n_repeated) == (16, 0)
     assert card.experiment_sha256 == small.digest()
     assert card.base_fingerprint == base.description.base.fingerprint.hex()
@@ -761,6 +765,14 @@ def test_a_filter_removes_attackers_and_says_so(go: Callable[..., Any], small: E
         assert removed == attackers
         assert note.n_cells_removed == 2
     assert all(note.n_cells == 10 for note in found.rounds)
+
+
+def test_held_out_records_that_cannot_be_used_are_one_sentence(
+    go: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engines, "measure", lambda *_: [])
+    with pytest.raises(EvaluationError, match="none of the 16 held-out records can be used; chats"):
+        go()
 
 
 # Baselines

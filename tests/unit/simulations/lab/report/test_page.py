@@ -286,7 +286,7 @@ def test_the_command_that_it_shows_asks_for_this_very_run(
         cell for cell in Page(write_report(root)).cells if cell.startswith("sheepfold-sim run ")
     )
     asked: list[Member] = []
-    monkeypatch.setattr(cli_run, "_run_all", lambda root, members, *_: asked.extend(members))
+    monkeypatch.setattr(cli_run, "_run_all", lambda root, members, *_, **__: asked.extend(members))
     monkeypatch.setattr(cli_run, "_tell", lambda *_: None)
     monkeypatch.chdir(root)
     CliRunner().invoke(app, text.split()[1:], catch_exceptions=False)
