@@ -48,8 +48,9 @@ from protocol.layout import VectorLayout
 from quant.tiny.instructions import Category
 from quant.tiny.world import Split
 from simulations.attacks.adaptive import Adaptive, Base, Survives
-from simulations.attacks.catalogue import RecordAttack, UpdateAttack, update_attacks
+from simulations.attacks.catalogue import update_attacks
 from simulations.attacks.knowledge import Attack, Knowledge
+from simulations.attacks.names import RecordAttack, UpdateAttack
 
 POISONS: Final = (RecordAttack.FLIP_FACTS, RecordAttack.BACKDOOR)
 _HELD_OUT_STREAM, _CELL_STREAM, _CRAFT_STREAM, _FILTER_STREAM = range(20, 24)

@@ -40,7 +40,8 @@ from quant.adapter import (
 )
 from quant.tiny.instructions import Category
 from quant.tiny.world import Split
-from simulations.attacks.catalogue import RECORD_ATTACKS, RecordAttack
+from simulations.attacks.catalogue import RECORD_ATTACKS
+from simulations.attacks.names import RecordAttack
 from simulations.partition.schemes import PartitionRecipe, Scheme, make_partition
 
 _RECORDS_STREAM, _ORDER_STREAM, _ADAPTER_STREAM, _ATTACKER_STREAM, _POISON_STREAM = range(10, 15)

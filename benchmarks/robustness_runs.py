@@ -30,8 +30,9 @@ from benchmarks.tiny_federation import (
 from edge_agent.evaluation import score_answers
 from privacy.updates import Float32Array
 from quant.tiny.instructions import Category
-from simulations.attacks.catalogue import RECORD_ATTACKS, RecordAttack
+from simulations.attacks.catalogue import RECORD_ATTACKS
 from simulations.attacks.data import Backdoor, backdoor_success
+from simulations.attacks.names import RecordAttack
 
 _N_PROBES: Final = 1
 """Held-out records of each category that carry the trigger."""

@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 
 from protocol.blocks import FilterRule
-from simulations.attacks.catalogue import UpdateAttack
+from simulations.attacks.names import UpdateAttack
 from simulations.cli_shared import console, write_json
 from simulations.errors import ExperimentError, OutputError, SimulationError
 from simulations.lab.records import Arm
@@ -152,15 +152,15 @@ def run(
     The folder holds everything: journal, releases, adapter, tables, figures, `report.html`. A run
     that was killed goes on from where it stood when the same command is given again.
     """
-    from simulations.lab.data import prepare_data
-    from simulations.lab.run import Request
-    from simulations.lab.series import Member, ended
-
     wishes = _Wishes(model, data, pairs, workers, ray, group, device, real)
     experiment = wishes.experiment(name)
     if show:
         sys.stdout.write(experiment.as_toml())
         return
+    from simulations.lab.data import prepare_data
+    from simulations.lab.run import Request
+    from simulations.lab.series import Member, ended
+
     used = experiment.seeds[0] if seed is None else seed
     number: int | None = None
     if arm is Arm.LOCAL:

@@ -23,6 +23,7 @@ from edge_agent.data.records import Record
 from privacy.updates import Float32Array
 from protocol.base_description import BaseDescription
 from quant.base_model import LoadedBase
+from quant.quiet import quiet_libraries
 from simulations.errors import EngineError
 from simulations.lab.experiment import EngineKind, EngineSection
 from simulations.lab.records import AnswerNote, ScoreNote
@@ -273,7 +274,7 @@ class Processes:
         self.name = f"{n_workers} processes" if n_workers > 1 else "1 process"
         # Not a fork: this process may have threads, which a fork would leave half-way.
         context = multiprocessing.get_context("spawn")
-        self._pool = ProcessPoolExecutor(n_workers, mp_context=context)
+        self._pool = ProcessPoolExecutor(n_workers, mp_context=context, initializer=quiet_libraries)
 
     def ask(self, setup: Setup, call: Callable[[LabWorker], Answer]) -> "Future[Answer]":
         """Let the next free process do it."""

@@ -31,7 +31,7 @@ from aggregator_server.private_recipes import Profile
 from aggregator_server.recipes import Masking, Optimizer
 from protocol.blocks import FilterRule, LoraRule, LossOn, Schedule, Template
 from protocol.wire import explain
-from simulations.attacks.catalogue import UpdateAttack
+from simulations.attacks.names import UpdateAttack
 from simulations.errors import ExperimentError
 from simulations.lab.records import Arm, Cryptography
 from simulations.partition.schemes import Scheme

@@ -5,7 +5,7 @@ import pytest
 
 from privacy.updates import PlainUpdate
 from protocol.layout import VectorLayout
-from simulations.attacks.catalogue import UpdateAttack
+from simulations.attacks.names import UpdateAttack
 from simulations.lab.attackers import Attackers
 from simulations.lab.chance import RunChance
 from simulations.lab.experiment import AttackSection

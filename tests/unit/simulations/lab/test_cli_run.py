@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -238,3 +240,14 @@ def test_a_file_of_ones_own_goes_before_an_experiment_of_its_name(
     (tmp_path / "fedit").mkdir()  # a folder is no experiment
     for name, said in (("privacy", 'name = "mine"'), ("fedit", 'name = "fedit"')):
         assert said in CliRunner().invoke(app, ["run", name, "--show"]).stdout
+
+
+@pytest.mark.parametrize("words", [["--help"], ["run", "--help"], ["run", "fedit", "--show"]])
+def test_what_trains_nothing_loads_no_torch(words: list[str]) -> None:
+    """Which would take six seconds."""
+    script = (
+        "import sys; from simulations.cli import app; "
+        f"app({words!r}, standalone_mode=False); "
+        "sys.exit(bool({'torch', 'transformers', 'matplotlib'} & set(sys.modules)))"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, stdout=subprocess.DEVNULL)
