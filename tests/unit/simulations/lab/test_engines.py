@@ -196,7 +196,7 @@ def test_without_ray_its_engine_is_refused_with_one_sentence(
 ) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     monkeypatch.delitem(sys.modules, "simulations.lab.ray_engine", raising=False)
-    with pytest.raises(EngineError, match=r"Ray is not installed; pip install 'sheepfold"):
+    with pytest.raises(EngineError, match=r"Ray is not installed; pip install '.\[sim-ray\]'"):
         make_engine(EngineSection(kind="ray"))  # type: ignore[arg-type]
 
 
