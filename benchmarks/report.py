@@ -21,6 +21,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from simulations.machine import processor
+
 Better = Literal["lower", "higher"]
 
 
@@ -104,7 +106,7 @@ class Row:
 def machine() -> dict[str, Any]:
     """What this runs on."""
     described: dict[str, Any] = {
-        "processor": _processor(),
+        "processor": processor(),
         "n_cpus": len(os.sched_getaffinity(0)),
         "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
         "system": f"{platform.system()} {platform.machine()}",
@@ -118,16 +120,6 @@ def machine() -> dict[str, Any]:
     if gpu:
         described["gpu"] = gpu
     return described
-
-
-def _processor() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
 
 
 def _gpu() -> str | None:

@@ -6,7 +6,6 @@ stays behind for the next but tokens.
 
 import contextlib
 import math
-import platform
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -55,6 +54,7 @@ from quant.quiet import quiet_libraries
 from simulations.lab.chance import RunChance
 from simulations.lab.records import AnswerNote, Measure, ScoreNote
 from simulations.lab.together import train_together
+from simulations.machine import processor
 
 MICRO_TOKENS: Final = 2048
 """Of one agent's micro-batch; the fastest on a processor's core, and it changes no gradient."""
@@ -212,7 +212,7 @@ class LabWorker:
         """What decides how numbers are rounded: the processor, or the device."""
         if self.base.device.type == "cuda":
             return torch.cuda.get_device_name(self.base.device)
-        return platform.processor() or platform.machine()
+        return f"{processor()}, {torch.backends.cpu.get_cpu_capability()}"
 
     # Training
 

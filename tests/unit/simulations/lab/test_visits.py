@@ -57,6 +57,7 @@ CHAT = Record(
     ),
     source="a chat",
 )
+from simulations.machine import processor
 
 
 @pytest.fixture(scope="module")
@@ -454,6 +455,16 @@ def test_weights_are_numbers_of_examples_as_far_as_the_manifest_lets_them(
 def test_a_loaded_base_works_in_one_thread(own_base: LoadedBase) -> None:
     assert torch.get_num_threads() == 1
     assert own_base.device.type == "cpu"
+
+
+def test_a_machine_is_named_by_what_decides_how_numbers_are_rounded(
+    make_worker: Callable[..., LabWorker], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = make_worker()
+    here = worker.machine()
+    assert here.startswith(processor())
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "another")
+    assert worker.machine() != here
 
 
 def test_only_base_and_device_decide_whether_a_worker_must_load_anew() -> None:
