@@ -42,6 +42,7 @@ from simulations.lab.visits import (
     VisitResult,
     load_lab_base,
 )
+from simulations.machine import processor
 
 SEED = 1
 CHAT = Record(
@@ -57,7 +58,6 @@ CHAT = Record(
     ),
     source="a chat",
 )
-from simulations.machine import processor
 
 
 @pytest.fixture(scope="module")
