@@ -401,7 +401,7 @@ def pools(bench: Bench) -> list[Row]:
     kinds = {"processes": "Processes", "ray": "Ray"}
     if importlib.util.find_spec("ray") is None:
         del kinds["ray"]
-        say("Ray is not installed, so it is left out: pip install 'sheepfold[sim-ray]'")
+        say("Ray is not installed, so it is left out: pip install '.[sim-ray]'")
     for kind, name in kinds.items():
         found = bench.paired(
             {
