@@ -4,7 +4,7 @@
     python -m benchmarks.dolly_base --quick --cache bases
 
 A Llama of seven million parameters reads novels, fairy tales, plays and encyclopedia articles, no
-instruction among them. It is made once, in 17 to 18 minutes of two free cores that multiply
+instruction among them. It is made once, in 17 to 30 minutes of two free cores that multiply
 bfloat16 numbers themselves (Zen 4, Sapphire Rapids and later) and some 70 of two that do not, and
 kept in the user's cache under a name that holds the digest of recipe and text: another recipe,
 another precision or another text is another base. The folder is printed, new or not; how it goes is

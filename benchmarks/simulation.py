@@ -225,6 +225,7 @@ def memory(bench: Bench) -> list[Row]:
     for name, workload in workloads.items():
         sides[name] = partial(_additional, bench, all_slots, workload)
         sides[f"{name}, tensors"] = partial(_additional, bench, all_slots, workload, EVERY_BYTE)
+    sides["worker"] = partial(bench.ours, "worker")
     for peer in bench.peers:
         for shape in shapes:
             n_base = shape.n_parameters
@@ -269,6 +270,16 @@ def memory(bench: Bench) -> list[Row]:
         )
         for peer, peer_name in bench.peers.items()
         for shape in shapes
+    ]
+    rows += [
+        Row.of(
+            f"memory of one more worker, a process with a base of {measured.n_parameters:,}",
+            figures["worker"],
+            figures[f"{peer} {measured.n_parameters}"],
+            peer_name=f"{peer_name}, measured",
+            unit="MB",
+        )
+        for peer, peer_name in bench.peers.items()
     ]
     return rows
 

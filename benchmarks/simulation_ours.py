@@ -8,6 +8,8 @@ Whole rounds, with the folder and the journal, are in `simulation_rounds`. Here:
 
 - `memory`: no clock. The peak of the resident memory of one process above what stood before the
   adapters were attached, while that many agents train a step at once.
+- `worker`: no clock. What a second process of a pool takes, a base of its own included: the
+  proportional set sizes (PSS) of two, less that of one, each after rounds of one step.
 - `vectorised`, `workers`: rounds of agents that have as many records as a batch has examples, by
   `simulations.lab.engines.train`: per agent a trainer, a batch in each of some steps, an update.
   Adapters are attached and most records are tokens: a round to warm up came before.
@@ -16,6 +18,7 @@ Whole rounds, with the folder and the journal, are in `simulation_rounds`. Here:
 
 import argparse
 import json
+import multiprocessing
 import os
 import statistics
 import time
@@ -112,6 +115,30 @@ def _step_together(stack: Any, *, batch: int, length: int) -> None:
         sessions.append(trainer.session(start, layout, weight=1))
     ended = train_together(stack, sessions)
     assert all(isinstance(end, TrainingResult) for end in ended), ended
+
+
+def worker(_job: Mapping[str, Any]) -> dict[str, Any]:
+    """What one more process takes, for an agent that is to train elsewhere at the same time."""
+    from benchmarks.simulation_job import pss_bytes
+    from simulations.lab.engines import Processes
+
+    n_agents = 8
+    with lent_base(EMBEDDED) as base:
+        records = world_records(n_agents)
+        crowd = Crowd(base, n_agents=n_agents, batch=1, n_steps=1, records=records, device="cpu")
+    sizes = []
+    for n_workers in (1, 2):
+        engine = Processes(n_workers)
+        try:
+            warm_up(engine, crowd.setup)
+            for _ in range(2):
+                crowd.train(engine, 1)
+            children = multiprocessing.active_children()
+            assert len(children) == n_workers
+            sizes.append(sum(pss_bytes(child.pid) for child in children if child.pid))
+        finally:
+            engine.close()
+    return {"workers_pss_bytes": sizes, "additional_bytes": sizes[1] - sizes[0]}
 
 
 # --- many at once ---------------------------------------------------------------------------------
@@ -387,6 +414,7 @@ def side(job: dict[str, Any]) -> dict[str, Any]:
         "overhead": overhead,
         "first-round": first_round,
         "memory": memory,
+        "worker": worker,
         "pool": pool,
         "paper": paper,
         "vectorised": lambda job: {"cells": vectorised(EMBEDDED, **job["options"])},

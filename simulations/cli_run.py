@@ -337,16 +337,20 @@ def _run_all(
     if len(todo) < len(members):
         there = len(members) - len(todo)
         console.print(f"Already there: {there} of {len(members)} runs.", highlight=False)
+    for member, is_over in zip(members, over, strict=True):
+        folder = root / member.folder
+        if is_over and not RunFolder(folder).report.exists():
+            _write_report(folder)
+    if not todo:
+        return
     engine = wishes.engine(experiment)
     try:
         if len(todo) > 1:
             check(todo, engine)
         for number, (member, is_over) in enumerate(zip(members, over, strict=True), start=1):
-            folder, begun = root / member.folder, time.monotonic()
             if is_over:
-                if not RunFolder(folder).report.exists():
-                    _write_report(folder)
                 continue
+            folder, begun = root / member.folder, time.monotonic()
             title = member.label
             if len(members) > 1:
                 title = f"[{number} of {len(members)}] {member.label}, seed {member.request.seed}"
